@@ -1055,7 +1055,7 @@ class GridConfig:
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7 on [0, 1000], 4 nodes of K on [30, 50]
 PUBLISHED_GRID = GridConfig(n_k=100, exponent=7.0, n_K=4, K_low=30 / steady_state_capital(Calibration()),
                             K_high=50 / steady_state_capital(Calibration()))
-SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=1000, tolerance=1e-5)  # for the preset smoke
+SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000, burn_in=50, tolerance=1e-5)  # for the preset smoke
 C_MIN = 1e-12  # keeps u'(c) finite for a household with nothing: k = 0, unemployed, no benefits
 
 
