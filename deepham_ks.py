@@ -359,10 +359,9 @@ def consumption_share(policy: List[Tensor], k: Tensor, eps: Tensor, m: Tensor, K
 
 
 def network_capital(policy: List[Tensor], k: Tensor, eps: Tensor, K: Tensor, z: Tensor, econ: Economy) -> Tensor:
-    """k' of the policy network; the arguments broadcast against k."""
-    K, z = K.expand_as(k), z.expand_as(k)
+    """k' of the policy network; K and z broadcast against k and eps."""
     m, _ = cash_on_hand(k, eps, K, z, econ)
-    return (1 - consumption_share(policy, k, eps, m, K, z, econ)) * m
+    return (1 - consumption_share(policy, k, eps, m, K.expand_as(k), z.expand_as(k), econ)) * m
 
 
 def network_value(value: List[Tensor], k: Tensor, eps: Tensor, K: Tensor, z: Tensor,
@@ -437,11 +436,16 @@ def roll_out(policy: List[Tensor], k: Tensor, eps: Tensor, K: Tensor, z: Tensor,
 
 def consumption_and_slope(policy: List[Tensor], k: Tensor, eps: Tensor, K: Tensor, z: Tensor,
                           econ: Economy) -> Tuple[Tensor, Tensor]:
-    """c and dc/dk of the policy network, any common shape."""
-    m, R = cash_on_hand(k, eps, K, z, econ)
-    f, f_k = network_and_slope(policy, features(k, eps, m, K, z, econ), feature_slopes(m, R, econ))
-    c = m * torch.exp(f.clamp(max=0.0))
-    return c, torch.where(f < 0, R * c / m + c * f_k, R)
+    """c and dc/dk of the policy network at the states of a path, (T, B); a few periods at a time stay in the cache."""
+    c, dc = torch.empty_like(k), torch.empty_like(k)
+    chunk = 4
+    for t in range(0, k.shape[0], chunk):
+        k_t, eps_t, K_t, z_t = k[t : t + chunk], eps[t : t + chunk], K[t : t + chunk], z[t : t + chunk]
+        m, R = cash_on_hand(k_t, eps_t, K_t, z_t, econ)
+        f, f_k = network_and_slope(policy, features(k_t, eps_t, m, K_t, z_t, econ), feature_slopes(m, R, econ))
+        c_t = m * torch.exp(f.clamp(max=0.0))
+        c[t : t + chunk], dc[t : t + chunk] = c_t, torch.where(f < 0, R * c_t / m + c_t * f_k, R)
+    return c, dc
 
 
 def next_value_surprise(value: List[Tensor], k: Tensor, eps: Tensor, K: Tensor, z: Tensor,
@@ -567,55 +571,66 @@ def value_residuals(V: Tensor, V_k: Tensor, batch: Batch, econ: Economy, cfg: Co
     return torch.stack([level, slope])
 
 
-def gauss_newton_step(theta: Tensor, jacobian: Tensor, residual: Tensor, rate: Tensor, damping: Tensor, floor: float,
+def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, damping: Tensor, floor: float,
                       loss: Callable) -> Tuple[Tensor, Tensor, Tensor]:
-    """rate times a Levenberg-Marquardt step on the residual (n,), jacobian (n, P) = -d residual / d theta, solved
-    in float64. A step that does not lower the loss is not taken, and the damping rises tenfold: decided on the
-    device, so that nothing waits for it. Returns theta, damping and whether the step was taken."""
-    A = (jacobian.T @ jacobian).double()
+    """rate times a Levenberg-Marquardt step, solved in float64. rows(part) gives, for a slice of the n states, pairs
+    of a residual and its jacobian = -d residual / d theta (n, P). A step that does not lower the loss is not taken,
+    and the damping rises tenfold: decided on the device, so that nothing waits for it. Returns theta, damping and
+    whether the step was taken."""
+    A, gradient = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta))
+    for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
+        for residual, jacobian in rows(slice(start, start + 2048)):
+            A.addmm_(jacobian.T, jacobian)
+            gradient.addmv_(jacobian.T, residual)
+    A = A.double()
     A.diagonal().add_(damping * A.diagonal().mean())
-    gradient = (jacobian.T @ residual).double()
     factor, _ = torch.linalg.cholesky_ex(A)
-    trial = theta + rate * torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1).to(theta.dtype)
-    taken = loss(trial) < residual.square().sum()
+    step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1)
+    trial = theta + rate * step.to(theta.dtype)
+    taken = loss(trial) < loss(theta)
     theta = torch.where(taken, trial, theta)
     damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
     return theta, damping, taken
 
 
-def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Economy, cfg: Config, kernels: Kernels):
+def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Economy, cfg: Config,
+               kernels: Kernels):
     """Gauss-Newton on realised utilities and costates together (Huge & Savine 2020: fit the slopes too)."""
     m, R = cash_on_hand(batch.k, batch.eps, batch.K, batch.z, econ)
     x, dx = features(batch.k, batch.eps, m, batch.K, batch.z, econ), feature_slopes(m, R, econ)
-    scale = value_scale(econ)
+    layers, scale = unpack(theta), value_scale(econ)
+    slope_scale = (scale * cfg.slope_weight / marginal_utility(batch.c, econ)).unsqueeze(1)
 
     def residuals(theta):
         V, V_k = network_and_slope(unpack(theta), x, dx)
-        return value_residuals(scale * V, scale * V_k, batch, econ, cfg).flatten()
+        return value_residuals(scale * V, scale * V_k, batch, econ, cfg)
 
-    layers = unpack(theta)
-    slope_scale = scale * cfg.slope_weight / marginal_utility(batch.c, econ)
-    jacobian = torch.cat([cfg.level_weight * kernels.network_jacobian(layers, x),
-                          slope_scale.unsqueeze(1) * kernels.slope_jacobian(layers, x, dx)])
-    return gauss_newton_step(theta, jacobian, residuals(theta), rate, damping, cfg.damping / 10,
+    now = residuals(theta)
+
+    def rows(part):
+        yield now[0, part], cfg.level_weight * kernels.network_jacobian(layers, x[part])
+        yield now[1, part], kernels.slope_jacobian(layers, x[part], dx[part] * slope_scale[part])
+
+    return gauss_newton_step(theta, rows, len(x), rate, damping, cfg.damping / 10,
                              lambda theta: residuals(theta).square().sum())
 
 
 def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Economy, cfg: Config,
                 kernels: Kernels):
-    """Gauss-Newton on the utility objective: move log c by its Newton step, wherever the borrowing
-    limit leaves room."""
+    """Gauss-Newton on the utility objective: move log c by its Newton step, wherever the borrowing limit leaves
+    room."""
     m, _ = cash_on_hand(batch.k, batch.eps, batch.K, batch.z, econ)
     x, layers = features(batch.k, batch.eps, m, batch.K, batch.z, econ), unpack(theta)
     f, newton = network(layers, x), policy_residual(batch, econ).clamp(-0.5, 0.5)
-    free = (f < 0) | (newton < 0)
-    residual = torch.where(free, newton, torch.zeros_like(f))
-    jacobian = kernels.network_jacobian(layers, x) * free.unsqueeze(1)
+    free = ((f < 0) | (newton < 0)).to(x.dtype)
+
+    def rows(part):
+        yield newton[part] * free[part], kernels.network_jacobian(layers, x[part]) * free[part].unsqueeze(1)
 
     def loss(theta):
-        return ((f + residual - network(unpack(theta), x)) * free).square().sum()
+        return ((f + newton - network(unpack(theta), x)) * free).square().sum()
 
-    return gauss_newton_step(theta, jacobian, residual, rate, damping, cfg.damping, loss)
+    return gauss_newton_step(theta, rows, len(x), rate, damping, cfg.damping, loss)
 
 
 def value_loss(theta: Tensor, batch: Batch, econ: Economy, cfg: Config) -> Tensor:
@@ -649,8 +664,9 @@ def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Econom
     V, V_k = network_value(unpack(state["value"]), batch.k, batch.eps, batch.K, batch.z, econ)
     level, slope = batch.U - V, (batch.lam - V_k) / marginal_utility(batch.c, econ)
     m, _ = cash_on_hand(batch.k, batch.eps, batch.K, batch.z, econ)
-    at_limit = (batch.c >= m * (1 - 1e-6)).float().mean()
-    rms = [x.square().mean().sqrt() for x in (policy_residual(batch, econ), level, slope)]
+    free = batch.c < m * (1 - 1e-6)
+    at_limit = 1 - free.to(m.dtype).mean()
+    rms = [x.square().mean().sqrt() for x in (policy_residual(batch, econ) * free, level, slope)]
     return torch.stack([state["k"].mean(), objective, *rms, at_limit, *taken, *state["damping"]])
 
 
