@@ -84,27 +84,49 @@ class Calibration:
 class Config:
     """Everything about the method. The defaults are the preset `default`."""
 
-    n_agents: int = option(1000, "N, households an economy: at 50 the sampling noise of K blurs every gradient", "[1, 1e7]")
+    n_agents: int = option(
+        1000, "N, households an economy: at 50 the sampling noise of K blurs every gradient", "[1, 1e7]"
+    )
     n_economies: int = option(16, "B, economies simulated side by side", "[1, 1e6]")
     periods: int = option(300, "periods that each outer iteration simulates on from the last panel", "[2, 1e6]")
+    systematic: bool = option(True, "spread employment shocks evenly over households: less sampling noise in K")
     horizon: int = option(150, "T, periods of utility before the value network takes over", "[1, 1e5]")
     batch: int = option(2048, "households in a roll-out", "[2, 1e7]")
-    stride: int = option(10, "every stride-th period of a roll-out is a state to learn from; neighbours say the same", "[1, 1e5]")
+    stride: int = option(
+        10, "every stride-th period of a roll-out is a state to learn from; neighbours say the same", "[1, 1e5]"
+    )
     iterations: int = option(40, "outer iterations: simulate, roll out, value step, policy step", "[1, 1e6]")
     hidden: int = option(32, "width of the two tanh layers of both networks", "[1, 1024]")
-    optimizer: str = option("gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam"))
-    policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c; at 1, K cobwebs. adam: rate", "(0, 1]")
+    optimizer: str = option(
+        "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
+    )
+    policy_rate: float = option(
+        0.6, "gauss-newton: share of the Newton step of log c; at 1, K cobwebs. adam: rate", "(0, 1]"
+    )
     value_rate: float = option(1e-3, "adam: rate of the value network", "(0, 1]")
     policy_steps: int = option(1, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(1, "adam: value steps an outer iteration", "[1, 1e6]")
-    decay_from: int = option(20, "gauss-newton: outer iteration from which steps fall like 1/n", "[1, 1e6]")
+    decay_from: int = option(
+        15, "gauss-newton: outer iteration from which steps fall like 1 / (1 + decay n)", "[1, 1e6]"
+    )
+    decay: float = option(0.2, "gauss-newton: how fast they fall; 0.2 averages over the last fifth", "[0, 1e3]")
     damping: float = option(1e-3, "gauss-newton: least damping of the policy step, of the mean diagonal", "(0, 1e6]")
-    slope_weight: float = option(1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]")
-    level_weight: float = option(0.3, "weight of V against realised utility, in units of the network's output", "(0, 1e6]")
+    slope_weight: float = option(
+        1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]"
+    )
+    level_weight: float = option(
+        0.3, "weight of V against realised utility, in units of the network's output", "(0, 1e6]"
+    )
     control_variate: bool = option(True, "take out of the labels the surprises whose mean is exactly zero")
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in [0, k_wide], not on the panel", "[0, 1]")
     k_wide: float = option(5.3, "upper end of these, in multiples of steady-state K", "(0, 25]")
-    unemployed_share: float = option(0.5, "share of roll-outs set unemployed: 7% of households, most of the error", "[0, 1]")
+    unemployed_share: float = option(
+        0.5, "share of roll-outs set unemployed: 7% of households, most of the error", "[0, 1]"
+    )
+    unemployed_weight: float = option(3.0, "weight of unemployed states in both least-squares problems", "(0, 1e6]")
+    K_spread: float = option(
+        0.1, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
+    )
     initial_share: float = option(0.06, "consumption share of cash on hand before training", "(0, 1)")
     eval_agents: int = option(50, "households an economy when the solution is judged, small", "[2, 1e7]")
     eval_economies: int = option(64, "economies when the solution is judged, small", "[1, 1e6]")
@@ -123,9 +145,10 @@ class Config:
 PRESETS = {
     "default": Config(),
     # game_nn_n50 of the authors' code, as far as this script has the choice
-    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, stride=1, iterations=5, hidden=24,
+    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, stride=1, iterations=6, hidden=24,
                     optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000, value_steps=2000,
-                    slope_weight=0.0, level_weight=1.0, control_variate=False, wide_share=0.0, unemployed_share=0.0,
+                    slope_weight=0.0, level_weight=1.0, unemployed_weight=1.0, K_spread=0.0,
+                    systematic=False, control_variate=False, wide_share=0.0, unemployed_share=0.0,
                     initial_share=0.4),
     "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, stride=2, iterations=3, hidden=8,
                     eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
@@ -405,16 +428,29 @@ def initial_panel(B: int, N: int, econ: Economy, rng: torch.Generator, dtype=tor
     return Panel(k, eps, z)
 
 
-def simulate(policy: Callable, panel: Panel, periods: int, econ: Economy, rng: torch.Generator) -> Iterator:
+def systematic_uniform(eps: Tensor, rng: torch.Generator) -> Tensor:
+    """Uniform numbers (B, N), independent over time for a household but evenly spread over the unemployed and over the
+    employed of an economy (golden-ratio steps from a random start): the numbers that find and lose work hardly
+    fluctuate, as if N were far larger."""
+    rank = torch.where(eps == 1, eps.cumsum(1), (1 - eps).cumsum(1))
+    spread = (rank * 2654435769 % 2**32).to(torch.float32) / 2**32  # rank times the golden ratio, modulo 1
+    start = torch.rand((len(eps), 2), generator=rng, device=eps.device)
+    return (spread + start.gather(1, eps)) % 1.0
+
+
+def simulate(policy: Callable, panel: Panel, periods: int, econ: Economy, rng: torch.Generator,
+             systematic: bool = False) -> Iterator:
     """The N-agent economy, period by period: yields (k, eps, K, z, k') with k, eps, k' (B, N) and K, z (B, 1).
-    The same rng state gives the same shocks whatever the policy."""
+    The same rng state gives the same shocks whatever the policy. systematic: less sampling noise in K, for training;
+    solutions are judged with independent draws."""
     k, eps, z = panel
     for _ in range(periods):
         K = k.mean(1, keepdim=True)
         k_next = policy(k, eps, K, z)
         yield k, eps, K, z, k_next
         z_next = draw_z(uniform(z.shape, k, rng), z, econ)
-        eps = draw_eps(uniform(eps.shape, k, rng), z, z_next, eps, econ)
+        draws = systematic_uniform(eps, rng) if systematic else uniform(eps.shape, k, rng)
+        eps = draw_eps(draws, z, z_next, eps, econ)
         k, z = k_next, z_next
 
 
@@ -564,30 +600,36 @@ def policy_residual(batch: Batch, econ: Economy) -> Tensor:
     return (1 - econ.beta * batch.lam_next / marginal_utility(batch.c, econ)) / econ.gamma
 
 
+def state_weights(eps: Tensor, cfg: Config) -> Tensor:
+    """Square roots of the weights in the least-squares problems."""
+    return 1 + (math.sqrt(cfg.unemployed_weight) - 1) * (1.0 - eps)
+
+
 def value_residuals(V: Tensor, V_k: Tensor, batch: Batch, econ: Economy, cfg: Config) -> Tensor:
     """Weighted errors of V against realised utility and of V_k against the costates, (2, n): both unit-free."""
     level = cfg.level_weight * (batch.U - V) / value_scale(econ)
     slope = cfg.slope_weight * (batch.lam - V_k) / marginal_utility(batch.c, econ)
-    return torch.stack([level, slope])
+    return state_weights(batch.eps, cfg) * torch.stack([level, slope])
 
 
 def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, damping: Tensor, floor: float,
                       loss: Callable) -> Tuple[Tensor, Tensor, Tensor]:
     """rate times a Levenberg-Marquardt step, solved in float64. rows(part) gives, for a slice of the n states, pairs
-    of a residual and its jacobian = -d residual / d theta (n, P). A step that does not lower the loss is not taken,
-    and the damping rises tenfold: decided on the device, so that nothing waits for it. Returns theta, damping and
-    whether the step was taken."""
-    A, gradient = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta))
+    of a residual and its jacobian = -d residual / d theta (n, P). The mean squared residual is added to the damping
+    (Yamashita & Fukushima 2001): careful far from the solution, free near it. A step that does not lower the loss is
+    not taken, and the damping rises tenfold: decided on the device, so that nothing waits for it. Returns theta,
+    damping and whether the step was taken."""
+    A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), loss(theta)
     for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
         for residual, jacobian in rows(slice(start, start + 2048)):
             A.addmm_(jacobian.T, jacobian)
             gradient.addmv_(jacobian.T, residual)
     A = A.double()
-    A.diagonal().add_(damping * A.diagonal().mean())
+    A.diagonal().add_((damping + now / n) * A.diagonal().mean())
     factor, _ = torch.linalg.cholesky_ex(A)
     step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1)
     trial = theta + rate * step.to(theta.dtype)
-    taken = loss(trial) < loss(theta)
+    taken = loss(trial) < now
     theta = torch.where(taken, trial, theta)
     damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
     return theta, damping, taken
@@ -605,11 +647,11 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
         V, V_k = network_and_slope(unpack(theta), x, dx)
         return value_residuals(scale * V, scale * V_k, batch, econ, cfg)
 
-    now = residuals(theta)
+    now, weight = residuals(theta), state_weights(batch.eps, cfg).unsqueeze(1)
 
     def rows(part):
-        yield now[0, part], cfg.level_weight * kernels.network_jacobian(layers, x[part])
-        yield now[1, part], kernels.slope_jacobian(layers, x[part], dx[part] * slope_scale[part])
+        yield now[0, part], cfg.level_weight * weight[part] * kernels.network_jacobian(layers, x[part])
+        yield now[1, part], kernels.slope_jacobian(layers, x[part], dx[part] * slope_scale[part] * weight[part])
 
     return gauss_newton_step(theta, rows, len(x), rate, damping, cfg.damping / 10,
                              lambda theta: residuals(theta).square().sum())
@@ -622,7 +664,7 @@ def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ
     m, _ = cash_on_hand(batch.k, batch.eps, batch.K, batch.z, econ)
     x, layers = features(batch.k, batch.eps, m, batch.K, batch.z, econ), unpack(theta)
     f, newton = network(layers, x), policy_residual(batch, econ).clamp(-0.5, 0.5)
-    free = ((f < 0) | (newton < 0)).to(x.dtype)
+    free = ((f < 0) | (newton < 0)) * state_weights(batch.eps, cfg)
 
     def rows(part):
         yield newton[part] * free[part], kernels.network_jacobian(layers, x[part]) * free[part].unsqueeze(1)
@@ -671,49 +713,60 @@ def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Econom
 
 
 def iterate(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.Generator, optimizers) -> Tensor:
-    """One outer iteration, in place on the tensors of the state; returns its figures without waiting for them."""
+    """One outer iteration, in place on the tensors of the state: learn from the states of the last roll-out, then
+    simulate and roll out under the new policy. Returns its figures without waiting for them."""
+    states = Batch(*[state[f"batch_{name}"] for name in Batch._fields])
+    taken = torch.zeros_like(state["rates"])
+    if state["iteration"] > 0 and cfg.optimizer == "gauss-newton":
+        taken = gauss_newton_updates(state, states, econ, cfg, kernels)
+    if cfg.optimizer == "adam":
+        taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
     layers = unpack(state["policy"])
 
     def policy(k, eps, K, z):
         return kernels.network_capital(layers, k, eps, K, z, econ)
 
-    K_path, z_path, panel = [], [], Panel(state["k"], state["eps"], state["z"])
-    for k, eps, K, z, _ in simulate(policy, panel, cfg.periods, econ, rng):  # noqa: B007
-        K_path.append(K[:, 0])
-        z_path.append(z[:, 0])
-    panel, K_path, z_path = Panel(k, eps, z), torch.stack(K_path), torch.stack(z_path)
-
-    def sample():
-        paths = sample_households(panel, K_path, z_path, econ, cfg, rng)
-        return roll_out_batch(unpack(state["policy"]), unpack(state["value"]), paths, econ, cfg, kernels)
-
-    batch = sample()
-    objective, states = econ.V_ss + batch.U[0].mean(), thin(batch, cfg)
-    if cfg.optimizer == "gauss-newton":
-        taken = gauss_newton_updates(state, states, econ, cfg, kernels)
-    else:
-        taken = adam_updates(state, states, sample, econ, cfg, optimizers)
+    scale = 1 + cfg.K_spread * (2 * uniform(state["z"].shape, state["k"], rng) - 1)
+    panel = Panel(state["k"] * scale, state["eps"], state["z"])
+    for t, (k, eps, K, z, _) in enumerate(simulate(policy, panel, cfg.periods, econ, rng, cfg.systematic)):
+        state["K_path"][t], state["z_path"][t] = K[:, 0], z[:, 0]
+        panel = Panel(k, eps, z)
     for name, tensor in zip(Panel._fields, panel):
         state[name].copy_(tensor)
-    return iteration_figures(state, objective, states, econ, cfg, taken)
+    batch = roll_out_sample(state, econ, cfg, kernels, rng)
+    for name, tensor in zip(Batch._fields, thin(batch, cfg)):
+        state[f"batch_{name}"].copy_(tensor)
+    if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
+        for _ in range(10):  # the value network, a constant so far, meets its first labels
+            value_update(state, states, state["rates"][1], econ, cfg, kernels)
+    return iteration_figures(state, econ.V_ss + batch.U[0].mean(), states, econ, cfg, taken)
 
 
-def gauss_newton_updates(state: dict, states: Batch, econ: Economy, cfg: Config, kernels: Kernels):
-    """Policy and value steps on the same states. At first the value network, a constant so far, is fitted in ten
-    steps and the policy is left alone."""
-    (policy_rate, value_rate), damping, first = state["rates"], state["damping"], state["iteration"] == 0
-    policy, policy_taken = state["policy"], torch.zeros_like(policy_rate)
-    if not first:
-        policy, damping[0], policy_taken = policy_step(policy, policy_rate, damping[0], states, econ, cfg, kernels)
-    for _ in range(10 if first else 1):
-        value, damping[1], value_taken = value_step(state["value"], value_rate, damping[1], states, econ, cfg, kernels)
-        state["value"].copy_(value)
+def roll_out_sample(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.Generator) -> Batch:
+    """Labels of freshly drawn households under the current networks."""
+    panel = Panel(state["k"], state["eps"], state["z"])
+    paths = sample_households(panel, state["K_path"], state["z_path"], econ, cfg, rng)
+    return roll_out_batch(unpack(state["policy"]), unpack(state["value"]), paths, econ, cfg, kernels)
+
+
+def value_update(state: dict, states: Batch, rate: Tensor, econ: Economy, cfg: Config, kernels: Kernels) -> Tensor:
+    damping = state["damping"]
+    value, damping[1], taken = value_step(state["value"], rate, damping[1], states, econ, cfg, kernels)
+    state["value"].copy_(value)
+    return taken
+
+
+def gauss_newton_updates(state: dict, states: Batch, econ: Economy, cfg: Config, kernels: Kernels) -> Tensor:
+    """One policy and one value step on the same states; whether they were taken, (2,)."""
+    (policy_rate, value_rate), damping = state["rates"], state["damping"]
+    policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels)
+    value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
     state["policy"].copy_(policy)
-    return policy_taken.float(), value_taken.float()
+    return torch.stack([taken, value_taken]).to(policy.dtype)
 
 
-def adam_updates(state: dict, states: Batch, sample: Callable, econ: Economy, cfg: Config, optimizers: dict):
-    """value_steps of Adam on one batch, then policy_steps, each on a roll-out of its own."""
+def adam_updates(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
+    """value_steps of Adam on one roll-out, then policy_steps, each on a roll-out of its own."""
 
     def descend(name, loss):
         theta = optimizers[name].param_groups[0]["params"][0]
@@ -721,11 +774,13 @@ def adam_updates(state: dict, states: Batch, sample: Callable, econ: Economy, cf
             (theta.grad,) = torch.autograd.grad(loss(theta), theta)
         optimizers[name].step()
 
-    for _ in range(cfg.value_steps):
-        descend("value", lambda theta: value_loss(theta, states, econ, cfg))
-    for _ in range(cfg.policy_steps):
-        batch = sample()
-        descend("policy", lambda theta: policy_loss(theta, batch, econ))
+    if state["iteration"] > 0:  # before, there is no simulated path
+        states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
+        for _ in range(cfg.value_steps):
+            descend("value", lambda theta: value_loss(theta, states, econ, cfg))
+        for _ in range(cfg.policy_steps):
+            batch = roll_out_sample(state, econ, cfg, kernels, rng)
+            descend("policy", lambda theta, batch=batch: policy_loss(theta, batch, econ))
     return torch.ones_like(state["rates"])
 
 
@@ -741,6 +796,7 @@ def initial_state(econ: Economy, cfg: Config, seed: int, rng: torch.Generator) -
     """Everything that a run carries from one outer iteration to the next."""
     device = econ.Z.device
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
+    n_states = cfg.batch * len(range(0, cfg.horizon // 2, cfg.stride))
     return {
         "iteration": 0,
         "policy": initial_parameters(cfg.hidden, math.log(cfg.initial_share), seed).to(device),
@@ -749,18 +805,22 @@ def initial_state(econ: Economy, cfg: Config, seed: int, rng: torch.Generator) -
         "rates": torch.zeros(2, device=device),
         "caution": 1.0,
         **panel._asdict(),
+        "K_path": torch.zeros(cfg.periods, cfg.n_economies, device=device),
+        "z_path": torch.zeros(cfg.periods, cfg.n_economies, device=device, dtype=torch.int64),
+        **{f"batch_{name}": torch.zeros(n_states, device=device, dtype=torch.int64 if name in ("eps", "z") else None)
+           for name in Batch._fields},
         "history": {name: [] for name in HISTORY},
     }
 
 
 def set_rates(state: dict, cfg: Config) -> None:
     """Steps of full size up to decay_from, then falling like 1 / n: from there on they average the noise out."""
-    n = max(state["iteration"], 1)
-    state["rates"][0] = state["caution"] * cfg.policy_rate * min(1, cfg.decay_from / n)
-    state["rates"][1] = state["caution"] * min(1, 2 * cfg.decay_from / n)
+    fall = 1 + cfg.decay * max(state["iteration"] - cfg.decay_from, 0)
+    state["rates"][0] = state["caution"] * cfg.policy_rate / fall
+    state["rates"][1] = state["caution"] / fall
 
 
-def find_trouble(figures: dict) -> str | None:
+def find_trouble(figures: dict, last_residual: float) -> str | None:
     """The first quantity that says the iteration went wrong."""
     for name, figure in figures.items():
         if not math.isfinite(figure):
@@ -769,8 +829,8 @@ def find_trouble(figures: dict) -> str | None:
         return f"mean_K is {figures['mean_K']:.3g}, outside (0.1, 1000)"
     if figures["at_limit"] > 0.9:
         return f"at_limit is {figures['at_limit']:.2f}: the policy network is saturated, nobody saves"
-    if figures["policy_residual"] > 100:
-        return f"policy_residual is {figures['policy_residual']:.3g}: the step made the policy worse"
+    if figures["policy_residual"] > max(2 * last_residual, 0.05):
+        return f"policy_residual rose from {last_residual:.3g} to {figures['policy_residual']:.3g}"
     return None
 
 
@@ -800,7 +860,8 @@ def train(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.
             else:
                 figures = iterate(state, econ, cfg, kernels, rng, optimizers)
         figures = dict(zip(HISTORY[1:], figures.tolist()))
-        trouble = find_trouble(figures)
+        residuals = state["history"]["policy_residual"]
+        trouble = find_trouble(figures, residuals[-1] if residuals else math.inf)
         if trouble:
             failures += 1
             tqdm.write(f"iteration {state['iteration'] + 1} taken back: {trouble}")
@@ -812,7 +873,7 @@ def train(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.
                 optimizer.load_state_dict(optimizers_before[name])
             state["caution"] /= 2
             continue
-        failures = 0
+        failures, state["caution"] = 0, min(1.0, 1.5 * state["caution"])
         figures.update(seconds=time.perf_counter() - start, rate=float(state["rates"][0]))
         for name, column in state["history"].items():
             column.append(figures[name])
@@ -905,7 +966,9 @@ def ergodic_states(solution, econ: Economy, cfg: Config, B: int, N: int, seed: i
     rng = torch.Generator(econ.Z.device).manual_seed(seed)
     panel = initial_panel(B, N, econ, rng, torch.float64)
     pooled, K_path, z_path = [], [], []
-    for t, (k, eps, K, z, k_next) in enumerate(simulate(solution.policy, panel, cfg.eval_periods, econ, rng)):
+    periods = simulate(solution.policy, panel, cfg.eval_periods, econ, rng)
+    periods = tqdm(periods, f"simulation, N = {N}", cfg.eval_periods, leave=False, disable=None)
+    for t, (k, eps, K, z, k_next) in enumerate(periods):
         if t >= cfg.eval_drop:
             K_path.append(K[:, 0])
             z_path.append(z[:, 0])
@@ -1022,18 +1085,17 @@ def impulse_paths(solution, econ: Economy, cfg: Config, z_0: int, seed: int) -> 
     Every random number is the same whatever z_0 and the solution; employment at 0 is drawn given both states."""
     rng = torch.Generator(econ.Z.device).manual_seed(seed)
     panel = initial_panel(cfg.irf_paths, cfg.irf_agents, econ, rng, torch.float64)
-    for k, eps, K, z, k_next in simulate(solution.policy, panel, cfg.irf_burn, econ, rng):
+    burn = simulate(solution.policy, panel, cfg.irf_burn, econ, rng)
+    for k, eps, _, z, k_next in tqdm(burn, "impulse responses", cfg.irf_burn, leave=False, disable=None):
         pass
-    good = torch.ones_like(z)
+    good, bad_or_good = torch.ones_like(z), torch.full_like(z, z_0)
     eps = draw_eps(uniform(eps.shape, k, rng), z, good, eps, econ)
-    k, k_next = k_next, solution.policy(k_next, eps, k_next.mean(1, keepdim=True), good)
-    z = torch.full_like(good, z_0)
-    eps = draw_eps(uniform(eps.shape, k, rng), good, z, eps, econ)
+    k = solution.policy(k_next, eps, k_next.mean(1, keepdim=True), good)
+    panel = Panel(k, draw_eps(uniform(eps.shape, k, rng), good, bad_or_good, eps, econ), bad_or_good)
     columns = []
-    for k, eps, K, z, k_next in simulate(solution.policy, Panel(k_next, eps, z), cfg.irf_periods, econ, rng):
-        m, R = cash_on_hand(k, eps, K.expand_as(k), z.expand_as(eps), econ)
-        C = (m - k_next).mean(1)
-        columns.append([K[:, 0], output(K, z, econ)[:, 0], C, R[:, 0], z[:, 0].double()])
+    for k, eps, K, z, k_next in simulate(solution.policy, panel, cfg.irf_periods, econ, rng):
+        m, R = cash_on_hand(k, eps, K, z, econ)
+        columns.append([K[:, 0], output(K, z, econ)[:, 0], (m - k_next).mean(1), R[:, 0], z[:, 0].double()])
     return {name: torch.stack(series, 1).cpu().numpy() for name, series in zip(SERIES, zip(*columns))}
 
 
@@ -1071,7 +1133,8 @@ class GridConfig:
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7 on [0, 1000], 4 nodes of K on [30, 50]
 PUBLISHED_GRID = GridConfig(n_k=100, exponent=7.0, n_K=4, K_low=30 / steady_state_capital(Calibration()),
                             K_high=50 / steady_state_capital(Calibration()))
-SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000, burn_in=50, tolerance=1e-5)  # for the preset smoke
+# for the preset smoke
+SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000, burn_in=50, tolerance=1e-5)
 C_MIN = 1e-12  # keeps u'(c) finite for a household with nothing: k = 0, unemployed, no benefits
 
 
@@ -1985,14 +2048,15 @@ def work(argv: List[str]) -> int:
             write_results(folder, weights, grid, network, figures, arrays, cfg)
         seconds["training"] = sum(weights["history"]["seconds"])
         columns = ("figure", "network", "grid", "published", "tolerance", "passed")
-        metrics = {**figures, "verdict": [dict(zip(columns, row)) for row in rows], "calibration": weights["calibration"],
-                   "config": weights["config"], "seed": weights["seed"], "device": device_name(device),
+        metrics = {**figures, "verdict": [dict(zip(columns, row)) for row in rows],
+                   "calibration": weights["calibration"], "config": dataclasses.asdict(cfg),
+                   "seed": weights["seed"], "device": device_name(device),
                    "versions": versions(), "seconds": seconds, "peak_memory_gb": peak_memory_gb(device)}
         text = json.dumps(metrics, indent=1, default=lambda x: x.tolist())
         (folder / "metrics.json").write_text(text + "\n")
     print_verdict(rows)
-    print(f"\ntraining {seconds['training']:.1f} s, grid {seconds['grid']:.1f} s, accuracy {seconds['accuracy']:.1f} s; "
-          f"results in {output_dir.resolve()}")
+    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy"))
+    print(f"\n{spent}; results in {output_dir.resolve()}")
     return 1 if run.evaluate and not all(row[-1] for row in rows) else 0
 
 

@@ -1,0 +1,228 @@
+"""Benchmarks of deepham_ks.py. Writes benchmarks/results-cpu.md (results-gpu.md where there is CUDA), and
+time_to_accuracy-*.csv and .png.
+
+  python benchmarks/bench.py                            # everything; about 15 minutes on two cores
+  python benchmarks/bench.py --seeds 0 --paper-seconds 0
+"""
+
+import argparse
+import dataclasses
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import deepham_ks as dk  # noqa: E402
+
+CAL = dk.Calibration()
+
+
+class OutOfTime(Exception):
+    """The budget of a run is used up."""
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(work, device, repeats=5):
+    """Median wall time of work(), after two calls that warm up."""
+    times = []
+    for i in range(repeats + 2):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        if i > 1:
+            times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def setting(cfg, device, seed=0):
+    econ, kernels = dk.build_economy(CAL, device, torch.float32), dk.compile_kernels("torchscript")
+    rng = torch.cuda.default_generators[0] if device == "cuda" else torch.Generator()
+    rng.manual_seed(seed)
+    return econ, kernels, rng, dk.initial_state(econ, cfg, seed, rng)
+
+
+# ---------------------------------------------------------------------------------------------- time to accuracy
+
+
+def reference_panel(solution, econ, cfg):
+    states, _, _ = dk.ergodic_states(solution, econ, cfg, cfg.eval_economies, cfg.eval_agents, dk.JUDGE_SEED)
+    return states.k.cpu().numpy()
+
+
+def time_to_accuracy(name, cfg, seed, device, grid, k_grid, every, budget=float("inf")):
+    """Rows (preset, seed, outer iteration, training seconds, W1, mean |dk'|); judging is not counted."""
+    econ, kernels, rng, state = setting(cfg, device, seed)
+    rows = []
+
+    def after(state):
+        seconds = sum(state["history"]["seconds"])
+        if state["iteration"] % every == 0 or state["iteration"] == cfg.iterations or seconds > budget:
+            network = dk.Solution(CAL, cfg, state["policy"].clone(), state["value"].clone(), device, "torchscript")
+            judging = dk.PRESETS["default"]
+            w1 = scipy.stats.wasserstein_distance(reference_panel(network, network.econ, judging), k_grid)
+            gap = dk.policy_distance(network, grid, network.econ)["mean"]
+            rows.append((name, seed, state["iteration"], seconds, w1, gap))
+            print(f"{name} seed {seed} iteration {state['iteration']}: {seconds:.1f} s, W1 {w1:.3f}, |dk'| {gap:.4f}",
+                  flush=True)
+        if seconds > budget:
+            raise OutOfTime
+
+    try:
+        dk.train(state, econ, cfg, kernels, rng, device == "cuda", after)
+    except OutOfTime:
+        print(f"{name} seed {seed}: stopped after {budget:.0f} s of training")
+    return rows
+
+
+def draw_time_to_accuracy(path, rows):
+    with dk.figure(path, 3.4, "W1 of pooled individual capital against the grid, 64 economies of N = 50") as fig:
+        ax = fig.subplots()
+        for i, (name, style) in enumerate((("default", "-"), ("paper", "--"))):
+            for seed in sorted({row[1] for row in rows if row[0] == name}):
+                points = np.array([row[3:5] for row in rows if row[:2] == (name, seed)])
+                ax.plot(*points.T, style, color=(dk.BLUE, "black")[i], marker="o", markersize=3, linewidth=1.2,
+                        label=f"{name}, seed {seed}")
+        ax.axhline(0.16, color="0.5", linewidth=0.8)
+        ax.annotate("published grid solution, 0.16", (ax.get_xlim()[1], 0.16), ha="right", va="bottom", fontsize=7.5)
+        ax.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="W1 (goods)")
+        dk.legend_above(fig, ax)
+
+
+# ---------------------------------------------------------------------------------------------- stages and scaling
+
+
+def stages(cfg, device):
+    """Seconds of each part of an outer iteration, and of the whole as it is run."""
+    econ, kernels, rng, state = setting(cfg, device)
+    dk.set_rates(state, cfg)
+    policy, value = dk.unpack(state["policy"]), dk.unpack(state["value"])
+    panel = dk.Panel(state["k"], state["eps"], state["z"])
+
+    def simulate():
+        K, z = [], []
+        for _, _, K_t, z_t, _ in dk.simulate(
+                lambda k, eps, K, z: kernels.network_capital(policy, k, eps, K, z, econ), panel, cfg.periods, econ, rng,
+                cfg.systematic):
+            K.append(K_t[:, 0])
+            z.append(z_t[:, 0])
+        return torch.stack(K), torch.stack(z)
+
+    paths = dk.sample_households(panel, *simulate(), econ, cfg, rng)
+    batch = dk.roll_out_batch(policy, value, paths, econ, cfg, kernels)
+    states = dk.thin(batch, cfg)
+    steps = (state["rates"], state["damping"], states, econ, cfg, kernels)
+    parts = {
+        "simulate": simulate,
+        "roll-out and costates": lambda: dk.roll_out_batch(policy, value, paths, econ, cfg, kernels),
+        "policy step": lambda: dk.policy_step(state["policy"], steps[0][0], steps[1][0], *steps[2:]),
+        "value step": lambda: dk.value_step(state["value"], steps[0][1], steps[1][1], *steps[2:]),
+    }
+    seconds = {name: median_seconds(part, device) for name, part in parts.items()}
+    state["iteration"] = 1
+
+    def whole():
+        return dk.iterate(state, econ, cfg, kernels, rng, {})
+
+    if device == "cuda":
+        tensors = [x for x in state.values() if isinstance(x, torch.Tensor)]
+        seconds["whole iteration, launched from Python"] = median_seconds(whole, device, 3)
+        whole = dk.capture(whole, tensors, rng)
+    seconds["whole iteration"] = median_seconds(whole, device)
+    return seconds
+
+
+def policy_step_flops(cfg):
+    """Floating-point operations of roll-out, costates and both Gauss-Newton steps, matrix products only."""
+    H, states = cfg.hidden, cfg.batch * len(range(0, cfg.horizon // 2, cfg.stride))
+    forward = 2 * (dk.N_FEATURES * H + H * H + H)
+    roll_out = cfg.batch * cfg.horizon * forward * (1 + 2 + 4 * 2)  # path, slope, V and V_k at four successors
+    P = dk.n_parameters(H)
+    return roll_out + 3 * states * 2 * P * P  # policy: one row a state, value: two
+
+
+def peak_flops(device):
+    n = 4096 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device)
+
+
+def scaling(device):
+    """Seconds of an outer iteration as N, B or the batch grows: rows (what, size, household-periods, simulate, rest)."""
+    base = dataclasses.replace(dk.PRESETS["default"], n_economies=4, periods=160)
+    sizes = [("N", {"n_agents": n}) for n in (50, 500, 5000, 50_000)]
+    sizes += [("economies", {"n_economies": b, "n_agents": 500}) for b in (4, 16, 64, 256)]
+    sizes += [("households in a roll-out", {"batch": b}) for b in (512, 2048, 8192)]
+    sizes += [("periods of a roll-out", {"horizon": t}) for t in (38, 75, 150)]
+    rows = []
+    for what, change in sizes:
+        cfg = dataclasses.replace(base, **change)
+        part = stages(cfg, device)
+        rest = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
+        rows.append((what, list(change.values())[0], cfg.n_agents * cfg.n_economies * cfg.periods, part["simulate"], rest))
+        print(f"{what} {rows[-1][1]}: simulate {part['simulate']:.3f} s, steps {rest:.3f} s", flush=True)
+    return rows
+
+
+def machine(device):
+    name = torch.cuda.get_device_name() if device == "cuda" else next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.processor())
+    return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--paper-seconds", type=float, default=600, help="training budget of preset paper; 0 leaves it out")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, cfg = "gpu" if device == "cuda" else "cpu", dk.PRESETS["default"]
+    print(machine(device))
+    grid = dk.solve_grid().to(device)
+    k_grid = reference_panel(grid, dk.build_economy(CAL, device, torch.float64), cfg)
+    rows = []
+    for seed in options.seeds:
+        rows += time_to_accuracy("default", cfg, seed, device, grid, k_grid, 5)
+    if options.paper_seconds:
+        rows += time_to_accuracy("paper", dk.PRESETS["paper"], 0, device, grid, k_grid, 1, options.paper_seconds)
+    np.savetxt(HERE / f"time_to_accuracy-{kind}.csv", np.array(rows, dtype=object), fmt="%s,%d,%d,%.2f,%.4f,%.5f",
+               header="preset,seed,iteration,training_seconds,w1,mean_dk", comments="")
+    draw_time_to_accuracy(HERE / f"time_to_accuracy-{kind}.png", rows)
+
+    part, peak = stages(cfg, device), peak_flops(device)
+    steps = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
+    work = cfg.batch * cfg.horizon
+    lines = [f"# Benchmarks, {kind.upper()}", "", f"`python benchmarks/bench.py {' '.join(sys.argv[1:])}`".replace(" `", "`"), "",
+             machine(device), "", "## Time to accuracy", "",
+             "W1 of pooled capital, N = 50, against the converged grid; judging is not counted. "
+             f"Every point is in `time_to_accuracy-{kind}.csv`.", "",
+             "| preset | seed | outer iterations | training s | W1 | mean \\|dk'\\| |", "|---|---|---|---|---|---|"]
+    last = {row[:2]: row for row in rows}
+    lines += [f"| {n} | {s} | {i} | {t:.1f} | {w:.3f} | {d:.4f} |" for n, s, i, t, w, d in last.values()]
+    lines += ["", "## Seconds by stage, one outer iteration of `default`", "", "| stage | s |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.3f} |" for name, seconds in part.items()]
+    lines += ["", f"Policy and value step with their roll-out: {work / steps:.3g} household-periods a second, "
+              f"{policy_step_flops(cfg) / steps / 1e9:.0f} GFLOP/s of matrix products, "
+              f"{100 * policy_step_flops(cfg) / steps / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s that a large float32 "
+              "matrix product reaches here.", ""]
+    if device == "cuda":
+        lines += [f"Peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB.", ""]
+    lines += ["## Scaling", "", "Median seconds; 4 economies, N = 1,000, 160 periods, where not said otherwise.", "",
+              "| what grows | to | household-periods simulated | simulate s | steps s |", "|---|---|---|---|---|"]
+    lines += [f"| {w} | {size:,} | {hp:,} | {a:.3f} | {b:.3f} |" for w, size, hp, a, b in scaling(device)]
+    (HERE / f"results-{kind}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
