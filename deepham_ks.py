@@ -62,6 +62,13 @@ def option(default, reason: str, within: str = "(-inf, inf)", choices=None):
     return field(default=default, metadata={"help": reason, "within": within, "choices": choices})
 
 
+class UserError(RuntimeError):
+    """What is wrong, the flag and the cure, in one line; main() prints it and returns 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Krusell & Smith (1998) in the calibration of Den Haan, Judd & Juillard (2010), quarterly."""
@@ -218,7 +225,7 @@ def build_economy(cal: Calibration, device=None, dtype=None) -> Economy:
     if dtype is not None:
         tables = [torch.tensor(table, device=device, dtype=dtype) for table in tables]
     K_ss = steady_state_capital(cal)
-    Y_ss = K_ss**cal.alpha * L.mean() ** (1 - cal.alpha)
+    Y_ss = K_ss**cal.alpha * float(L.mean()) ** (1 - cal.alpha)
     c_ss = Y_ss - cal.delta * K_ss
     u_ss = math.log(c_ss) if cal.gamma == 1 else c_ss ** (1 - cal.gamma) / (1 - cal.gamma)
     return Economy(cal.beta, cal.gamma, cal.alpha, cal.delta, cal.mu, cal.l_bar, *tables,
@@ -569,7 +576,7 @@ def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, econ: Econom
     K, z = K_path[window, economy], z_path[window, economy]
     draw = torch.rand((3, B), generator=rng, device=device)
     household = torch.randint(panel.k.numel(), (B,), generator=rng, device=device)
-    wide = torch.expm1(draw[0] * math.log1p(cfg.k_wide * econ.K_ss))
+    wide = cfg.k_wide * econ.K_ss * draw[0] ** 3  # dense near the limit, where c bends most
     k = torch.where(draw[1] < cfg.wide_share, wide, panel.k.flatten()[household])
     eps = torch.empty_like(z)
     eps[0] = panel.eps.flatten()[household] * (draw[2] >= cfg.unemployed_share)
@@ -834,14 +841,10 @@ def find_trouble(figures: dict, last_residual: float) -> str | None:
     return None
 
 
-class TrainingFailed(Exception):
-    """Three iterations in a row went wrong."""
-
-
 def train(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.Generator, graphs: bool,
           after_iteration: Callable[[dict], None]) -> None:
     """The outer loop, from state['iteration'] to cfg.iterations. An iteration that went wrong is taken back and
-    tried again with new draws and half the step; three in a row raise TrainingFailed. One wait for the device an
+    tried again with new draws and half the step; three in a row raise UserError. One wait for the device an
     iteration: its figures."""
     optimizers = make_optimizers(state, cfg)
     for name, optimizer in optimizers.items():
@@ -866,7 +869,7 @@ def train(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.
             failures += 1
             tqdm.write(f"iteration {state['iteration'] + 1} taken back: {trouble}")
             if failures == 3:
-                raise TrainingFailed(f"{trouble}; tried three times. Lower --policy-rate or raise --damping")
+                raise UserError(f"{trouble}; three tries, each with half the step: lower --policy-rate, raise --damping")
             for tensor, old in zip(tensors, before):
                 tensor.copy_(old)
             for name, optimizer in optimizers.items():
@@ -1339,7 +1342,7 @@ def solve_grid(cal: Calibration = Calibration(), config: GridConfig = GridConfig
         if gap > gap_last:  # the law of motion overshoots: more K expected means less saved
             damping /= 2
         alm = alm + damping * (new - alm)
-    raise RuntimeError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
+    raise UserError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
                        f"(c moves {change:.0e}, K forecast {gap:.0e}); lower damping or widen K_low, K_high")
 
 
@@ -1529,13 +1532,6 @@ def plot_capital_paths(path, K_net, K_grid, z, note=""):
 
 
 # ---------------------------------------------------------------------------------------------- command line
-
-
-class UserError(Exception):
-    """What is wrong, the flag and the cure, in one line; main() prints it and returns 2."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,119 @@
+"""The Colab notebook: what the generator makes, runs from top to bottom, does in Colab what it should."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import pytest
+from conftest import ROOT
+
+TOOL = runpy.run_path(str(ROOT / "tools" / "notebook.py"))
+NOTEBOOK = ROOT / "deepham_ks.ipynb"
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def code(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_committed_notebook_is_the_generated_one():
+    assert NOTEBOOK.read_bytes() == TOOL["text"]().encode(), "run python tools/notebook.py"
+
+
+def test_is_valid_stripped_and_asks_for_a_t4(notebook):
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells and all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+    assert notebook.metadata.accelerator == "GPU"
+    assert notebook.metadata.colab.gpuType == "T4"
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_one_repository_and_the_badge_opens_this_notebook(notebook):
+    assert f"]({TOOL['COLAB']})" in notebook.cells[0].source
+    assert TOOL["COLAB"].endswith("/blob/main/" + NOTEBOOK.name)
+    source = (ROOT / "tools" / "notebook.py").read_text(encoding="utf-8")
+    assert source.count("deepham-ks/deepham_ks") == 1
+
+
+def test_runs_with_the_smoke_preset(notebook, tmp_path, monkeypatch):
+    """Every cell, in a folder that holds nothing but the script."""
+    for name in ("deepham_ks.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, value in {"DEEPHAM_PRESET": "smoke", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                        "IPYTHONDIR": str(tmp_path / ".ipython")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DEEPHAM_OUTPUT_DIR", raising=False)
+    here = {"metadata": {"path": str(tmp_path)}}
+    done = nbclient.NotebookClient(notebook.copy(), timeout=60, resources=here).execute()
+
+    outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    files = list((tmp_path / "runs" / "smoke").rglob("*.png"))
+    assert len(files) == 6 and len(images) == len(files) + 1  # each file, and the policy functions drawn here
+    assert printed.count("\ndevice: ") + printed.startswith("device: ") == 1 and "T4 GPU" in printed
+    assert "iteration 3 " in printed and "verdict" in printed and "law of motion on the grid" in printed
+    assert "--resume" not in printed
+
+
+def in_python(cells, cwd, path, *more):
+    """Code cells as one script, in a process that finds path first."""
+    script = "\n".join([f"import sys; sys.path[:0] = [{str(path)!r}, '']", *cells, *more])
+    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_in_colab_clones_keeps_torch_and_resumes_on_drive(code, tmp_path):
+    """With a google.colab, a repository and a Drive of our own; pip is only recorded."""
+    origin, content, fake = tmp_path / "origin", tmp_path / "content", tmp_path / "fake"
+    for folder in (origin, content, fake / "google" / "colab"):
+        folder.mkdir(parents=True)
+    (fake / "google" / "colab" / "__init__.py").write_text("")
+    (fake / "google" / "colab" / "drive.py").write_text("def mount(path): print('mounted', path)\n")
+    shutil.copy(ROOT / "requirements.txt", origin)
+    (origin / "deepham_ks.py").write_text("import sys; print('script', *sys.argv[1:])\n")
+    git = ["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "t"]):
+        subprocess.run(git + command, check=True)
+    checkpoint = content / "drive" / "MyDrive" / "mine" / "smoke" / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+
+    ours = {TOOL["REPOSITORY"]: origin.as_uri(), "/content/": f"{content}/"}
+    until_run = code[:5]
+    for theirs, here in ours.items():
+        until_run = [cell.replace(theirs, here) for cell in until_run]
+    until_run[0] += '\nPRESET, DRIVE_FOLDER = "smoke", "mine"\n'
+    record = "import subprocess; real = subprocess.run\n" \
+             "def spy(command, **more):\n" \
+             "    print('ran', *command[1:])\n" \
+             "    return real(command, **more) if command[0] == 'git' else None\n" \
+             "subprocess.run = spy\n"
+    printed = in_python([record, *until_run], content, fake, *until_run[1:])  # run again: nothing is cloned twice
+
+    (line,) = {line for line in printed.splitlines() if line.startswith("ran -m pip")}
+    assert "numpy>=" in line and "tqdm>=" in line and "torch" not in line
+    assert printed.count("ran clone") == 1
+    assert f"mounted {content}/drive" in printed
+    assert printed.count(f"\nscript --preset smoke --output-dir {checkpoint.parent} --resume") == 2
+
+
+def test_outside_colab_nothing_is_cloned_or_installed(code, tmp_path):
+    refuse = "import subprocess\ndef refuse(*a, **b): raise AssertionError(a)\nsubprocess.run = refuse\n"
+    in_python([refuse, *code[:4]], tmp_path, tmp_path)
+
+
+def test_a_failing_script_fails_the_cell(code, tmp_path):
+    (tmp_path / "deepham_ks.py").write_text("import sys; sys.exit('error: no such thing')\n")
+    with pytest.raises(AssertionError, match="exit status 1"):
+        in_python(code[:5], tmp_path, tmp_path)

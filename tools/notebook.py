@@ -1,0 +1,195 @@
+"""Writes deepham_ks.ipynb, the notebook for Google Colab, from the cells below.
+
+  python tools/notebook.py     # tests/test_notebook.py holds the committed notebook to this, byte for byte
+"""
+
+import json
+from pathlib import Path
+
+REPOSITORY = "https://github.com/deepham-ks/deepham_ks"  # the one place to change when the project moves
+COLAB = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
+COLAB += "/blob/main/deepham_ks.ipynb"
+BADGE = f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB})"
+
+MARKDOWN, CODE = "markdown", "code"
+
+CELLS = [
+    (MARKDOWN, f"""
+# Krusell & Smith (1998) with DeepHAM
+
+{BADGE}
+
+Solves the Krusell–Smith economy with DeepHAM (Han, Yang & E 2021) and with the grid method of Maliar, Maliar & Valli
+(2010), compares the two and shows every figure. *Runtime > Run all* does everything; the default run takes minutes.
+The method and every file of a run are explained in the [README]({REPOSITORY}#readme).
+"""),
+    (MARKDOWN, """
+## What to run
+
+- `PRESET`: `default` is accurate and fast, `paper` follows the authors' code, `smoke` is tiny and only tests the setup.
+- `FLAGS`: more flags of the script, `--gamma 2 --seed 1`, say. `!python deepham_ks.py --help` lists them.
+- `DRIVE_FOLDER`: a folder of your Google Drive, `deepham`, say. Results and checkpoints go there, and a session that
+  was lost goes on where it stopped: run all cells again. Empty: nothing is mounted.
+- `OUTPUT_DIR`: where results go without Drive. Empty: `runs/PRESET`. Another model needs another folder.
+"""),
+    (CODE, """
+# @title Parameters
+import os
+
+PRESET = "default"  # @param ["default", "paper", "smoke"]
+FLAGS = ""  # @param {type:"string"}
+DRIVE_FOLDER = ""  # @param {type:"string"}
+OUTPUT_DIR = ""  # @param {type:"string"}
+
+# for runs without a form
+PRESET = os.environ.get("DEEPHAM_PRESET", PRESET)
+OUTPUT_DIR = os.environ.get("DEEPHAM_OUTPUT_DIR", OUTPUT_DIR)
+"""),
+    (MARKDOWN, """
+## Setup
+
+In Colab: clones the project and installs what is missing; Colab's own torch stays. Elsewhere the notebook expects to
+stand beside `deepham_ks.py`, with `requirements.txt` installed.
+"""),
+    (CODE, f"""
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = "{REPOSITORY}"
+
+try:
+    import google.colab  # noqa: F401
+    IN_COLAB = True
+except ImportError:
+    IN_COLAB = False
+
+if IN_COLAB:
+    if not Path("deepham_ks.py").exists():
+        if not Path("deepham_ks").exists():
+            subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "deepham_ks"], check=True)
+        os.chdir("deepham_ks")
+    lines = Path("requirements.txt").read_text().splitlines()
+    wanted = [line for line in lines if line.strip() and not line.startswith(("#", "torch"))]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+"""),
+    (CODE, """
+import torch
+
+if torch.cuda.is_available():
+    print(f"device: {torch.cuda.get_device_name()}; FLAGS = \\"--device cpu\\" uses the CPU")
+else:
+    print("device: CPU; for a GPU in Colab: Runtime > Change runtime type > T4 GPU, then run all cells again")
+"""),
+    (CODE, """
+output_dir = Path(OUTPUT_DIR or f"runs/{PRESET}").resolve()
+if DRIVE_FOLDER and IN_COLAB:
+    from google.colab import drive
+
+    drive.mount("/content/drive")
+    output_dir = Path("/content/drive/MyDrive") / DRIVE_FOLDER / PRESET
+print("results in", output_dir)
+"""),
+    (MARKDOWN, """
+## Solve
+
+One line an outer iteration; at the end a table with every accuracy figure, its tolerance and the verdict. The stop
+button keeps the checkpoint: run this cell again and it goes on from there.
+"""),
+    (CODE, """
+import shlex
+
+
+def run(*flags):
+    \"\"\"The script with these flags, its lines as they come.\"\"\"
+    print("python deepham_ks.py", shlex.join(flags), flush=True)
+    command = [sys.executable, "-u", "deepham_ks.py", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+        except KeyboardInterrupt:  # the stop button reaches the script too: it says how to go on
+            print(process.stdout.read(), end="", flush=True)
+            raise
+    if process.returncode:
+        raise RuntimeError(f"deepham_ks.py ended with exit status {process.returncode}; its last line says why")
+
+
+flags = ["--preset", PRESET, "--output-dir", str(output_dir), *shlex.split(FLAGS)]
+if (output_dir / "checkpoint.pt").exists():
+    flags.append("--resume")
+run(*flags)
+"""),
+    (MARKDOWN, """
+## Figures
+
+In every figure the network is a solid line and the grid a dashed one.
+"""),
+    (CODE, """
+from IPython.display import Image, Markdown, display
+
+for path in [output_dir / "distribution_validation.png", *sorted((output_dir / "figures").glob("*.png"))]:
+    display(Markdown(f"**{path.stem.replace('_', ' ')}**"), Image(filename=str(path), width=840))
+"""),
+    (MARKDOWN, """
+## The solution in Python
+
+`dk.load` reads the networks of a run, `dk.solve_grid` solves the same economy on a grid. Both have
+`next_capital(k, eps, K, z)`: numpy arrays that broadcast, eps 0 unemployed / 1 employed, z 0 bad / 1 good.
+"""),
+    (CODE, """
+import numpy as np
+
+import deepham_ks as dk
+
+solution = dk.load(output_dir / dk.WEIGHTS)
+grid = dk.solve_grid(solution.calibration, dk.SMOKE_GRID if PRESET == "smoke" else dk.GridConfig())
+
+print("law of motion on the grid, ln K' = a(z) + b(z) ln K:")
+for z, state in enumerate(("bad", "good")):
+    a, b = grid.alm_coefficients[z]
+    print(f"  {state:>4} state: a = {a:.4f}, b = {b:.4f}, R2 = {grid.alm_r2[z]:.6f}")
+
+K = 1.04 * solution.econ.K_ss  # near mean capital
+print(f"an employed household with k = K = {K:.1f} in the good state: "
+      f"k' = {solution.next_capital(K, 1, K, 1):.3f} (network), {grid.next_capital(K, 1, K, 1):.3f} (grid), "
+      f"V = {solution.value(K, 1, K, 1):.2f} utils")
+"""),
+    (CODE, """
+import matplotlib.pyplot as plt
+
+k = np.expm1(np.linspace(0, np.log1p(4 * K), 300))  # finer where households are poor
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+for z, ax in enumerate(axes):
+    for eps, (status, colour) in enumerate((("unemployed", "#D55E00"), ("employed", "#0072B2"))):
+        ax.plot(k, solution.next_capital(k, eps, K, z) - k, color=colour, label=f"{status}, network")
+        ax.plot(k, grid.next_capital(k, eps, K, z) - k, color="black", linestyle="--", linewidth=1,
+                label=f"{status}, grid")
+    ax.set(title=("bad state", "good state")[z], xlabel="individual capital k (goods)", xlim=(0, k[-1]))
+axes[0].set_ylabel("k' - k (goods)")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+plt.show()
+"""),
+]
+
+
+def notebook() -> dict:
+    cells = []
+    for number, (kind, text) in enumerate(CELLS):
+        cell = {"cell_type": kind, "id": f"cell-{number:02d}", "metadata": {},
+                "source": text.strip().splitlines(keepends=True)}
+        cells.append(cell | {"execution_count": None, "outputs": []} if kind == CODE else cell)
+    metadata = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []},
+                "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                "language_info": {"name": "python"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def text() -> str:
+    return json.dumps(notebook(), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    path = Path(__file__).resolve().parents[1] / "deepham_ks.ipynb"
+    path.write_text(text(), encoding="utf-8")
+    print(f"wrote {path}")

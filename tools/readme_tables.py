@@ -1,0 +1,216 @@
+"""Writes the tables of README.md, between the lines <!-- NAME:start --> and <!-- NAME:end -->, from metrics.json files.
+
+  python tools/readme_tables.py            # rewrite README.md in place
+  python tools/readme_tables.py --check    # exit 1 if that would change it
+
+NAME results: network, seeds, grid and published figures, from metrics.json (the reference run) and
+benchmarks/seeds/seed*.json (metrics.json of the other seeds). seeds: a row for each of the seeds 0, 1, 2.
+gamma2: network and grid at risk aversion 2, from benchmarks/gamma2.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED_ROWS = (0, 1, 2)
+
+
+class BadInput(Exception):
+    """What is missing or does not fit, and the command that makes it."""
+
+
+def at(path):
+    """Reader of one figure: metrics -> number, at keys joined by blanks."""
+    def read(metrics):
+        for key in path.split():
+            metrics = metrics[key]
+        return float(metrics)
+    return read
+
+
+def std_gap(size):
+    """Std of capital against the grid's, in percent."""
+    return lambda metrics: 100 * (metrics["comparison"][size]["std_ratio"] - 1)
+
+
+def one_size(name, path, digits, n_agents=None, published="", authors=""):
+    """A row whose grid column is empty: the figure is itself a comparison with the grid."""
+    return name, n_agents, at(path), None, digits, published, authors
+
+
+def both(name, size, path, digits, published="", authors=""):
+    """A row for the network and the grid, at one of the two sizes."""
+    return (name, f"comparison {size} n_agents", at(f"network {size} {path}"), at(f"grid {size} {path}"), digits,
+            published, authors)
+
+
+# Last two columns: the stored policy of Maliar, Maliar & Valli (2010; 100 x 4 nodes, splines) and the trained network
+# of Han, Yang & E (2021; first moment), both measured on the protocol of metrics.json; Bellman errors as in Han, Yang
+# & E (2021). Distances are to this script's converged grid.
+ROWS = [
+    one_size("W1 distance of capital to the grid's (goods)", "comparison small w1", 3, "comparison small n_agents",
+             "0.16", "9.2"),
+    one_size("", "comparison large w1", 3, "comparison large n_agents", "0.16", "9.2"),
+    ("std of capital against the grid's (%)", "comparison small n_agents", std_gap("small"), None, 2, "-0.5", "-57"),
+    ("", "comparison large n_agents", std_gap("large"), None, 2, "", ""),
+    one_size("\\|k' - grid's k'\\|, mean (goods)", "comparison policy_distance mean", 4, None, "0.006", "0.77"),
+    one_size("\\|k' - grid's k'\\|, max (goods)", "comparison policy_distance max", 3, None, "0.017", "5.5"),
+    both("Euler error, log10 mean", "large", "euler_log10 mean", 2, "-3.96", "-3.34"),
+    both("Euler error, log10 99th percentile", "large", "euler_log10 p99", 2, "-3.47", "-2.61"),
+    both("Euler error, log10 max", "large", "euler_log10 max", 2, "-3.24", "-1.00"),
+    both("Bellman error, own c, mean (utils)", "small", "bellman_own_c mean", 5),
+    both("", "large", "bellman_own_c mean", 5),
+    both("Bellman error, best c, mean (utils)", "small", "bellman_best_c mean", 5, "0.0253", "0.0184"),
+    both("", "large", "bellman_best_c mean", 5),
+    both("law of motion, Den Haan's max error (%)", "large", "law_of_motion den_haan_max_percent", 2),
+    one_size("impulse response of output, gap to the grid's (p.p.)", "comparison impulse_response_gap output", 4,
+             "comparison impulse_response_gap n_agents"),
+    one_size("impulse response of capital, gap to the grid's (p.p.)", "comparison impulse_response_gap capital", 4,
+             "comparison impulse_response_gap n_agents"),
+]
+
+
+def show(number, digits):
+    return f"{number + 0.0:.{digits}f}"
+
+
+def table(header, rows):
+    """Markdown; the first column to the left, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def count(metrics, path):
+    return f"{at(path)(metrics):,.0f}" if path else ""
+
+
+def load(root, name, command):
+    path = root / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name}: {error}; make it with: {command}") from error
+
+
+def load_seeds(root, reference):
+    """seed -> metrics, all of the reference run's configuration and calibration."""
+    seeds = {}
+    for path in sorted((root / "benchmarks" / "seeds").glob("seed*.json")):
+        command = f"python deepham_ks.py --seed {path.stem[4:]} --output-dir runs/{path.stem}"
+        metrics = load(root, path.relative_to(root), command)
+        if path.stem != f"seed{metrics['seed']}":
+            raise BadInput(f"{path.relative_to(root)} is of seed {metrics['seed']}")
+        for kind in ("calibration", "config"):
+            odd = [name for name in {**metrics[kind], **reference[kind]}
+                   if metrics[kind].get(name) != reference[kind].get(name)]
+            if odd:
+                raise BadInput(f"{path.relative_to(root)}: {', '.join(odd)} not as in metrics.json; run {command}")
+        seeds[metrics["seed"]] = metrics
+    if not seeds:
+        raise BadInput("benchmarks/seeds: no seed*.json; make them with: "
+                       "python deepham_ks.py --seed 1 --output-dir runs/seed1, and so on")
+    return dict(sorted(seeds.items()))
+
+
+def machine(metrics):
+    """One line: what it ran on and what it took."""
+    seconds, memory = metrics["seconds"], metrics["peak_memory_gb"]
+    line = (f"{metrics['device']}, torch {metrics['versions']['torch']}: training {seconds['training']:.0f} s, "
+            f"grid {seconds['grid']:.0f} s, accuracy {seconds['accuracy']:.0f} s; peak memory {memory['host']:.1f} GB")
+    return line + (f", {memory['device']:.1f} GB on the device" if "device" in memory else "")
+
+
+def results(root):
+    reference = load(root, "metrics.json", "python deepham_ks.py")
+    seeds = load_seeds(root, reference)
+    header = ["figure", "N", f"network, seed {reference['seed']}", f"{len(seeds)} seeds, min to max", "grid",
+              "published grid", "authors' network"]
+    rows = []
+    for name, n_agents, network, grid, digits, published, authors in ROWS:
+        spread = sorted(network(metrics) for metrics in seeds.values())
+        rows.append([name, count(reference, n_agents), show(network(reference), digits),
+                     f"{show(spread[0], digits)} to {show(spread[-1], digits)}",
+                     show(grid(reference), digits) if grid else "", published, authors])
+    return (f"`python deepham_ks.py` on {machine(reference)}. Other seeds: `python deepham_ks.py --seed 1 --output-dir "
+            f"runs/seed1`, and so on.\n\n" + table(header, rows))
+
+
+def seeds(root):
+    runs = load_seeds(root, load(root, "metrics.json", "python deepham_ks.py"))
+    first = next(iter(runs.values()))
+    n, N = (count(first, f"comparison {size} n_agents") for size in ("small", "large"))
+    header = ["seed", "training (s)", f"W1, N = {n}", f"W1, N = {N}", f"Bellman own c, N = {n}",
+              f"Bellman own c, N = {N}", f"Euler log10 mean / p99 / max, N = {N}", "\\|dk'\\| mean / max"]
+    rows = []
+    for seed in SEED_ROWS:
+        if seed not in runs:
+            raise BadInput(f"benchmarks/seeds/seed{seed}.json: missing; make it with: "
+                           f"python deepham_ks.py --seed {seed} --output-dir runs/seed{seed}")
+        net, gap = runs[seed]["network"], runs[seed]["comparison"]
+        euler = [show(net["large"]["euler_log10"][name], 2) for name in ("mean", "p99", "max")]
+        rows.append([str(seed), show(runs[seed]["seconds"]["training"], 1),
+                     show(gap["small"]["w1"], 3), show(gap["large"]["w1"], 3),
+                     show(net["small"]["bellman_own_c"]["mean"], 5), show(net["large"]["bellman_own_c"]["mean"], 5),
+                     " / ".join(euler),
+                     f"{show(gap['policy_distance']['mean'], 4)} / {show(gap['policy_distance']['max'], 3)}"])
+    devices = sorted({runs[seed]["device"] for seed in SEED_ROWS})
+    return f"Trained on {'; '.join(devices)}.\n\n" + table(header, rows)
+
+
+def gamma2(root):
+    command = "python deepham_ks.py --gamma 2 --output-dir runs/gamma2"
+    metrics = load(root, "benchmarks/gamma2.json", command)
+    if metrics["calibration"]["gamma"] != 2:
+        raise BadInput(f"benchmarks/gamma2.json: gamma is {metrics['calibration']['gamma']}; run {command}")
+    rows = [[name, count(metrics, n_agents), show(network(metrics), digits),
+             show(grid(metrics), digits) if grid else ""] for name, n_agents, network, grid, digits, *_ in ROWS]
+    return f"`{command}` on {machine(metrics)}.\n\n" + table(["figure", "N", "network", "grid"], rows)
+
+
+BLOCKS = {"results": results, "seeds": seeds, "gamma2": gamma2}
+
+
+def rewritten(text, root):
+    """README text with every block that it has markers for."""
+    for name, block in BLOCKS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) != text.count(end) or text.count(start) > 1:
+            raise BadInput(f"README.md: {start} and {end} must stand there once each, or not at all")
+        if start in text:
+            before, rest = text.split(start)
+            if end not in rest:
+                raise BadInput(f"README.md: {end} stands before {start}")
+            text = f"{before}{start}\n{block(root)}\n{end}{rest.split(end)[1]}"
+    if "<!-- results:start -->" not in text:
+        raise BadInput("README.md: no line <!-- results:start -->")
+    return text
+
+
+def main(argv=None, root=ROOT):
+    """0 done or nothing to do, 1 --check found a difference, 2 a file is missing or does not fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md would change")
+    check, readme = parser.parse_args(argv).check, root / "README.md"
+    try:
+        before = readme.read_text(encoding="utf-8")
+        after = rewritten(before, root)
+    except KeyError as error:
+        print(f"readme_tables: a metrics file has no {error}; make it with this deepham_ks.py", file=sys.stderr)
+        return 2
+    except (BadInput, OSError) as error:
+        print(f"readme_tables: {error}", file=sys.stderr)
+        return 2
+    if after == before:
+        return 0
+    if check:
+        print("README.md: tables are not those of the metrics; run python tools/readme_tables.py", file=sys.stderr)
+        return 1
+    readme.write_text(after, encoding="utf-8")
+    print("README.md: tables rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
