@@ -109,11 +109,12 @@ def stages(cfg, device):
     policy, value = dk.unpack(state["policy"]), dk.unpack(state["value"])
     panel = dk.Panel(state["k"], state["eps"], state["z"])
 
+    def next_capital(k, eps, K, z):
+        return kernels.network_capital(policy, k, eps, K, z, econ)
+
     def simulate():
         K, z = [], []
-        for _, _, K_t, z_t, _ in dk.simulate(
-                lambda k, eps, K, z: kernels.network_capital(policy, k, eps, K, z, econ), panel, cfg.periods, econ, rng,
-                cfg.systematic):
+        for _, _, K_t, z_t, _ in dk.simulate(next_capital, panel, cfg.periods, econ, rng, cfg.systematic):
             K.append(K_t[:, 0])
             z.append(z_t[:, 0])
         return torch.stack(K), torch.stack(z)
@@ -158,7 +159,7 @@ def peak_flops(device):
 
 
 def scaling(device):
-    """Seconds of an outer iteration as N, B or the batch grows: rows (what, size, household-periods, simulate, rest)."""
+    """Seconds of an outer iteration as one size grows: rows (what, size, household-periods, simulate, rest)."""
     base = dataclasses.replace(dk.PRESETS["default"], n_economies=4, periods=160)
     sizes = [("N", {"n_agents": n}) for n in (50, 500, 5000, 50_000)]
     sizes += [("economies", {"n_economies": b, "n_agents": 500}) for b in (4, 16, 64, 256)]
@@ -169,21 +170,23 @@ def scaling(device):
         cfg = dataclasses.replace(base, **change)
         part = stages(cfg, device)
         rest = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
-        rows.append((what, list(change.values())[0], cfg.n_agents * cfg.n_economies * cfg.periods, part["simulate"], rest))
-        print(f"{what} {rows[-1][1]}: simulate {part['simulate']:.3f} s, steps {rest:.3f} s", flush=True)
+        size, household_periods = list(change.values())[0], cfg.n_agents * cfg.n_economies * cfg.periods
+        rows.append((what, size, household_periods, part["simulate"], rest))
+        print(f"{what} {size}: simulate {part['simulate']:.3f} s, steps {rest:.3f} s", flush=True)
     return rows
 
 
 def machine(device):
     name = torch.cuda.get_device_name() if device == "cuda" else next(
         (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.processor())
-    return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python {platform.python_version()}"
+    version = platform.python_version()
+    return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python {version}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--paper-seconds", type=float, default=600, help="training budget of preset paper; 0 leaves it out")
+    parser.add_argument("--paper-seconds", type=float, default=600, help="budget of preset paper; 0 leaves it out")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, cfg = "gpu" if device == "cuda" else "cpu", dk.PRESETS["default"]
@@ -202,8 +205,8 @@ def main():
     part, peak = stages(cfg, device), peak_flops(device)
     steps = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
     work = cfg.batch * cfg.horizon
-    lines = [f"# Benchmarks, {kind.upper()}", "", f"`python benchmarks/bench.py {' '.join(sys.argv[1:])}`".replace(" `", "`"), "",
-             machine(device), "", "## Time to accuracy", "",
+    command = " ".join(["python benchmarks/bench.py", *sys.argv[1:]])
+    lines = [f"# Benchmarks, {kind.upper()}", "", f"`{command}`", "", machine(device), "", "## Time to accuracy", "",
              "W1 of pooled capital, N = 50, against the converged grid; judging is not counted. "
              f"Every point is in `time_to_accuracy-{kind}.csv`.", "",
              "| preset | seed | outer iterations | training s | W1 | mean \\|dk'\\| |", "|---|---|---|---|---|---|"]

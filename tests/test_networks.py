@@ -289,44 +289,52 @@ def test_python_3_14_falls_back_to_eager_with_one_warning(monkeypatch):
 
 @pytest.fixture
 def linear_problem():
-    """residual(theta) = y - J theta: the Gauss-Newton step of rate 1 ends at the least-squares solution."""
+    """residual(theta) = y - J theta."""
     g = torch.Generator().manual_seed(0)
     J, y = torch.randn(30, 5, generator=g, dtype=F64), torch.randn(30, generator=g, dtype=F64)
     theta = torch.randn(5, generator=g, dtype=F64)
-    return J, lambda theta: y - J @ theta, lambda theta: (y - J @ theta).square().sum(), theta, torch.linalg.lstsq(
-        J, y.unsqueeze(1)).solution.squeeze(1)
+    return J, lambda theta: y - J @ theta, lambda theta: (y - J @ theta).square().sum(), theta
 
 
 def rows(jacobian, residual, theta):
     return lambda part: [(residual(theta)[part], jacobian[part])]
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.3])
-def test_gauss_newton_takes_a_good_step(linear_problem, rate):
-    J, residual, loss, theta, solution = linear_problem
-    damping = torch.tensor(1e-9, dtype=F64)
-    new, after, taken = dk.gauss_newton_step(theta, rows(J, residual, theta), 30, torch.tensor(rate, dtype=F64),
-                                             damping, 1e-12, loss)
-    assert taken and after < damping
-    # damping 1e-9 of the mean diagonal moves the solution by about 1e-9 times the condition number of J'J (< 10)
-    assert torch.allclose(new, theta + rate * (solution - theta), rtol=1e-7, atol=1e-7)
-    assert loss(new) < loss(theta)
-
-
-def test_gauss_newton_damping_is_levenberg_marquardt(linear_problem):
-    J, residual, loss, theta, _ = linear_problem
+def levenberg_marquardt(J, residual, damping, n):
+    """The step by plain linear algebra: damping and the mean squared residual of n states, of the mean diagonal."""
     A = J.T @ J
-    A = A + 0.5 * A.diagonal().mean() * torch.eye(5, dtype=F64)
-    expected = theta + torch.linalg.solve(A, J.T @ residual(theta))
-    new, after, taken = dk.gauss_newton_step(theta, rows(J, residual, theta), 30, torch.tensor(1.0, dtype=F64),
-                                             torch.tensor(0.5, dtype=F64), 0.4, loss)
-    assert taken and torch.allclose(new, expected, rtol=1e-12)
-    assert after == pytest.approx(0.4)  # never below the floor
+    damped = A + (damping + residual.square().sum() / n) * A.diagonal().mean() * torch.eye(len(A), dtype=F64)
+    return torch.linalg.solve(damped, J.T @ residual)
+
+
+@pytest.mark.parametrize("rate, damping", [(1.0, 1e-9), (0.3, 0.5)])
+def test_gauss_newton_takes_a_good_step(linear_problem, rate, damping):
+    J, residual, loss, theta = linear_problem
+    expected = theta + rate * levenberg_marquardt(J, residual(theta), damping, 30)
+    new, after, taken = dk.gauss_newton_step(theta, rows(J, residual, theta), 30, torch.tensor(rate, dtype=F64),
+                                             torch.tensor(damping, dtype=F64), 0.9 * damping, loss)
+    assert taken and loss(new) < loss(theta)
+    assert torch.allclose(new, expected, rtol=1e-11)
+    assert after.item() == pytest.approx(0.9 * damping)  # it falls, never below the floor
+
+
+def test_gauss_newton_ends_at_least_squares(linear_problem):
+    """Where the residual can vanish, a few full steps find the solution: the damping goes with the residual."""
+    J, _, _, theta = linear_problem
+    solution, damping = torch.arange(5, dtype=F64), torch.tensor(1.0, dtype=F64)
+
+    def residual(theta):
+        return J @ (solution - theta)
+
+    for _ in range(60):
+        theta, damping, _ = dk.gauss_newton_step(theta, rows(J, residual, theta), 30, torch.tensor(1.0, dtype=F64),
+                                                 damping, 1e-9, lambda theta: residual(theta).square().sum())
+    assert torch.allclose(theta, solution, atol=1e-7)
 
 
 def test_gauss_newton_refuses_a_bad_step(linear_problem):
     """Uphill (the Jacobian's sign wrong), and into NaN: theta stays, the damping rises until the step is tiny."""
-    J, residual, loss, theta, _ = linear_problem
+    J, residual, loss, theta = linear_problem
     for jacobian, judged in ((-J, loss), (J, lambda theta: loss(theta) * math.nan)):
         damping = torch.tensor(1e-3, dtype=F64)
         new, after, taken = dk.gauss_newton_step(theta, rows(jacobian, residual, theta), 30,
@@ -348,9 +356,7 @@ def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
         return torch.cat([0.5 * weight * (batch.U - V) / scale, 0.75 * weight * (batch.lam - V_k) / u_prime])
 
     J = -torch.autograd.functional.jacobian(residuals, value)
-    A = J.T @ J
-    A = A + damping * A.diagonal().mean() * torch.eye(len(A), dtype=F64)
-    expected = value + rate * torch.linalg.solve(A, J.T @ residuals(value))
+    expected = value + rate * levenberg_marquardt(J, residuals(value), damping, batch.k.numel())
     new, _, taken = dk.value_step(value, rate, damping, batch, econ, cfg, eager)
     assert taken and residuals(new).square().sum() < residuals(value).square().sum()
     assert torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
@@ -370,9 +376,7 @@ def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
     weight = 2.0 - batch.eps[free]
     J = torch.func.jacrev(lambda theta: dk.network(dk.unpack(theta), x))(policy)[free] * weight.unsqueeze(1)
     rate, damping = torch.tensor(0.2, dtype=F64), torch.tensor(0.1, dtype=F64)
-    A = J.T @ J
-    A = A + damping * A.diagonal().mean() * torch.eye(len(A), dtype=F64)
-    expected = policy + rate * torch.linalg.solve(A, J.T @ (weight * wish[free]))
+    expected = policy + rate * levenberg_marquardt(J, weight * wish[free], damping, len(wish))
     new, _, taken = dk.policy_step(policy, rate, damping, batch, econ, config(unemployed_weight=4.0), eager)
     assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
     moved = dk.network(dk.unpack(new), x)[free] - f[free]
