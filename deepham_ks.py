@@ -715,7 +715,8 @@ def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Econom
     m, _ = cash_on_hand(batch.k, batch.eps, batch.K, batch.z, econ)
     free = batch.c < m * (1 - 1e-6)
     at_limit = 1 - free.to(m.dtype).mean()
-    rms = [x.square().mean().sqrt() for x in (policy_residual(batch, econ) * free, level, slope)]
+    first_order = torch.where(free, policy_residual(batch, econ), torch.zeros_like(m))
+    rms = [x.square().mean().sqrt() for x in (first_order, level, slope)]
     return torch.stack([state["k"].mean(), objective, *rms, at_limit, *taken, *state["damping"]])
 
 
@@ -820,10 +821,13 @@ def initial_state(econ: Economy, cfg: Config, seed: int, rng: torch.Generator) -
     }
 
 
-def set_rates(state: dict, cfg: Config) -> None:
-    """Steps of full size up to decay_from, then falling like 1 / n: from there on they average the noise out."""
+def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
+    """Steps of full size up to decay_from, then falling like 1 / n: from there on they average the noise out. Adam
+    keeps its rates. All are smaller for a while after an iteration that was taken back."""
+    for name, optimizer in optimizers.items():
+        optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - cfg.decay_from, 0)
-    state["rates"][0] = state["caution"] * cfg.policy_rate / fall
+    state["rates"][0] = state["caution"] * cfg.policy_rate / (1 if optimizers else fall)
     state["rates"][1] = state["caution"] / fall
 
 
@@ -855,9 +859,9 @@ def train(state: dict, econ: Economy, cfg: Config, kernels: Kernels, rng: torch.
     while state["iteration"] < cfg.iterations:
         start, before = time.perf_counter(), [tensor.clone() for tensor in tensors]
         optimizers_before = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
-        set_rates(state, cfg)
+        set_rates(state, cfg, optimizers)
         with torch.no_grad():
-            if graphs and state["iteration"] > 0:
+            if graphs and state["iteration"] > 0 and not optimizers:
                 graph = graph or capture(lambda: iterate(state, econ, cfg, kernels, rng, optimizers), tensors, rng)
                 figures = graph()
             else:
@@ -1333,6 +1337,8 @@ def solve_grid(cal: Calibration = Calibration(), config: GridConfig = GridConfig
         settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
         path = z_path if settled else z_path[: config.periods // 5]
         K_path, mass = simulate_histogram(table, k, K, mass, path, econ)
+        if not (K_path > 0).all() or len(np.unique(path[config.burn_in :])) < 2:
+            break  # no economy that a law of motion could describe
         new, r2 = regress_law_of_motion(K_path[config.burn_in :], path[config.burn_in :])
         gap_last, gap = gap, np.abs((new - alm) @ x).max()
         updates.set_postfix_str(f"change of c {change:.0e}, of ln K' {gap:.0e}")
@@ -1792,19 +1798,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_status(work, argv: list) -> int:
     """work(argv), where a user's error, a signal or too little memory ends in one line on stderr."""
     before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    Interrupted.iteration = 0
     try:
         return work(argv)
     except UserError as error:
         line, status = f"error: {error}", 2
     except Interrupted as stop:
         again = shlex.join(["--resume", *(a for a in argv if a != "--resume")])
-        cure = f"continue with: python deepham_ks.py {again}" if stop.iteration else "nothing was saved yet"
+        saved = stop.iteration or "--resume" in argv
+        cure = f"continue with: python deepham_ks.py {again}" if saved else "nothing was saved yet"
         line = f"stopped by {signal.Signals(stop.args[0]).name} after iteration {stop.iteration}; {cure}"
         status = 128 + stop.args[0]
+    except OSError as error:  # standard output is a closed pipe or on a full disk
+        line, status = f"error: {error}; results and checkpoint are as they were", 2
     except (MemoryError, RuntimeError, ValueError) as error:
         if not is_out_of_memory(error):
             raise
-        line, status = "error: out of memory; lower --n-agents, --n-economies, --periods or --batch", 2
+        line, status = "error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the " \
+                       "training --eval-agents-large, --eval-economies-large, --irf-agents or --irf-paths", 2
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -1979,6 +1990,19 @@ def peak_memory_gb(device: str) -> dict:
     return peak
 
 
+def limit_memory() -> None:
+    """On Linux: what is available now is the most this process may take, so that too large a size fails with an error
+    to report, where the kernel would kill the run without a word."""
+    with contextlib.suppress(OSError, ValueError, ImportError, StopIteration):
+        import resource
+
+        with open("/proc/meminfo") as meminfo:
+            available = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, ((available + used) * 1024, most))
+
+
 def checkpoint_of(state: dict, cal: Calibration, cfg: Config, run: Run, rng: torch.Generator) -> dict:
     """The state and what it belongs to. A run may be resumed to more iterations, or judged at other sizes."""
     free = ("iterations", "eval_", "irf_")
@@ -1999,12 +2023,12 @@ def solve(cal: Calibration, cfg: Config, run: Run, output_dir: Path, device: str
         for name, value in state.items():
             state[name] = saved[name].to(device) if isinstance(value, Tensor) else saved[name]
         state |= {name: value for name, value in saved.items() if name.startswith("adam_")}
-    elif path.exists():
-        with disk_errors(output_dir):
-            os.replace(path, output_dir / "checkpoint.previous.pt")
     bar = tqdm(total=cfg.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it")
 
     def after_iteration(state: dict) -> None:
+        if state["iteration"] == 1 and path.exists():  # of an earlier run
+            with disk_errors(output_dir):
+                os.replace(path, output_dir / "checkpoint.previous.pt")
         save_checkpoint(path, checkpoint_of(state, cal, cfg, run, rng))
         Interrupted.iteration = state["iteration"]
         last = {name: column[-1] for name, column in state["history"].items()}
@@ -2028,6 +2052,8 @@ def work(argv: List[str]) -> int:
     tidy(output_dir)
     weights = read_weights(output_dir / WEIGHTS, cal, cfg.hidden) if run.evaluate else None
     device = choose_device(run)
+    if device == "cpu":
+        limit_memory()
     torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
     if run.preset != "paper":
         print(f"preset {run.preset} departs from the authors' game_nn_n50:")

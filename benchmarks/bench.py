@@ -105,7 +105,7 @@ def draw_time_to_accuracy(path, rows):
 def stages(cfg, device):
     """Seconds of each part of an outer iteration, and of the whole as it is run."""
     econ, kernels, rng, state = setting(cfg, device)
-    dk.set_rates(state, cfg)
+    dk.set_rates(state, cfg, {})
     policy, value = dk.unpack(state["policy"]), dk.unpack(state["value"])
     panel = dk.Panel(state["k"], state["eps"], state["z"])
 
@@ -215,7 +215,7 @@ def main():
     lines += ["", "## Seconds by stage, one outer iteration of `default`", "", "| stage | s |", "|---|---|"]
     lines += [f"| {name} | {seconds:.3f} |" for name, seconds in part.items()]
     lines += ["", f"Policy and value step with their roll-out: {work / steps:.3g} household-periods a second, "
-              f"{policy_step_flops(cfg) / steps / 1e9:.0f} GFLOP/s of matrix products, "
+              f"{policy_step_flops(cfg) / steps / 1e9:.0f} GFLOP/s in matrix products, "
               f"{100 * policy_step_flops(cfg) / steps / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s that a large float32 "
               "matrix product reaches here.", ""]
     if device == "cuda":

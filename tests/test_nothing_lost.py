@@ -630,7 +630,7 @@ def test_any_bytes_are_read_as_they_were_or_refused(finished, flag, name, edits)
 @pytest.mark.parametrize("flag, name", [("--resume", "checkpoint.pt"), ("--evaluate", dk.WEIGHTS)])
 @pytest.mark.parametrize("flags, words", [
     (["--beta", "0.98"], "calibration.beta is 0.99 in the file and 0.98"),
-    (["--hidden", "9"], "policy"),
+    (["--hidden", "9"], "in this run"),
     (["--seed", "1"], "config.seed is 0 in the file and 1"),
     (["--optimizer", "adam"], "config.optimizer is 'gauss-newton' in the file and 'adam'"),
     (["newer"], "has format 2, of a newer"), (["truncated"], "is damaged"), (["absent"], "No such file"),
