@@ -204,7 +204,7 @@ def main():
 
     part, peak = stages(cfg, device), peak_flops(device)
     steps = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
-    work = cfg.batch * cfg.horizon
+    work, rate = cfg.batch * cfg.horizon, policy_step_flops(cfg) / steps
     command = " ".join(["python benchmarks/bench.py", *sys.argv[1:]])
     lines = [f"# Benchmarks, {kind.upper()}", "", f"`{command}`", "", machine(device), "", "## Time to accuracy", "",
              "W1 of pooled capital, N = 50, against the converged grid; judging is not counted. "
@@ -215,9 +215,8 @@ def main():
     lines += ["", "## Seconds by stage, one outer iteration of `default`", "", "| stage | s |", "|---|---|"]
     lines += [f"| {name} | {seconds:.3f} |" for name, seconds in part.items()]
     lines += ["", f"Policy and value step with their roll-out: {work / steps:.3g} household-periods a second, "
-              f"{policy_step_flops(cfg) / steps / 1e9:.0f} GFLOP/s in matrix products, "
-              f"{100 * policy_step_flops(cfg) / steps / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s that a large float32 "
-              "matrix product reaches here.", ""]
+              f"{rate / 1e9:.0f} GFLOP/s in matrix products, {100 * rate / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s "
+              "that a large float32 product reaches here.", ""]
     if device == "cuda":
         lines += [f"Peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB.", ""]
     lines += ["## Scaling", "", "Median seconds; 4 economies, N = 1,000, 160 periods, where not said otherwise.", "",

@@ -52,7 +52,9 @@ def test_help_names_every_flag_default_and_reason(capsys):
     assert stop.value.code == 0
     for item in (*fields(dk.Calibration), *fields(dk.Config), *fields(dk.Run)):
         assert "--" + item.name.replace("_", "-") in text and item.metadata["help"] in text
-    assert "(default 1000, paper 50, smoke 20)" in text and "7% of households, most of the error (default 0.5" in text
+    agents = [dk.PRESETS[name].n_agents for name in ("default", "paper", "smoke")]
+    assert "(default {}, paper {}, smoke {})".format(*agents) in text
+    assert "7% of households, most of the error (default 0.5" in text
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -105,7 +107,7 @@ def test_presets_are_possible_and_departures_are_listed():
     for cfg in dk.PRESETS.values():
         dk.check(dk.Calibration(), cfg)
         assert all(type(getattr(cfg, f.name)) is type(f.default) for f in fields(cfg))
-    assert dk.departures(dk.Config(), dk.PRESETS["paper"])[0] == "n_agents 1000 (paper 50)"
+    assert dk.departures(dk.Config(), dk.PRESETS["paper"])[0] == f"n_agents {dk.Config().n_agents} (paper 50)"
     assert dk.departures(dk.Config(), dk.Config()) == []
 
 
@@ -395,8 +397,10 @@ def test_user_error_is_one_line_and_status_2(capsys):
         dk.exit_status(lambda argv: int("no-number"), [])
 
 
-@pytest.mark.parametrize("signum, iteration", [(signal.SIGINT, 4), (signal.SIGTERM, 0)])
-def test_signal_says_how_to_go_on(capsys, signum, iteration):
+@pytest.mark.parametrize("signum, iteration, given", [
+    (signal.SIGINT, 4, []), (signal.SIGTERM, 0, []), (signal.SIGTERM, 0, ["--resume"]),  # resumes from an earlier one
+])
+def test_signal_says_how_to_go_on(capsys, signum, iteration, given):
     def work(argv):
         try:
             os.kill(os.getpid(), signum)
@@ -407,9 +411,9 @@ def test_signal_says_how_to_go_on(capsys, signum, iteration):
             stop.iteration = iteration
             raise
 
-    status, line = ends(work, capsys, ["--resume", "--output-dir", "my runs"])
+    status, line = ends(work, capsys, [*given, "--output-dir", "my runs"])
     assert status == 128 + signum and f"stopped by {signum.name} after iteration {iteration}; " in line
-    assert ("python deepham_ks.py --resume --output-dir 'my runs'\n" in line) == (iteration > 0)
+    assert ("python deepham_ks.py --resume --output-dir 'my runs'\n" in line) == bool(iteration or given)
 
 
 @pytest.mark.parametrize("error", [

@@ -1,0 +1,65 @@
+"""The committed reference run: its figures are what --evaluate gets from its weights, and every verdict passes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(os.environ.get("DEEPHAM_ROOT", Path(__file__).resolve().parents[1]))
+METRICS = ROOT / "metrics.json"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    shutil.copy(ROOT / "NN_weights_biases.pth", folder)
+    flags = ["--evaluate", "--output-dir", str(folder), "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(ROOT / "deepham_ks.py"), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr  # 1 would say that a verdict fails
+    return folder
+
+
+def numbers(figures, name=""):
+    """Every number under network, grid and comparison, by its path."""
+    if isinstance(figures, dict):
+        return {k: v for key, value in figures.items() for k, v in numbers(value, f"{name} {key}").items()}
+    if isinstance(figures, list):
+        return {k: v for i, value in enumerate(figures) for k, v in numbers(value, f"{name} {i}").items()}
+    return {name: figures}
+
+
+def test_committed_figures_are_what_evaluate_gets(evaluated):
+    committed, now = json.loads(METRICS.read_text()), json.loads((evaluated / "metrics.json").read_text())
+    for part in ("network", "grid", "comparison"):
+        old, new = numbers(committed[part]), numbers(now[part])
+        assert old.keys() == new.keys()
+        for name, value in old.items():  # other CPUs round the float64 simulations differently
+            assert math.isclose(value, new[name], rel_tol=2e-3, abs_tol=2e-4), (part, name, value, new[name])
+    assert committed["config"] == now["config"] and committed["calibration"] == now["calibration"]
+
+
+def test_committed_verdict_passes_and_follows_from_its_numbers():
+    committed = json.loads(METRICS.read_text())
+    for row in committed["verdict"]:
+        signed = row["figure"].startswith("Euler")
+        size = row["network"] if signed else abs(row["network"])
+        assert row["passed"] and size <= row["tolerance"], row
+
+
+def test_distribution_and_responses_are_rebuilt(evaluated):
+    for name in ["results.txt", *(f"irf/{path.name}" for path in sorted((ROOT / "irf").iterdir()))]:
+        delimiter = "," if name.endswith("csv") else None
+        old, new = [np.loadtxt(folder / name, delimiter=delimiter) for folder in (ROOT, evaluated)]
+        assert old.shape == new.shape and np.abs(old - new).max() < 2e-3, name
+
+
+def test_committed_results_stay_small():
+    names = ["NN_weights_biases.pth", "results.txt", "distribution_validation.png", "metrics.json", "training.csv"]
+    paths = [ROOT / name for name in names] + [*(ROOT / "irf").iterdir(), *(ROOT / "figures").iterdir()]
+    assert sum(path.stat().st_size for path in paths) < 10e6
