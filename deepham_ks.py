@@ -474,14 +474,10 @@ def simulate(policy: Callable, panel: Panel, periods: int, econ: Economy, rng: t
 
 def roll_out(policy: List[Tensor], k: Tensor, eps: Tensor, K: Tensor, z: Tensor, econ: Economy) -> Tensor:
     """k (T + 1, B) of B price-taking households along given paths eps, K, z (T + 1, B), from k (B,)."""
-    R, w = prices(K, z, econ)
-    y = income(eps, w, z, econ)
     path = torch.empty_like(K)
     path[0] = k
     for t in range(K.shape[0] - 1):
-        m = R[t] * k + y[t]
-        k = (1 - consumption_share(policy, k, eps[t], m, K[t], z[t], econ)) * m
-        path[t + 1] = k
+        path[t + 1] = network_capital(policy, path[t], eps[t], K[t], z[t], econ)
     return path
 
 
