@@ -1,0 +1,59 @@
+"""What single departures from the paper buy: the default preset with one of them switched off, seed 0, each judged as
+always. Writes benchmarks/ablation.md.
+
+  python benchmarks/ablation.py        # about 10 minutes on two cores
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHORT = ["--irf-paths", "2", "--irf-burn", "2", "--irf-periods", "2"]  # the responses are not looked at here
+VARIANTS = {
+    "no control variate": ["--no-control-variate"],
+    "independent employment shocks": ["--no-systematic"],
+    "no scaling of economies, unemployed states weigh 1": ["--K-spread", "0", "--unemployed-weight", "1"],
+    "roll-outs start on the panel only": ["--wide-share", "0"],
+    "least damping 1e-3": ["--damping", "1e-3"],
+    "no last value steps": ["--final-value-steps", "0", "--iterations", "44"],
+}
+
+
+def figures(flags):
+    """metrics.json of a run with these flags, or the line in which it ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE.parent / "deepham_ks.py"), "--output-dir", folder, *SHORT, *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return done.stderr.strip().splitlines()[-1]
+        return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def row(name, flags, metrics):
+    command = f"`{' '.join(flags)}`" if flags else ""
+    if isinstance(metrics, str):
+        return f"| {name} | {command} | {metrics} | | | | | |"
+    both, large = metrics["comparison"], metrics["network"]["large"]
+    euler, distance = large["euler_log10"], both["policy_distance"]
+    return (f"| {name} | {command} | {metrics['seconds']['training']:.0f} | {both['small']['w1']:.3f} | "
+            f"{both['large']['w1']:.3f} | {distance['mean']:.4f} / {distance['max']:.3f} | "
+            f"{euler['mean']:.2f} / {euler['p99']:.2f} / {euler['max']:.2f} | {large['bellman_own_c']['mean']:.5f} |")
+
+
+def main():
+    lines = ["# One departure at a time", "", "`python benchmarks/ablation.py`, seed 0.", "",
+             "| off | flags | training s | W1, N = 50 | W1, N = 5,000 | \\|dk'\\| mean / max | "
+             "Euler log10 mean / p99 / max | Bellman own c, N = 5,000 |", "|---|---|---|---|---|---|---|---|"]
+    reference = json.loads((HERE.parent / "metrics.json").read_text())
+    lines.append(row("nothing (the reference run)", [], reference))
+    for name, flags in VARIANTS.items():
+        lines.append(row(name, flags, figures(flags)))
+        print(lines[-1], flush=True)
+        (HERE / "ablation.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
