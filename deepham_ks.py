@@ -1750,6 +1750,8 @@ def packed(state: dict) -> bytes:
 
 def save_checkpoint(path: Path, state: dict):
     write_atomically(path, packed({"format": FORMAT} | state))
+    if Interrupted.pending:
+        raise Interrupted(Interrupted.pending)
 
 
 def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
@@ -1839,9 +1841,11 @@ class Interrupted(BaseException):
     """SIGINT or SIGTERM. `except Exception` must not swallow it."""
 
     iteration = 0  # the training loop sets what the checkpoint holds
+    pending = 0  # the signal, if one came: Python drops what is raised inside a destructor or a callback
 
 
 def interrupt(signum, frame):
+    Interrupted.pending = signum
     raise Interrupted(signum)
 
 
@@ -1854,7 +1858,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_status(work, argv: list) -> int:
     """work(argv), where a user's error, a signal or too little memory ends in one line on stderr."""
     before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    Interrupted.iteration = 0
+    Interrupted.iteration = Interrupted.pending = 0
     try:
         return work(argv)
     except UserError as error:

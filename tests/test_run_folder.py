@@ -191,6 +191,26 @@ def test_stopped_at_any_moment_the_checkpoint_is_whole(tmp_path, signum):
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_signal_that_python_dropped_ends_the_run_at_the_next_checkpoint(tmp_path, capsys):
+    class Dropping:
+        def __del__(self):  # what is raised in a destructor goes nowhere
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work(argv):
+        dropping = Dropping()
+        del dropping
+        dk.save_checkpoint(tmp_path / "checkpoint.pt", state(1))
+        return 0
+
+    hook, sys.unraisablehook = sys.unraisablehook, lambda info: None
+    try:
+        assert dk.exit_status(work, []) == 128 + signal.SIGTERM
+    finally:
+        sys.unraisablehook = hook
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert dk.load_checkpoint(tmp_path / "checkpoint.pt", state(1), "--resume")["iteration"] == 1
+
+
 # ---- reading checkpoints
 
 
