@@ -219,7 +219,7 @@ def main():
               "that a large float32 product reaches here.", ""]
     if device == "cuda":
         lines += [f"Peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB.", ""]
-    lines += ["## Scaling", "", "Median seconds; 4 economies, N = 1,000, 160 periods, where not said otherwise.", "",
+    lines += ["## Scaling", "", "Median seconds; 4 economies, N = 500, 160 periods, where not said otherwise.", "",
               "| what grows | to | household-periods simulated | simulate s | steps s |", "|---|---|---|---|---|"]
     lines += [f"| {w} | {size:,} | {hp:,} | {a:.3f} | {b:.3f} |" for w, size, hp, a, b in scaling(device)]
     (HERE / f"results-{kind}.md").write_text("\n".join(lines) + "\n")
