@@ -1877,6 +1877,7 @@ def exit_status(work, argv: list) -> int:
         line, status = "error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the " \
                        "training --eval-agents-large, --eval-economies-large, --irf-agents or --irf-paths", 2
     finally:
+        Interrupted.pending = 0
         for signum, handler in before.items():
             signal.signal(signum, handler)
     print(f"deepham_ks: {line}", file=sys.stderr)
