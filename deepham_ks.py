@@ -55,6 +55,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
+__version__ = "2.0.0"
+
 # ---------------------------------------------------------------------------------------------- configuration
 
 
@@ -244,9 +246,9 @@ class Economy:
     def fill_in(self) -> Tuple[int, int]:
         """Tables as float64 arrays of full shape, those left out at their defaults; (Z, S)."""
         try:
-            Z, S = len(np.atleast_1d(self.TFP)), np.shape(self.income)[-1]
-        except (IndexError, TypeError):
-            raise UserError("income: give a table (Z, S)") from None
+            Z, S = np.atleast_1d(self.TFP).shape[0], np.array(self.income, np.float64).shape[-1]
+        except (IndexError, TypeError, ValueError):
+            raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
         shapes = {"TFP": (Z,), "P_z": (Z, Z), "Pi": (Z, Z, S, S), "beta": (S,), "income": (Z, S), "weight": (S,),
                   "L": (Z,), "shares": (Z, S), "sees_s": (S, -1), "sees_z": (Z, -1)}
         even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
@@ -259,9 +261,8 @@ class Economy:
                     table = np.array(table, np.float64)
                     shape = table.shape if -1 in shape and table.ndim == 2 and len(table) == shape[0] else shape
                     table = np.broadcast_to(table, shape).copy()
-                except ValueError:
-                    raise UserError(f"{name}: {np.shape(table)} is no table of shape {shape}, Z = {Z} by TFP, "
-                                    f"S = {S} by income") from None
+                except (TypeError, ValueError):
+                    raise UserError(f"{name}: give a table {shape}; Z = {Z} by TFP, S = {S} by income") from None
             object.__setattr__(self, name, table)
         for name, n, letter in (("s_names", S, "s"), ("z_names", Z, "z")):
             names = tuple(getattr(self, name)) or tuple(f"{letter} = {i}" for i in range(n))
@@ -300,7 +301,7 @@ class Economy:
             shares = np.linalg.lstsq(equations, np.append(np.zeros(Z * S), 1.0), rcond=None)[0].clip(0)
             object.__setattr__(self, "shares", (shares / shares.sum()).reshape(Z, S))
         x = self.shares.reshape(-1)
-        if (x < 0).any() or abs(x.sum() - 1) > 1e-9 or np.abs(x @ P - x).max() > 1e-9:
+        if not ((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9):
             raise UserError("shares: not a stationary distribution of P_z and Pi")
         if self.L is None:
             object.__setattr__(self, "L", (self.shares * self.income).sum(1) / self.shares.sum(1))
@@ -378,7 +379,7 @@ class Economy:
         sees = np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1)
         integers = {"next_s": padded % S, "next_z": padded // S, "position": position, "reach": reach}
         real_tables = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
-                       "cum_z": self.P_z.cumsum(1)[:, :-1], "cum_s": own.cumsum(-1)[..., :-1].reshape(-1, n - 1),
+                       "cum_z": self.P_z.cumsum(1)[:, :-1], "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, n - 1),
                        "probability": np.where(real, np.take_along_axis(P, padded, 1), 0),
                        "annuity": self.annuity.reshape(-1), "sees": sees, "root_weight": np.sqrt(self.weight),
                        "shares": self.shares, "K_mean": np.array(self.K_ss)}
@@ -459,20 +460,25 @@ def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return z * econ.beta.shape[0] + s
 
 
-def draw(uniform: Tensor, cumulative: Tensor) -> Tensor:
-    """Index with probabilities of which cumulative (..., n - 1) are the sums, from uniform numbers (...)."""
-    return (uniform.unsqueeze(-1) >= cumulative).sum(-1)
+def draw(u: Tensor, cumulative: Tensor) -> Tensor:
+    """Index with probabilities of which cumulative (..., n - 1) are the sums, from uniform numbers u (...)."""
+    return (u.unsqueeze(-1) >= cumulative).sum(-1)
 
 
-def draw_z(uniform: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """z' from uniform numbers of z's shape."""
-    return draw(uniform, econ.cum_z[z])
+def uniform(shape, rng: torch.Generator, device) -> Tensor:
+    """Uniform numbers of the generator, on device: a generator on the CPU gives every device the same."""
+    return torch.rand(shape, generator=rng, device=rng.device).to(device)
 
 
-def draw_s(uniform: Tensor, z: Tensor, z_next: Tensor, s: Tensor, econ: Tables) -> Tensor:
-    """s' given z and z', from uniform numbers of s's shape; z, z' broadcast against it."""
+def draw_z(u: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """z' from uniform numbers u of z's shape."""
+    return draw(u, econ.cum_z[z])
+
+
+def draw_s(u: Tensor, z: Tensor, z_next: Tensor, s: Tensor, econ: Tables) -> Tensor:
+    """s' given z and z', from uniform numbers u of s's shape; z, z' broadcast against it."""
     row = joint(s, z * econ.TFP.shape[0] + z_next, econ)
-    return econ.reach[s, draw(uniform, econ.cum_s[row])]
+    return econ.reach[s, draw(u, econ.cum_s[row])]
 
 
 def successors(k_next: Tensor, s: Tensor, K_next: Tensor, z: Tensor,
@@ -494,7 +500,7 @@ def spread_uniform(s: Tensor, rng: torch.Generator) -> Tensor:
     economy in the same s (golden-ratio steps from a random start): as many leave as in a far larger economy."""
     rank = s.argsort(dim=1, stable=True).argsort(dim=1)
     spread = (rank * 2654435769 % 2**32).to(torch.float32) / 2**32  # rank times the golden ratio, modulo 1
-    return (spread + torch.rand((len(s), 1), generator=rng, device=s.device)) % 1.0
+    return (spread + uniform((len(s), 1), rng, s.device)) % 1.0
 
 
 def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Generator, systematic: bool = False):
@@ -502,9 +508,9 @@ def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Gen
     s_path, z_path = s.new_empty(periods + 1, *s.shape), z.new_empty(periods + 1, *z.shape)
     s_path[0], z_path[0] = s, z
     for t in range(periods):
-        z_next = draw_z(torch.rand(z.shape, generator=rng, device=z.device), z_path[t], econ)
-        uniform = spread_uniform(s_path[t], rng) if systematic else torch.rand(s.shape, generator=rng, device=s.device)
-        s_path[t + 1], z_path[t + 1] = draw_s(uniform, z_path[t], z_next, s_path[t], econ), z_next
+        z_next = draw_z(uniform(z.shape, rng, z.device), z_path[t], econ)
+        draws = spread_uniform(s_path[t], rng) if systematic else uniform(s.shape, rng, s.device)
+        s_path[t + 1], z_path[t + 1] = draw_s(draws, z_path[t], z_next, s_path[t], econ), z_next
     return s_path, z_path
 
 
@@ -709,11 +715,11 @@ def initial_panel(B: int, N: int, econ: Tables, rng: torch.Generator, dtype=torc
     """A dispersed cross-section (from a point mass it would need 2,000 periods to spread): k - k_min is gamma with
     mean K_mean - k_min and half of that as standard deviation, (z, s) at the stationary shares."""
     device, shape, above = econ.TFP.device, (B, N), econ.K_mean - econ.k_min
-    k = torch._standard_gamma(torch.full(shape, 4.0, device=device), generator=rng).to(dtype) * above / 4 + econ.k_min
+    gamma = torch._standard_gamma(torch.full(shape, 4.0, device=rng.device), generator=rng).to(device, dtype)
     of_z = econ.shares.sum(1)
-    z = draw(torch.rand((B, 1), generator=rng, device=device), of_z.cumsum(0)[:-1])
+    z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
     of_s = (econ.shares / of_z.unsqueeze(1)).cumsum(1)[:, :-1]
-    return Panel(k.to(dtype), draw(torch.rand(shape, generator=rng, device=device), of_s[z]), z)
+    return Panel((gamma * above / 4 + econ.k_min).to(dtype), draw(uniform(shape, rng, device), of_s[z]), z)
 
 
 def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
@@ -830,7 +836,7 @@ def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, econ: Tables
     start = torch.randint(K_path.shape[0] - cfg.horizon, (M,), generator=rng, device=device)
     window = start + torch.arange(cfg.horizon + 1, device=device).unsqueeze(1)
     K, z = K_path[window, economy], z_path[window, economy]
-    start_wide, start_even, drawn = torch.rand((3, M), generator=rng, device=device)
+    start_wide, start_even, drawn = uniform((3, M), rng, device)
     household = torch.randint(panel.k.numel(), (M,), generator=rng, device=device)
     low = (panel.k.min() + econ.k_min) / 2
     high = torch.maximum(cfg.wide_top * panel.k.max(), 5 * econ.K_mean)
@@ -840,7 +846,7 @@ def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, econ: Tables
     s = torch.where(start_even < cfg.even_share, any_s, panel.s.flatten()[household])
     s_path = torch.empty_like(z)
     s_path[0] = s
-    shocks = torch.rand(z.shape, generator=rng, device=device)
+    shocks = uniform(z.shape, rng, device)
     for t in range(cfg.horizon):
         s_path[t + 1] = draw_s(shocks[t], z[t], z[t + 1], s_path[t], econ)
     return k, s_path, K, z
@@ -868,7 +874,8 @@ def worth_of_saving(batch: Batch, econ: Tables) -> Tensor:
 
 def policy_residual(batch: Batch, econ: Tables) -> Tensor:
     """ln(c~ / c) with u'(c~) = beta lambda', within half a unit: how far log c is from its first-order condition."""
-    return (-torch.log(worth_of_saving(batch, econ).clamp(min=1e-6)) / econ.gamma).clamp(-0.5, 0.5)
+    worth = worth_of_saving(batch, econ).clamp(min=1e-6) * marginal_utility(batch.c, econ)
+    return torch.log(inverse_marginal_utility(worth, econ) / batch.c).clamp(-0.5, 0.5)
 
 
 def add_gram(A: Tensor, jacobian: Tensor) -> None:
@@ -1049,7 +1056,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     def policy(k, s, K, z):
         return kernels.network_capital(layers, k, s, K, z, econ)
 
-    scale = 1 + cfg.K_spread * (2 * torch.rand(state["z"].shape, generator=rng, device=state["z"].device) - 1)
+    scale = 1 + cfg.K_spread * (2 * uniform(state["z"].shape, rng, state["z"].device) - 1)
     panel = Panel(econ.k_min + (state["k"] - econ.k_min) * scale, state["s"], state["z"])
     for t, (s, z, [(k, K, _)]) in enumerate(simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic)):
         state["K_path"][t], state["z_path"][t] = K[:, 0], z[:, 0]
@@ -1144,7 +1151,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
     device, n = econ.TFP.device, n_inputs(econ)
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
     n_states = cfg.batch * len(range(0, cfg.horizon // 4, cfg.stride))
-    share = econ.c_ss / (econ.K_ss + econ.c_ss)  # of cash on hand: K stays where it is
+    share = econ.c_ss / (econ.K_ss + econ.c_ss - econ.k_min)  # of cash on hand above the limit: K stays where it is
     return {
         "iteration": 0,
         "policy": initial_parameters(n, cfg.hidden, math.log(share), seed).to(device),
@@ -1249,9 +1256,11 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
     try:
         with torch.cuda.graph(graph):
             figures = step()
-    except RuntimeError as error:  # a library call that this torch cannot capture
-        tqdm.write(f"no CUDA graph, iterations are launched from Python and slower: {str(error).splitlines()[0]}")
-        return step
+    except RuntimeError as error:  # after a failed capture the generator and the allocator are of no more use
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"this torch cannot capture an iteration as a CUDA graph ({str(error).splitlines()[0]}); "
+                        "continue with --resume --no-cuda-graphs") from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -1617,7 +1626,7 @@ class States(NamedTuple):
 def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int):
     """Simulate solutions on the same shocks from the same dispersed panel: name -> (pooled States, K_path (periods,
     B)), and z_path (periods, B)."""
-    rng = torch.Generator(econ.TFP.device).manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)  # on the CPU: the same shocks on every device
     panel = initial_panel(B, N, econ, rng, torch.float64)
     pooled, K_path, z_path = {name: [] for name in solutions}, {name: [] for name in solutions}, []
     periods = simulate([solution.policy for solution in solutions.values()], panel, cfg.eval_periods, econ, rng)
@@ -1814,20 +1823,20 @@ def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int) -> 
     """name -> series -> (benchmark, shocked), each (paths, periods): economies that were in the middle state a period
     before 0 (the upper one of two) and are at 0 in it, or one state below. Every random number is the same whatever
     the solution and the state at 0."""
-    rng = torch.Generator(econ.TFP.device).manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     panel = initial_panel(cfg.irf_paths, cfg.irf_agents, econ, rng, torch.float64)
     names, policies = list(solutions), [solution.policy for solution in solutions.values()]
     burn = simulate(policies, panel, cfg.irf_burn, econ, rng)
     for s, z, paths in tqdm(burn, "impulse responses", cfg.irf_burn, leave=False, disable=None):
         pass
     usual = torch.full_like(z, len(econ.TFP) // 2)
-    s = draw_s(torch.rand(s.shape, generator=rng, device=s.device), z, usual, s, econ)
-    uniform, after = torch.rand(s.shape, generator=rng, device=s.device), rng.get_state()
+    s = draw_s(uniform(s.shape, rng, s.device), z, usual, s, econ)
+    draws, after = uniform(s.shape, rng, s.device), rng.get_state()
     out = {name: {series: [] for series in SERIES} for name in names}
     for z_0 in (usual, (usual - 1).clamp(min=0)):
         for name, policy, (_, _, k) in zip(names, policies, paths):
             k = policy(k, s, k.mean(1, keepdim=True), usual)
-            panel = Panel(k, draw_s(uniform, usual, z_0, s, econ), z_0)
+            panel = Panel(k, draw_s(draws, usual, z_0, s, econ), z_0)
             rng.set_state(after)
             columns = []
             for s_t, z_t, [(k, K, k_next)] in simulate([policy], panel, cfg.irf_periods, econ, rng):
@@ -2084,6 +2093,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags."""
     parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
     kinds = [Run, *([] if isinstance(economy, Economy) else [calibration]), Config, GridConfig]
     for kind in kinds:
         section = parser.add_argument_group(kind.__name__, kind.__doc__)
@@ -2313,8 +2323,8 @@ def interrupt(signum, frame):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "Storage size calculation overflowed",
-             "array is too big")
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED",
+             "Storage size calculation overflowed", "array is too big")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
@@ -2560,6 +2570,10 @@ def stage(seconds: dict, name: str):
 
 def choose_device(device: str) -> str:
     if device == "auto" and not torch.cuda.is_available():
+        driver = Path("/proc/driver/nvidia/version")
+        if torch.version.cuda and driver.exists():
+            raise UserError(f"the NVIDIA driver here ({driver.read_text().splitlines()[0]}) is too old for torch "
+                            f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
         print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
@@ -2573,7 +2587,7 @@ def peak_memory_gb(device: str) -> dict:
         unit = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes there, kilobytes on Linux
         peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if device == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated() / 2**30
+        peak["device"] = torch.cuda.max_memory_reserved() / 2**30  # allocated leaves the graphs' own pool out
     return peak
 
 
@@ -2595,7 +2609,7 @@ def checkpoint_of(state: dict, economy: Economy, calibration: dict, cfg: Config,
     free = ("iterations", "eval_", "irf_")
     config = {name: value for name, value in dataclasses.asdict(cfg).items() if not name.startswith(free)}
     return state | {"calibration": calibration, "economy": economy_dict(economy), "rng": rng.get_state(),
-                    "config": config | {"seed": seed, "device": rng.device.type}}
+                    "config": config | {"seed": seed}}
 
 
 def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str = "auto", compile: str = "torchscript",
@@ -2607,13 +2621,22 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
     economy, device = as_economy(economy), choose_device(device)
     torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
     econ, kernels = economy.tables(device, torch.float32), compile_kernels(compile)
-    rng = torch.cuda.default_generators[0] if device == "cuda" else torch.Generator()
+    rng = torch.Generator()
+    if device == "cuda":
+        torch.cuda.init()
+        rng = torch.cuda.default_generators[0]
+        torch._C._jit_set_texpr_fuser_enabled(False)  # compiles inside a capture; and the CPU build has no such fuser
+        torch.backends.cuda.preferred_linalg_library("cusolver")  # a Cholesky factor that can be captured
     rng.manual_seed(seed)
     state, path = initial_state(econ, config, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
     if resume:
         like = checkpoint_of(state, economy, calibration, config, seed, rng)
         saved = load_checkpoint(path, like, "--resume")
-        rng.set_state(saved["rng"])
+        if saved["rng"].shape == rng.get_state().shape:
+            rng.set_state(saved["rng"])
+        else:
+            print("the checkpoint is of another kind of device: random numbers start anew, so not bit for bit")
+            rng.manual_seed(seed + saved["iteration"])
         for name, value in state.items():
             state[name] = saved[name].to(device) if isinstance(value, Tensor) else saved[name]
         state |= {name: value for name, value in saved.items() if name.startswith("adam_")}
@@ -2672,7 +2695,7 @@ def work(settings: Settings) -> int:
         metrics = {**figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
                    "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
                    "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
-                   "device": device_name(device), "versions": versions(), "seconds": seconds,
+                   "device": device_name(device), "version": __version__, "versions": versions(), "seconds": seconds,
                    "peak_memory_gb": peak_memory_gb(device)}
         (folder / "metrics.json").write_text(json.dumps(plain(metrics), indent=1, allow_nan=False) + "\n")
     for note in figures["grid"]["notes"] if grid else ():

@@ -7,6 +7,7 @@ time_to_accuracy-*.csv and .png.
 
 import argparse
 import dataclasses
+import math
 import platform
 import sys
 import time
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import deepham_ks as dk  # noqa: E402
 
-CAL = dk.Calibration()
+ECONOMY = dk.krusell_smith()
 
 
 class OutOfTime(Exception):
@@ -46,8 +47,13 @@ def median_seconds(work, device, repeats=5):
 
 
 def setting(cfg, device, seed=0):
-    econ, kernels = dk.build_economy(CAL, device, torch.float32), dk.compile_kernels("torchscript")
-    rng = torch.cuda.default_generators[0] if device == "cuda" else torch.Generator()
+    """As dk.solve() starts."""
+    econ, kernels, rng = ECONOMY.tables(device, torch.float32), dk.compile_kernels("torchscript"), torch.Generator()
+    if device == "cuda":
+        torch.cuda.init()
+        rng = torch.cuda.default_generators[0]
+        torch._C._jit_set_texpr_fuser_enabled(False)
+        torch.backends.cuda.preferred_linalg_library("cusolver")
     rng.manual_seed(seed)
     return econ, kernels, rng, dk.initial_state(econ, cfg, seed, rng)
 
@@ -55,12 +61,27 @@ def setting(cfg, device, seed=0):
 # ---------------------------------------------------------------------------------------------- time to accuracy
 
 
-def reference_panel(solution, econ, cfg):
-    states, _, _ = dk.ergodic_states(solution, econ, cfg, cfg.eval_economies, cfg.eval_agents, dk.JUDGE_SEED)
-    return states.k.cpu().numpy()
+def pooled_capital(solution, cfg):
+    """k (n,) of the panel that the small size is judged on; every solution starts from the same one."""
+    simulated, _ = dk.ergodic_states({"": solution}, ECONOMY.tables(solution.device), cfg, cfg.eval_economies,
+                                     cfg.eval_agents, dk.JUDGE_SEED)
+    return simulated[""][0].k.cpu().numpy()
 
 
-def time_to_accuracy(name, cfg, seed, device, grid, k_grid, every, budget=float("inf")):
+def judge(cfg, device):
+    """The converged grid solution, its k at N = 50, and its K in the limit as policy_distance() takes it."""
+    grid = dk.solve_grid(ECONOMY, dk.GRIDS["converged"])
+    n_K, n_k = grid.table.shape[2:]
+    k = dk.power_grid(n_k, ECONOMY.k_min, grid.k_max, grid.exponent)
+    K = np.linspace(grid.K_low, grid.K_high, n_K)
+    z_path = dk.draw_z_path(cfg.eval_periods, ECONOMY, np.random.default_rng(dk.JUDGE_SEED))
+    mass = dk.dispersed_mass(k, grid.K_mean, z_path[0], ECONOMY)
+    K_path, _ = dk.simulate_histogram(grid.table.numpy(), k, K, mass, z_path, ECONOMY)
+    grid = grid.to(device)
+    return grid, pooled_capital(grid, cfg), {("grid", "limit"): {"K_path": K_path[cfg.eval_drop :]}}
+
+
+def time_to_accuracy(name, cfg, seed, device, grid, k_grid, of_grid, every, budget=float("inf")):
     """Rows (preset, seed, outer iteration, training seconds, W1, mean |dk'|); judging is not counted."""
     econ, kernels, rng, state = setting(cfg, device, seed)
     rows = []
@@ -68,10 +89,9 @@ def time_to_accuracy(name, cfg, seed, device, grid, k_grid, every, budget=float(
     def after(state):
         seconds = sum(state["history"]["seconds"])
         if state["iteration"] % every == 0 or state["iteration"] == cfg.iterations or seconds > budget:
-            network = dk.Solution(CAL, cfg, state["policy"].clone(), state["value"].clone(), device, "torchscript")
-            judging = dk.PRESETS["default"]
-            w1 = scipy.stats.wasserstein_distance(reference_panel(network, network.econ, judging), k_grid)
-            gap = dk.policy_distance(network, grid, network.econ)["mean"]
+            network = dk.Solution(dk.weights_file(state, ECONOMY, {}, cfg, seed), device, "torchscript")
+            w1 = scipy.stats.wasserstein_distance(pooled_capital(network, dk.PRESETS["default"]), k_grid)
+            gap = dk.policy_distance(network, grid, ECONOMY, of_grid)["mean"]
             rows.append((name, seed, state["iteration"], seconds, w1, gap))
             print(f"{name} seed {seed} iteration {state['iteration']}: {seconds:.1f} s, W1 {w1:.3f}, |dk'| {gap:.4f}",
                   flush=True)
@@ -106,15 +126,15 @@ def stages(cfg, device):
     """Seconds of each part of an outer iteration, and of the whole as it is run."""
     econ, kernels, rng, state = setting(cfg, device)
     dk.set_rates(state, cfg, {})
-    policy, value = dk.unpack(state["policy"]), dk.unpack(state["value"])
-    panel = dk.Panel(state["k"], state["eps"], state["z"])
+    policy, value = [dk.unpack(state[name], cfg.hidden) for name in ("policy", "value")]
+    panel = dk.Panel(state["k"], state["s"], state["z"])
 
-    def next_capital(k, eps, K, z):
-        return kernels.network_capital(policy, k, eps, K, z, econ)
+    def next_capital(k, s, K, z):
+        return kernels.network_capital(policy, k, s, K, z, econ)
 
     def simulate():
         K, z = [], []
-        for _, _, K_t, z_t, _ in dk.simulate(next_capital, panel, cfg.periods, econ, rng, cfg.systematic):
+        for _, z_t, [(_, K_t, _)] in dk.simulate([next_capital], panel, cfg.periods, econ, rng, cfg.systematic):
             K.append(K_t[:, 0])
             z.append(z_t[:, 0])
         return torch.stack(K), torch.stack(z)
@@ -130,6 +150,7 @@ def stages(cfg, device):
         "value step": lambda: dk.value_step(state["value"], steps[0][1], steps[1][1], *steps[2:]),
     }
     seconds = {name: median_seconds(part, device) for name, part in parts.items()}
+    dk.iterate(state, econ, cfg, kernels, rng, {})  # the first one fills in what the next ones learn from
     state["iteration"] = 1
 
     def whole():
@@ -145,10 +166,12 @@ def stages(cfg, device):
 
 def policy_step_flops(cfg):
     """Floating-point operations of roll-out, costates and both Gauss-Newton steps, matrix products only."""
-    H, states = cfg.hidden, cfg.batch * len(range(0, cfg.horizon // 2, cfg.stride))
-    forward = 2 * (dk.N_FEATURES * H + H * H + H)
-    roll_out = cfg.batch * cfg.horizon * forward * (1 + 2 + 4 * 2)  # path, slope, V and V_k at four successors
-    P = dk.n_parameters(H)
+    econ = ECONOMY.tables()
+    H, n, J = cfg.hidden, dk.n_inputs(econ), econ.next_s.shape[1]
+    states = cfg.batch * len(range(0, cfg.horizon // 4, cfg.stride))
+    forward = 2 * (n * H + H * H + H)
+    roll_out = cfg.batch * cfg.horizon * forward * (1 + 2 + J * 2)  # path, slope, V and V_k at the J successors
+    P = sum(math.prod(shape) for shape in dk.layer_shapes(n, H))
     return roll_out + 3 * states * 2 * P * P  # policy: one row a state, value: two
 
 
@@ -191,13 +214,11 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, cfg = "gpu" if device == "cuda" else "cpu", dk.PRESETS["default"]
     print(machine(device))
-    grid = dk.solve_grid().to(device)
-    k_grid = reference_panel(grid, dk.build_economy(CAL, device, torch.float64), cfg)
-    rows = []
+    of_grid, rows = judge(cfg, device), []
     for seed in options.seeds:
-        rows += time_to_accuracy("default", cfg, seed, device, grid, k_grid, 5)
+        rows += time_to_accuracy("default", cfg, seed, device, *of_grid, 5)
     if options.paper_seconds:
-        rows += time_to_accuracy("paper", dk.PRESETS["paper"], 0, device, grid, k_grid, 1, options.paper_seconds)
+        rows += time_to_accuracy("paper", dk.PRESETS["paper"], 0, device, *of_grid, 1, options.paper_seconds)
     np.savetxt(HERE / f"time_to_accuracy-{kind}.csv", np.array(rows, dtype=object), fmt="%s,%d,%d,%.2f,%.4f,%.5f",
                header="preset,seed,iteration,training_seconds,w1,mean_dk", comments="")
     draw_time_to_accuracy(HERE / f"time_to_accuracy-{kind}.png", rows)
@@ -218,7 +239,7 @@ def main():
               f"{rate / 1e9:.0f} GFLOP/s in matrix products, {100 * rate / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s "
               "that a large float32 product reaches here.", ""]
     if device == "cuda":
-        lines += [f"Peak device memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB.", ""]
+        lines += [f"Peak device memory {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB.", ""]
     lines += ["## Scaling", "", "Median seconds; 4 economies, N = 500, 160 periods, where not said otherwise.", "",
               "| what grows | to | household-periods simulated | simulate s | steps s |", "|---|---|---|---|---|"]
     lines += [f"| {w} | {size:,} | {hp:,} | {a:.3f} | {b:.3f} |" for w, size, hp, a, b in scaling(device)]

@@ -19,10 +19,53 @@ import deepham_ks as dk  # noqa: E402
 torch.set_num_threads(1)  # small tensors: threads would only wait for each other
 
 
+def toy():
+    """S = 3, Z = 3: unequal discount factors, a borrowing limit below zero, and states that cannot follow each other:
+    z' = 2 after z = 0, s' = 2 after s = 0, s' = 0 after s = 2, and s' = 0 after s = 1 while z stays at 2."""
+    fall = [[0.6, 0.4, 0.0], [0.25, 0.6, 0.15], [0.0, 0.4, 0.6]]
+    stay = [[0.5, 0.5, 0.0], [0.15, 0.65, 0.2], [0.0, 0.3, 0.7]]
+    rise = [[0.35, 0.65, 0.0], [0.1, 0.6, 0.3], [0.0, 0.2, 0.8]]
+    best = [[0.3, 0.7, 0.0], [0.0, 0.65, 0.35], [0.0, 0.15, 0.85]]
+    return dk.Economy(
+        alpha=0.33, delta=0.08, gamma=3.0, k_min=-0.5, TFP=[0.97, 1.0, 1.03], beta=[0.92, 0.94, 0.955],
+        P_z=[[0.75, 0.25, 0.0], [0.1, 0.8, 0.1], [0.05, 0.25, 0.7]],
+        Pi=[[stay, rise, rise], [fall, stay, rise], [fall, fall, best]],
+        income=[[0.35, 0.9, 1.6], [0.4, 1.0, 1.7], [0.5, 1.1, 1.75]], weight=[2.0, 1.0, 1.5],
+        s_names=("low", "middle", "high"))
+
+
+def one_z():
+    """Z = 1, S = 3: no aggregate shocks, no way from either end to the other."""
+    return dk.Economy(alpha=0.36, delta=0.08, gamma=0.7, beta=0.94, TFP=[1.1], P_z=[[1.0]], income=[0.5, 1.0, 2.5],
+                      Pi=[[0.8, 0.2, 0.0], [0.1, 0.85, 0.05], [0.0, 0.2, 0.8]], sees_s=[[-1.0], [0.0], [1.0]])
+
+
+ECONOMIES = {"log": lambda: dk.krusell_smith(), "gamma2": lambda: dk.krusell_smith(dk.Calibration(gamma=2.0)),
+             "toy": toy, "one_z": one_z}
+
+
+@pytest.fixture(scope="session")
+def economies():
+    """Every economy by its name: Krusell & Smith's with log utility and gamma = 2, the toy one, one without z."""
+    return {name: make() for name, make in ECONOMIES.items()}
+
+
+@pytest.fixture(scope="session", params=ECONOMIES)
+def economy(request, economies):
+    """One economy after the other."""
+    return economies[request.param]
+
+
+@pytest.fixture(scope="session")
+def tables(economy):
+    """Its tables, float64."""
+    return economy.tables()
+
+
 @pytest.fixture(scope="session")
 def econ():
-    """The default calibration, float64."""
-    return dk.build_economy(dk.Calibration(), dtype=torch.float64)
+    """The tables of the default economy, float64."""
+    return dk.krusell_smith().tables()
 
 
 @pytest.fixture(scope="session")

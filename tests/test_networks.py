@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import warnings
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,25 +15,50 @@ H = 6
 F64 = torch.float64
 
 
-def random_parameters(seed: int, bias: float = 0.0) -> torch.Tensor:
-    """theta (P,) with every layer alive: the initial one has a zero output layer."""
-    theta = dk.initial_parameters(H, bias, seed).double()
+def random_parameters(n: int, seed: int, bias: float = 0.0) -> torch.Tensor:
+    """theta (P,) of a network with n inputs and every layer alive: the initial one has a zero output layer."""
+    theta = dk.initial_parameters(n, H, bias, seed).double()
     theta[-H - 1 : -1] = 0.5 * torch.randn(H, generator=torch.Generator().manual_seed(seed + 100), dtype=F64)
     return theta
 
 
-@pytest.fixture(scope="module", params=[1.0, 2.0], ids=["log", "gamma2"])
-def world(request):
-    """econ, policy and value parameters, and paths (k0, eps, K, z) of T = 7 periods, B = 16 households."""
-    econ = dk.build_economy(dk.Calibration(gamma=request.param), dtype=F64)
-    T, B = 7, 16
-    g = torch.Generator().manual_seed(3)
-    z = torch.randint(2, (T + 1, B), generator=g)
-    eps = torch.randint(2, (T + 1, B), generator=g)
-    K = 36 + 8 * torch.rand((T + 1, B), generator=g, dtype=F64)
-    k0 = torch.expm1(5 * torch.rand(B, generator=g, dtype=F64))
+def random_inputs(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+class World(NamedTuple):
+    economy: dk.Economy
+    econ: dk.Tables
+    policy: torch.Tensor  # theta
+    value: torch.Tensor
+    paths: tuple  # k0 (M,), s, K, z (T + 1, M)
+
+
+T, M = 7, 16
+
+
+@pytest.fixture(scope="module")
+def world(economy):
+    """An economy, policy and value parameters, and paths of T periods and M households that the dense P allows."""
+    econ, rng, g = economy.tables(), np.random.default_rng(3), torch.Generator().manual_seed(3)
+    Z, S = economy.income.shape
+    state, P = [rng.integers(Z * S, size=M)], economy.P.reshape(Z * S, Z * S)
+    for _ in range(T):
+        state.append(np.array([rng.choice(Z * S, p=P[now]) for now in state[-1]]))
+    state = torch.tensor(np.array(state))
+    K = economy.K_ss * (0.9 + 0.2 * torch.rand((T + 1, M), generator=g, dtype=F64))
+    k0 = torch.expm1(1.25 * torch.rand(M, generator=g, dtype=F64) * math.log(4 * economy.K_ss))
     k0[:4] = torch.tensor([0.0, 0.01, 0.1, 1.0])
-    return econ, random_parameters(0, 0.1), random_parameters(1), (k0, eps, K, z)
+    paths, n = (economy.k_min + k0, state % S, K, state // S), dk.n_inputs(econ)
+    policy, value = random_parameters(n, 0), random_parameters(n, 1)
+    policy[-1] -= output_at(paths, policy, econ).median() + 1e-3  # half of the states are at the borrowing limit
+    return World(economy, econ, policy, value, paths)
+
+
+def output_at(paths, theta, econ):
+    """The network's output at k0 and every date of the paths, (T + 1, M)."""
+    k, s, K, z = torch.broadcast_tensors(*paths)
+    return dk.network(dk.unpack(theta, H), dk.features(k, s, dk.cash_on_hand(k, s, K, z, econ)[0], K, z, econ))
 
 
 @pytest.fixture(scope="module")
@@ -39,129 +66,212 @@ def eager():
     return dk.compile_kernels("none")
 
 
+@pytest.fixture(scope="module")
+def script():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dk.compile_kernels("torchscript")
+
+
+def layers_of(theta):
+    return dk.unpack(theta, H)
+
+
 def config(**changes):
-    return dataclasses.replace(dk.Config(horizon=7, batch=16, stride=1, hidden=H), **changes)
+    return dataclasses.replace(dk.Config(horizon=T, batch=M, stride=1, hidden=H), **changes)
 
 
 def batch_of(world, eager, control_variate):
-    econ, policy, value, paths = world
     with torch.no_grad():
-        return dk.roll_out_batch(dk.unpack(policy), dk.unpack(value), paths, econ,
+        return dk.roll_out_batch(layers_of(world.policy), layers_of(world.value), world.paths, world.econ,
                                  config(control_variate=control_variate), eager)
 
 
+def flat_batch(world, eager):
+    return dk.Batch(*[x.flatten() for x in batch_of(world, eager, control_variate=True)])
+
+
+def possible(economy, s, z):
+    """By the dense P: (s', z', p) of one possible successor of every state after the other, each (M,); where a state
+    has fewer than others the last one comes again, with p = 0."""
+    Z, S = economy.income.shape
+    rows = economy.P.reshape(Z * S, Z * S)[z.numpy() * S + s.numpy()]
+    lists = [np.flatnonzero(row) for row in rows]
+    for j in range(max(map(len, lists))):
+        at = np.array([options[min(j, len(options) - 1)] for options in lists])
+        p = [row[a] if j < len(options) else 0 for row, a, options in zip(rows, at, lists)]
+        yield torch.tensor(at % S), torch.tensor(at // S), torch.tensor(p, dtype=F64)
+
+
 def unrolled(world, theta, k, start=0):
-    """sum_t beta^t (u(c_t) - (1 - beta) V_ss) + beta^T V(s_T) of households with k at `start`: the plain graph."""
-    econ, _, value, (_, eps, K, z) = world
+    """sum_t (beta(s_0) ... beta(s_{t-1})) u(c_t), and the same discount times V(s_T), of households with k at `start`:
+    the plain graph."""
+    _, econ, _, value, (_, s, K, z) = world
     U, discount = 0.0, 1.0
     for t in range(start, len(K) - 1):
-        m, _ = dk.cash_on_hand(k, eps[t], K[t], z[t], econ)
-        k = dk.network_capital(dk.unpack(theta), k, eps[t], K[t], z[t], econ)
-        U = U + discount * (dk.utility(m - k, econ) - (1 - econ.beta) * econ.V_ss)
-        discount *= econ.beta
-    V, _ = dk.network_value(dk.unpack(value), k, eps[-1], K[-1], z[-1], econ)
+        m, _ = dk.cash_on_hand(k, s[t], K[t], z[t], econ)
+        k = dk.network_capital(layers_of(theta), k, s[t], K[t], z[t], econ)
+        U = U + discount * dk.utility(m - k, econ)
+        discount = discount * econ.beta[s[t]]
+    V, _ = dk.network_value(layers_of(value), k, s[-1], K[-1], z[-1], econ)
     return U + discount * V
 
 
 # ------------------------------------------------------------------------------------------------ networks
 
 
-def test_pack_unpack():
+@pytest.mark.parametrize("n", [1, 6, 11])
+def test_pack_unpack(n):
     for width in (1, 4, 24, 32, 777):
-        P = dk.n_parameters(width)
+        P = dk.initial_parameters(n, width, 0.0, 0).numel()
         theta = torch.arange(P, dtype=F64)
-        layers = dk.unpack(theta)
-        assert dk.hidden_width(P) == width
-        assert [tuple(x.shape) for x in layers] == [(width, 5), (width,), (width, width), (width,), (width,), ()]
+        layers = dk.unpack(theta, width)
+        assert [tuple(x.shape) for x in layers] == [(width, n), (width,), (width, width), (width,), (width,), ()]
+        assert [tuple(x.shape) for x in layers] == dk.layer_shapes(n, width)
         assert torch.equal(torch.cat([x.flatten() for x in layers]), theta)
         assert layers[0].data_ptr() == theta.data_ptr()  # views: an optimiser's step on theta shows in the layers
 
 
 def test_network_is_two_tanh_layers():
-    theta, x = random_parameters(4, 0.3), torch.randn(9, 5, dtype=F64)
-    W1, b1, W2, b2, w3, b3 = dk.unpack(theta)
+    theta, x = random_parameters(5, 4, 0.3), random_inputs(9, 5)
+    W1, b1, W2, b2, w3, b3 = layers_of(theta)
     by_hand = [float(w3 @ torch.tanh(W2 @ torch.tanh(W1 @ row + b1) + b2) + b3) for row in x]
-    assert dk.network(dk.unpack(theta), x).tolist() == pytest.approx(by_hand, rel=1e-13)
+    assert dk.network(layers_of(theta), x).tolist() == pytest.approx(by_hand, rel=1e-13)
 
 
 def test_initial_network_is_constant():
-    theta = dk.initial_parameters(8, math.log(0.06), seed=3)
-    assert torch.allclose(dk.network(dk.unpack(theta), torch.randn(50, 5)), torch.tensor(math.log(0.06)))
-    assert torch.equal(theta, dk.initial_parameters(8, math.log(0.06), seed=3))
-    assert not torch.equal(theta, dk.initial_parameters(8, math.log(0.06), seed=4))
+    theta = dk.initial_parameters(6, 8, math.log(0.06), seed=3)
+    x = random_inputs(50, 6).to(torch.float32)
+    assert torch.allclose(dk.network(dk.unpack(theta, 8), x), torch.tensor(math.log(0.06)))
+    assert torch.equal(theta, dk.initial_parameters(6, 8, math.log(0.06), seed=3))
+    assert not torch.equal(theta, dk.initial_parameters(6, 8, math.log(0.06), seed=4))
 
 
 def test_slope_equals_autograd():
-    layers = dk.unpack(random_parameters(1))
-    x, dx = torch.randn(40, 5, dtype=F64), torch.randn(40, 5, dtype=F64)
+    layers = layers_of(random_parameters(5, 1))
+    x, dx = random_inputs(40, 5), random_inputs(40, 5, seed=1)
     y, slope = dk.network_and_slope(layers, x, dx)
     again, tangent = torch.func.jvp(lambda x: dk.network(layers, x), (x,), (dx,))
     assert torch.equal(y, again)
     assert torch.allclose(slope, tangent, rtol=1e-12, atol=1e-14)
 
 
+def test_features_tell_states_apart(world):
+    """Every (k, s, K, z) has inputs of its own, of order one, ln K / K_mean is the one column of K, and s and z are
+    seen as the economy's tables have them."""
+    economy, econ, *_ = world
+    k = torch.linspace(economy.k_min, 4 * economy.K_ss, 9, dtype=F64)
+    k, s, K, z = dk.on_grid(k.numpy(), economy.K_ss * np.linspace(0.8, 1.25, 4), econ)
+    m, _ = dk.cash_on_hand(k, s, K, z, econ)
+    x = dk.features(k, s, m, K, z, econ)
+    assert x.shape == (*k.shape, dk.n_inputs(econ)) and x.abs().max() < 6
+    assert len(x.reshape(-1, x.shape[-1]).unique(dim=0)) == k.numel()
+    assert torch.allclose(x[..., dk.K_INPUT], 8 * torch.log(K / economy.K_ss))
+    seen = np.concatenate([economy.sees_s[s], economy.sees_z[z]], -1)
+    assert np.array_equal(x[..., dk.N_OWN :], seen) and dk.n_inputs(econ) == dk.N_OWN + seen.shape[-1]
+    other = dk.features(k, s, m, K, z, econ._replace(K_mean=2 * econ.K_mean))
+    assert (x != other).any((0, 1, 2, 3)).nonzero().flatten().tolist() == [dk.K_INPUT]
+
+
 def test_feature_slopes_equal_autograd(world):
-    econ, _, _, (k0, eps, K, z) = world
+    _, econ, _, _, (k0, s, K, z) = world
     k = k0.clone().requires_grad_()
-    m, R = dk.cash_on_hand(k, eps[0], K[0], z[0], econ)
-    x = dk.features(k, eps[0], m, K[0], z[0], econ)
+    m, R = dk.cash_on_hand(k, s[0], K[0], z[0], econ)
+    x = dk.features(k, s[0], m, K[0], z[0], econ)
     by_graph = torch.stack([torch.autograd.grad(x[:, i].sum(), k, retain_graph=True, allow_unused=True,
                                                 materialize_grads=True)[0] for i in range(x.shape[1])], -1)
-    assert torch.allclose(dk.feature_slopes(m, R, econ), by_graph, rtol=1e-12)
+    slopes = dk.feature_slopes(k, m, R, econ)
+    assert slopes.shape == x.shape and torch.allclose(slopes, by_graph, rtol=1e-12)
+    assert (slopes[:, :3] > 0).all()
 
 
 def test_jacobians_equal_autograd():
-    theta = random_parameters(2)
-    x, dx = torch.randn(30, 5, dtype=F64), torch.randn(30, 5, dtype=F64)
+    theta = random_parameters(5, 2)
+    x, dx = random_inputs(30, 5), random_inputs(30, 5, seed=1)
 
     def both(theta):
-        return torch.stack(dk.network_and_slope(dk.unpack(theta), x, dx))
+        return torch.stack(dk.network_and_slope(layers_of(theta), x, dx))
 
     value, slope = torch.func.jacrev(both)(theta)
-    assert torch.allclose(dk.network_jacobian(dk.unpack(theta), x), value, rtol=1e-11, atol=1e-13)
-    assert torch.allclose(dk.slope_jacobian(dk.unpack(theta), x, dx), slope, rtol=1e-11, atol=1e-13)
+    assert torch.allclose(dk.network_jacobian(layers_of(theta), x), value, rtol=1e-11, atol=1e-13)
+    assert torch.allclose(dk.slope_jacobian(layers_of(theta), x, dx), slope, rtol=1e-11, atol=1e-13)
 
 
 def test_value_slope_equals_autograd(world):
-    econ, _, value, (k0, eps, K, z) = world
+    _, econ, _, value, (k0, s, K, z) = world
     k = k0.clone().requires_grad_()
-    V, V_k = dk.network_value(dk.unpack(value), k, eps[0], K[0], z[0], econ)
+    V, V_k = dk.network_value(layers_of(value), k, s[0], K[0], z[0], econ)
     assert torch.allclose(V_k, torch.autograd.grad(V.sum(), k)[0], rtol=1e-12)
+    m, _ = dk.cash_on_hand(k, s[0], K[0], z[0], econ)
+    g = dk.network(layers_of(value), dk.features(k, s[0], m, K[0], z[0], econ))
+    assert torch.allclose(dk.equivalent_of(V, s[0], z[0], econ), g, rtol=1e-10, atol=1e-10)
 
 
 def test_consumption_slope_equals_autograd(world):
     """On both sides of the borrowing limit; c and k' share the budget."""
-    econ, policy, _, (k0, eps, K, z) = world
+    economy, econ, policy, _, (k0, s, K, z) = world
     k = k0.clone().requires_grad_()
-    c, dc = dk.consumption_and_slope(dk.unpack(policy), k, eps[0], K[0], z[0], econ)
-    m, _ = dk.cash_on_hand(k, eps[0], K[0], z[0], econ)
-    at_limit = c >= m
+    c, dc = dk.consumption_and_slope(layers_of(policy), k.expand_as(K), s, K, z, econ)
+    m, _ = dk.cash_on_hand(k, s, K, z, econ)
+    at_limit = c >= m - economy.k_min
     assert at_limit.any() and not at_limit.all()
-    assert torch.allclose(dc, torch.autograd.grad(c.sum(), k)[0], rtol=1e-12)
-    k_next = dk.network_capital(dk.unpack(policy), k, eps[0], K[0], z[0], econ)
-    assert torch.allclose(c + k_next, m, rtol=1e-14)
-    assert (k_next >= 0).all() and (k_next[at_limit] == 0).all() and (k_next[~at_limit] > 0).all()
+    assert torch.allclose(dc.sum(0), torch.autograd.grad(c.sum(), k)[0], rtol=1e-12)
+    for t in range(T + 1):
+        m_t, _ = dk.cash_on_hand(k, s[t], K[t], z[t], econ)
+        c_t = m_t - dk.network_capital(layers_of(policy), k, s[t], K[t], z[t], econ)
+        assert torch.allclose(dc[t], torch.autograd.grad(c_t.sum(), k)[0], rtol=1e-11)
+    k_next = dk.network_capital(layers_of(policy), k.expand_as(K), s, K, z, econ)
+    assert torch.allclose(c + k_next, m, rtol=1e-13)
+    assert (k_next >= economy.k_min).all() and (k_next[at_limit] == economy.k_min).all()
+    assert (k_next[~at_limit] > economy.k_min).all()
+
+
+def test_network_capital_keeps_the_borrowing_limit(world):
+    """Never below k_min, exactly k_min where the network is positive, above it where it is negative; (T, M) states as
+    (M,) ones."""
+    economy, econ, policy, _, (k0, s, K, z) = world
+    for bias in (-3.0, -0.3, 0.3, 3.0):
+        theta = policy.clone()
+        theta[-1] += bias
+        k_next = dk.network_capital(layers_of(theta), k0.expand_as(K), s, K, z, econ)
+        m, _ = dk.cash_on_hand(k0, s, K, z, econ)
+        f = output_at(world.paths, theta, econ)
+        assert (k_next[f >= 0] == economy.k_min).all() and (k_next[f < 0] > economy.k_min).all()
+        assert (k_next < m).all()
+        alone = [dk.network_capital(layers_of(theta), k0, s[t], K[t], z[t], econ) for t in range(T + 1)]
+        assert torch.allclose(k_next, torch.stack(alone), rtol=1e-13)
+    assert (f >= 0).all() and (k_next == economy.k_min).all()
 
 
 # ------------------------------------------------------------------------------------------------ costates
 
 
 def test_roll_out_follows_the_policy(world):
-    econ, policy, _, (k0, eps, K, z) = world
-    path = dk.roll_out(dk.unpack(policy), k0, eps, K, z, econ)
+    _, econ, policy, _, (k0, s, K, z) = world
+    path = dk.roll_out(layers_of(policy), k0, s, K, z, econ)
     assert torch.equal(path[0], k0) and path.shape == K.shape
-    for t in range(len(K) - 1):
-        k_next = dk.network_capital(dk.unpack(policy), path[t], eps[t], K[t], z[t], econ)
+    for t in range(T):
+        k_next = dk.network_capital(layers_of(policy), path[t], s[t], K[t], z[t], econ)
         assert torch.allclose(path[t + 1], k_next, rtol=1e-13)
+
+
+def test_batch_belongs_to_its_states(world, eager):
+    """Each field at the date of the others: K' follows K, and c is what the budget leaves."""
+    _, econ, policy, _, (_, s, K, z) = world
+    batch = batch_of(world, eager, control_variate=True)
+    assert all(x.shape == (T, M) for x in batch)
+    assert torch.equal(batch.s, s[:-1]) and torch.equal(batch.z, z[:-1])
+    assert torch.equal(batch.K, K[:-1]) and torch.equal(batch.K_next, K[1:])
+    m, _ = dk.cash_on_hand(batch.k, batch.s, batch.K, batch.z, econ)
+    assert torch.allclose((m - batch.c)[:-1], batch.k[1:], rtol=1e-12, atol=1e-12)
 
 
 def test_costates_equal_autograd_through_time(world, eager):
     """U_t and lambda_t = dU_t / dk_t at every t, surprises off: 1e-10 is what seven float64 periods leave."""
-    _, policy, _, _ = world
     batch = batch_of(world, eager, control_variate=False)
-    for t in range(batch.k.shape[0]):
+    for t in range(T):
         k = batch.k[t].clone().requires_grad_()
-        U = unrolled(world, policy, k, start=t)
+        U = unrolled(world, world.policy, k, start=t)
         (lam,) = torch.autograd.grad(U.sum(), k)
         assert torch.allclose(batch.U[t], U, rtol=1e-10, atol=1e-10)
         assert torch.allclose(batch.lam[t], lam, rtol=1e-10, atol=1e-12)
@@ -171,101 +281,103 @@ def test_costates_equal_autograd_through_time(world, eager):
 
 def test_policy_gradient_equals_autograd_through_time(world, eager):
     """The costate form of policy_loss has the gradient of the whole unrolled graph."""
-    econ, policy, _, (k0, *_) = world
+    econ, policy, k0 = world.econ, world.policy, world.paths[0]
     batch = batch_of(world, eager, control_variate=False)
     theta = policy.clone().requires_grad_()
-    (by_costates,) = torch.autograd.grad(dk.policy_loss(theta, batch, econ), theta)
+    (by_costates,) = torch.autograd.grad(dk.policy_loss(theta, batch, econ, config()), theta)
     theta = policy.clone().requires_grad_()
     (through_time,) = torch.autograd.grad(-unrolled(world, theta, k0).mean(), theta)
     assert through_time.abs().max() > 1e-3
     assert torch.allclose(by_costates, through_time, rtol=1e-9, atol=1e-11 * through_time.abs().max().item())
 
 
-def test_surprises(world, eager):
-    """V(s_{t+1}) - E_t V by loops at every t, and mean zero: exactly, over the four successors of each state."""
-    econ, _, value, (k, eps, K, z) = world
-    path = 40 * torch.rand(K.shape, dtype=F64, generator=torch.Generator().manual_seed(5))
-    layers, P = dk.unpack(value), econ.P.reshape(4, 4)
-    found = dk.next_value_surprise(layers, path, eps, K, z, econ)
-    one = torch.ones_like(eps[0])
-    for t in range(len(K) - 1):
-        now = 2 * z[t] + eps[t]
-        options = [dk.network_value(layers, path[t + 1], s % 2 * one, K[t + 1], s // 2 * one, econ) for s in range(4)]
+def test_surprises(world):
+    """V(s_{t+1}) - E_t V by loops at every t, and mean zero: exactly, over the successors of each state."""
+    economy, econ, _, value, (k, s, K, z) = world
+    g = torch.Generator().manual_seed(5)
+    path = economy.k_min + 2 * economy.K_ss * torch.rand(K.shape, dtype=F64, generator=g)
+    layers = layers_of(value)
+    found = dk.next_value_surprise(layers, path, s, K, z, econ)
+    for t in range(T):
         for i in range(2):  # V, V_k
-            successors = torch.stack([option[i] for option in options])  # (4, B)
-            mean = (P[now].T * successors).sum(0)
-            realised = dk.network_value(layers, path[t + 1], eps[t + 1], K[t + 1], z[t + 1], econ)[i]
+            mean = sum(p * dk.network_value(layers, path[t + 1], s1, K[t + 1], z1, econ)[i]
+                       for s1, z1, p in possible(economy, s[t], z[t]))
+            realised = dk.network_value(layers, path[t + 1], s[t + 1], K[t + 1], z[t + 1], econ)[i]
             assert torch.allclose(found[i][t], realised - mean, rtol=1e-10, atol=1e-11)
     total = 0.0
-    for s in range(4):
-        one_step = [torch.stack([x[0], fixed]) for x, fixed in ((eps, s % 2 * one), (z, s // 2 * one))]
-        surprise = dk.next_value_surprise(layers, path[:2], one_step[0], K[:2], one_step[1], econ)
-        total = total + P[2 * z[0] + eps[0], s] * torch.stack(surprise)[:, 0]
+    for s1, z1, p in possible(economy, s[0], z[0]):
+        s_two, z_two = torch.stack([s[0], s1]), torch.stack([z[0], z1])
+        total = total + p * torch.stack(dk.next_value_surprise(layers, path[:2], s_two, K[:2], z_two, econ))[:, 0]
     assert total.abs().max() < 1e-11 * found[0].abs().max().clamp(min=1)
 
 
 def test_control_variate_takes_the_last_draw_out(world, eager):
     """One period before the end the labels are exact expectations: the same whatever the last draw, and their mean
     over the draws is what they are without the control variate."""
-    econ, policy, value, (k0, eps, K, z) = world
-    P, one = econ.P.reshape(4, 4), torch.ones_like(eps[0])
-    labels = {True: [], False: []}
-    for s in range(4):
-        paths = k0, torch.stack([eps[0], s % 2 * one]), K[:2], torch.stack([z[0], s // 2 * one])
-        for control_variate, out in labels.items():
+    economy, econ, policy, value, (k0, s, K, z) = world
+    mean, drawn = 0.0, {True: [], False: []}
+    for s1, z1, p in possible(economy, s[0], z[0]):
+        paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1])
+        for control_variate in (True, False):
             cfg = config(horizon=1, control_variate=control_variate)
-            batch = dk.roll_out_batch(dk.unpack(policy), dk.unpack(value), paths, econ, cfg, eager)
-            out.append(torch.stack([batch.U[0], batch.lam[0], batch.lam_next[0]]))
-    exact, noisy = torch.stack(labels[True]), torch.stack(labels[False])
+            batch = dk.roll_out_batch(layers_of(policy), layers_of(value), paths, econ, cfg, eager)
+            drawn[control_variate].append(torch.stack([batch.U[0], batch.lam[0], batch.lam_next[0]]))
+        mean = mean + p * drawn[False][-1]
+    exact, noisy = torch.stack(drawn[True]), torch.stack(drawn[False])
     assert torch.allclose(exact, exact[:1].expand_as(exact), rtol=1e-10, atol=1e-10)
     assert (noisy - noisy[:1]).abs().max() > 1e-3
-    mean = (P[2 * z[0] + eps[0]].T.unsqueeze(1) * noisy).sum(0)
     assert torch.allclose(exact[0], mean, rtol=1e-10, atol=1e-10)
 
 
-def test_sampled_households(econ, rng):
-    """Windows of the simulated economies, employment at the rate of z given the first draw, k over [0, k_wide]."""
-    cfg = config(batch=4000, horizon=5, wide_share=0.5, k_wide=5.0, unemployed_share=0.0)
-    panel = dk.initial_panel(7, 300, econ, rng)
-    path = [(K[:, 0], z[:, 0]) for _, _, K, z, _ in dk.simulate(lambda k, eps, K, z: k, panel, 30, econ, rng)]
-    K_path, z_path = (torch.stack(x) for x in zip(*path))
+def test_sampled_households(economy, tables, rng):
+    """Windows of the simulated economies, s as in the panel or any alike and then by the chain, k from the panel or
+    between the limit and beyond the simulated range."""
+    cfg = config(batch=4000, horizon=5, wide_share=0.5, wide_top=1.5, even_share=0.0)
+    panel = dk.initial_panel(7, 300, tables, rng)
+    simulated = dk.simulate([lambda k, s, K, z: k], panel, 30, tables, rng)
+    K_path, z_path = (torch.stack(x) for x in zip(*[(paths[0][1][:, 0], z[:, 0]) for _, z, paths in simulated]))
     K_path = K_path + torch.arange(30).unsqueeze(1)  # every (period, economy) its own number
-    k, eps, K, z = dk.sample_households(panel, K_path, z_path, econ, cfg, rng)
-    assert k.shape == (4000,) and eps.shape == K.shape == z.shape == (6, 4000)
+    k, s, K, z = dk.sample_households(panel, K_path, z_path, tables, cfg, rng)
+    assert k.shape == (4000,) and s.shape == K.shape == z.shape == (6, 4000)
+    starts = set()
     for b in range(0, 4000, 97):
-        period, economy = ((K_path - K[0, b]).abs() < 1e-6).nonzero()[0].tolist()
-        assert torch.equal(K[:, b], K_path[period : period + 6, economy])
-        assert torch.equal(z[:, b], z_path[period : period + 6, economy])
-    for before in range(8):  # (z, z', eps): who has work next follows the transition
-        state = before // 4, before // 2 % 2, before % 2
-        at = (z[:-1] == state[0]) & (z[1:] == state[1]) & (eps[:-1] == state[2])
-        p, n = econ.p_employed[state].item(), int(at.sum())
-        assert n > 20 and eps[1:][at].double().mean().item() == pytest.approx(p, abs=4.5 * (p * (1 - p) / n) ** 0.5)
+        period, at = ((K_path - K[0, b]).abs() < 1e-6).nonzero()[0].tolist()
+        assert torch.equal(K[:, b], K_path[period : period + 6, at])
+        assert torch.equal(z[:, b], z_path[period : period + 6, at])
+        starts.add((period, at))
+    assert len({at for _, at in starts}) == 7 and len({period for period, _ in starts}) > 10
+    Z, S = economy.income.shape
+    for state in np.ndindex(Z, Z, S):  # who comes next follows the transition
+        at = (z[:-1] == state[0]) & (z[1:] == state[1]) & (s[:-1] == state[2])
+        p, n = economy.Pi[state], int(at.sum())
+        found = torch.bincount(s[1:][at], minlength=S).numpy()
+        assert (np.abs(found - n * p) <= 4.5 * (n * p * (1 - p)) ** 0.5).all()
+        assert n > 20 or Z * S > 4
     on_panel = torch.isin(k, panel.k)
     assert on_panel.double().mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
-    wide = k[~on_panel]
-    assert wide.min() < 1 and 4.5 * econ.K_ss < wide.max() <= 5 * econ.K_ss
-    all_idle = dk.sample_households(panel, K_path, z_path, econ, dataclasses.replace(cfg, unemployed_share=1.0), rng)
-    assert (all_idle[1][0] == 0).all() and (all_idle[1][1] == 1).any()
+    wide, top = k[~on_panel], max(1.5 * panel.k.max().item(), 5 * economy.K_ss)
+    assert 0.9 * top < wide.max() <= top and economy.k_min <= wide.min() < panel.k.min()
+    household = (panel.k.flatten().unsqueeze(1) == k[on_panel]).int().argmax(0)
+    assert torch.equal(s[0, on_panel], panel.s.flatten()[household])
+    even = dk.sample_households(panel, K_path, z_path, tables, dataclasses.replace(cfg, even_share=1.0), rng)[1][0]
+    for state in range(S):
+        assert (even == state).double().mean() == pytest.approx(1 / S, abs=4 * 0.5 / 4000**0.5)
 
 
 # ------------------------------------------------------------------------------------------------ kernels
 
 
-def test_torchscript_agrees_with_eager(world, eager):
-    econ, policy, value, (k0, eps, K, z) = world
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        script = dk.compile_kernels("torchscript")
-    p, v = dk.unpack(policy), dk.unpack(value)
-    x, dx = torch.randn(16, 5, dtype=F64), torch.randn(16, 5, dtype=F64)
-    path = dk.roll_out(p, k0, eps, K, z, econ)
-    same = torch.rand((7, 16), dtype=F64)
+def test_torchscript_agrees_with_eager(world, eager, script):
+    _, econ, policy, value, (k0, s, K, z) = world
+    p, v = layers_of(policy), layers_of(value)
+    n = dk.n_inputs(econ)
+    x, dx, same = random_inputs(16, n), random_inputs(16, n, seed=1), random_inputs(T, M).sigmoid()
+    path = dk.roll_out(p, k0, s, K, z, econ)
     arguments = {
-        "network_capital": (p, k0, eps[0], K[0], z[0], econ), "network_value": (v, k0, eps[0], K[0], z[0], econ),
-        "roll_out": (p, k0, eps, K, z, econ), "consumption_and_slope": (p, k0, eps[0], K[0], z[0], econ),
-        "next_value_surprise": (v, path, eps, K, z, econ),
-        "costates": (1 + same, same, 1 + same, same[0], same[1], same, same, econ),
+        "network_capital": (p, k0, s[0], K[0], z[0], econ), "network_value": (v, k0, s[0], K[0], z[0], econ),
+        "roll_out": (p, k0, s, K, z, econ), "consumption_and_slope": (p, path, s, K, z, econ),
+        "next_value_surprise": (v, path, s, K, z, econ),
+        "costates": (1 + same, same, s[:-1], 1 + same, same[0], same[1], same, same, econ),
         "network_jacobian": (p, x), "slope_jacobian": (p, x, dx),
     }
     assert set(arguments) == set(dk.Kernels._fields)
@@ -307,6 +419,14 @@ def levenberg_marquardt(J, residual, damping, n):
     return torch.linalg.solve(damped, J.T @ residual)
 
 
+def test_gram_matrix():
+    """The lower triangle of J' J, whatever the number of columns; what is above it is not read."""
+    for P in (1, 3, 4, 5, 50):
+        J, A = random_inputs(20, P), torch.zeros(P, P, dtype=F64)
+        dk.add_gram(A, J)
+        assert torch.allclose(A.tril(), (J.T @ J).tril(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("rate, damping", [(1.0, 1e-9), (0.3, 0.5)])
 def test_gauss_newton_takes_a_good_step(linear_problem, rate, damping):
     J, residual, loss, theta = linear_problem
@@ -342,49 +462,116 @@ def test_gauss_newton_refuses_a_bad_step(linear_problem):
         assert not taken and torch.equal(new, theta) and after > 5 * damping
 
 
+def states_of(batch):
+    return batch.k, batch.s, batch.K, batch.z
+
+
+def output_and_slope(value, batch, econ):
+    """g and dg/dk of the value network by autograd through everything."""
+    k = batch.k.clone().requires_grad_()
+    m, _ = dk.cash_on_hand(k, batch.s, batch.K, batch.z, econ)
+    g = dk.network(layers_of(value), dk.features(k, batch.s, m, batch.K, batch.z, econ))
+    (g_k,) = torch.autograd.grad(g.sum(), k, create_graph=True)
+    return g, g_k
+
+
+def value_by_hand(g, batch, economy):
+    """V = D u(c_ss exp(g / 10)) in units of c_ss, from the tables of the economy."""
+    D = torch.tensor(economy.annuity)[batch.z, batch.s]
+    return D * (g / 10 if economy.gamma == 1 else torch.exp((1 - economy.gamma) * g / 10) / (1 - economy.gamma))
+
+
 def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
-    """The step of value_step against one from an autograd Jacobian of all residuals."""
-    econ, _, value, _ = world
-    cfg = config(slope_weight=0.75, level_weight=0.5, unemployed_weight=4.0)
-    batch = dk.Batch(*[x.flatten() for x in batch_of(world, eager, control_variate=True)])
+    """The step of value_step against one from an autograd Jacobian of all residuals: g at which V = U, and dg/dk at
+    which V_k = lambda, in units of u'(c)."""
+    economy, econ, _, value, _ = world
+    cfg = config(slope_weight=0.75, level_weight=0.5)
+    batch = flat_batch(world, eager)
     rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
-    u_prime, scale = dk.marginal_utility(batch.c, econ), dk.value_scale(econ)
+    target = dk.equivalent_of(batch.U, batch.s, batch.z, econ).requires_grad_()
+    V = value_by_hand(target, batch, economy)
+    assert torch.allclose(V, batch.U, rtol=1e-9)
+    (V_g,) = torch.autograd.grad(V.sum(), target)
+    target = target.detach()
+    u_prime, weight = dk.marginal_utility(batch.c, econ), torch.tensor(economy.weight)[batch.s].sqrt()
 
     def residuals(theta):
-        V, V_k = dk.network_value(dk.unpack(theta), batch.k, batch.eps, batch.K, batch.z, econ)
-        weight = 2.0 - batch.eps  # the square root of the weight
-        return torch.cat([0.5 * weight * (batch.U - V) / scale, 0.75 * weight * (batch.lam - V_k) / u_prime])
+        g, g_k = output_and_slope(theta, batch, econ)
+        return torch.cat([0.5 * weight * (target - g), 0.75 * weight * (batch.lam - V_g * g_k) / u_prime])
 
     J = -torch.autograd.functional.jacobian(residuals, value)
-    expected = value + rate * levenberg_marquardt(J, residuals(value), damping, batch.k.numel())
+    expected = value + rate * levenberg_marquardt(J, residuals(value).detach(), damping, batch.k.numel())
     new, _, taken = dk.value_step(value, rate, damping, batch, econ, cfg, eager)
     assert taken and residuals(new).square().sum() < residuals(value).square().sum()
     assert torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
+    loss = dk.value_loss(value, batch, econ, cfg)  # of Adam: the same without weights
+    assert loss.item() == pytest.approx((residuals(value) / weight.repeat(2)).square().sum().item() / 2 / len(weight))
+
+
+def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
+    """The same of bellman_step: u(c) + beta E V(s') - V(s) by the dense P, in units of the network's output."""
+    economy, econ, _, value, _ = world
+    cfg, batch = config(slope_weight=0.75, level_weight=0.5), flat_batch(world, eager)
+    rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
+    m, _ = dk.cash_on_hand(*states_of(batch), econ)
+    u_prime, weight = dk.marginal_utility(batch.c, econ), torch.tensor(economy.weight)[batch.s].sqrt()
+    beta, D = torch.tensor(economy.beta)[batch.s], torch.tensor(economy.annuity)[batch.z, batch.s]
+
+    def slope_at(g):
+        g = g.detach().requires_grad_()
+        return torch.autograd.grad(value_by_hand(g, batch, economy).sum(), g)[0]
+
+    V_g_now = slope_at(output_and_slope(value, batch, econ)[0])
+    V_g_target = slope_at(dk.equivalent_of(batch.U, batch.s, batch.z, econ))
+
+    def residuals(theta):
+        g, g_k = output_and_slope(theta, batch, econ)
+        EV = sum(p * dk.network_value(layers_of(theta), m - batch.c, s1, batch.K_next, z1, econ)[0]
+                 for s1, z1, p in possible(economy, batch.s, batch.z))
+        bellman = dk.utility(batch.c, econ) + beta * EV - value_by_hand(g, batch, economy)
+        return torch.cat([0.5 * weight * bellman * D / V_g_now,
+                          0.75 * weight * (batch.lam - V_g_target * g_k) / u_prime])
+
+    J = -torch.autograd.functional.jacobian(residuals, value)
+    expected = value + rate * levenberg_marquardt(J, residuals(value).detach(), damping, batch.k.numel())
+    new, _, taken = dk.bellman_step(value, rate, damping, batch, econ, cfg, eager)
+    assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
     """Where the limit binds and the household would rather eat more, nothing pulls; elsewhere log c goes towards
-    log c + (1 - beta lambda' / u'(c)) / gamma."""
-    econ, policy, _, _ = world
-    batch = dk.Batch(*[x.flatten() for x in batch_of(world, eager, control_variate=True)])
-    m, _ = dk.cash_on_hand(batch.k, batch.eps, batch.K, batch.z, econ)
-    x = dk.features(batch.k, batch.eps, m, batch.K, batch.z, econ)
-    f = dk.network(dk.unpack(policy), x)
-    wish = ((1 - econ.beta * batch.lam_next * batch.c**econ.gamma) / econ.gamma).clamp(-0.5, 0.5)
-    free = ~((batch.c >= m) & (wish >= 0))
-    assert free.any() and not free.all() and (free & (batch.c >= m)).any()
-    weight = 2.0 - batch.eps[free]
-    J = torch.func.jacrev(lambda theta: dk.network(dk.unpack(theta), x))(policy)[free] * weight.unsqueeze(1)
+    log c~ with u'(c~) = beta lambda'."""
+    economy, econ, policy, _, _ = world
+    batch = flat_batch(world, eager)
+    m, _ = dk.cash_on_hand(*states_of(batch), econ)
+    x = dk.features(batch.k, batch.s, m, batch.K, batch.z, econ)
+    f = dk.network(layers_of(policy), x)
+    worth = torch.tensor(economy.beta)[batch.s] * batch.lam_next
+    wish = torch.log(dk.inverse_marginal_utility(worth, econ) / batch.c)
+    wish = torch.where(worth > 0, wish, math.inf)  # capital that is worth nothing is eaten
+    assert (wish.abs() < 0.5).any() and (wish.abs() > 0.5).any()
+    wish = wish.clamp(-0.5, 0.5)
+    at_limit = batch.c >= m - economy.k_min
+    free = ~(at_limit & (wish >= 0))
+    assert free.any() and not free.all() and (free & at_limit).any()
+    weight = torch.tensor(economy.weight).sqrt()[batch.s[free]]
+    J = torch.func.jacrev(lambda theta: dk.network(layers_of(theta), x))(policy)[free] * weight.unsqueeze(1)
     rate, damping = torch.tensor(0.2, dtype=F64), torch.tensor(0.1, dtype=F64)
     expected = policy + rate * levenberg_marquardt(J, weight * wish[free], damping, len(wish))
-    new, _, taken = dk.policy_step(policy, rate, damping, batch, econ, config(unemployed_weight=4.0), eager)
+    new, _, taken = dk.policy_step(policy, rate, damping, batch, econ, config(), eager)
     assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
-    moved = dk.network(dk.unpack(new), x)[free] - f[free]
+    moved = dk.network(layers_of(new), x)[free] - f[free]
     assert torch.dot(weight * moved, weight * wish[free]) > 0
 
 
-def test_thin_keeps_the_first_half(world, eager):
-    batch = batch_of(world, eager, control_variate=False)
-    thinned = dk.thin(batch, config(horizon=7, stride=2))
-    assert torch.equal(thinned.k, torch.cat([batch.k[0], batch.k[2]]))
-    assert torch.equal(thinned.lam_next, torch.cat([batch.lam_next[0], batch.lam_next[2]]))
+def test_thin_keeps_early_periods(world, eager):
+    """Every stride-th whole period from the first on, all fields alike, none of the second half: labels late in a
+    roll-out hold little realised utility."""
+    batch, cfg = batch_of(world, eager, control_variate=False), config(horizon=12, stride=2)
+    thinned = dk.thin(batch, cfg)
+    periods = len(thinned.k) // M
+    assert len(thinned.k) == periods * M and 2 <= periods and (periods - 1) * cfg.stride < cfg.horizon / 2
+    for whole, part in zip(batch, thinned):
+        assert torch.equal(part, whole[: periods * cfg.stride : cfg.stride].flatten())
+    state = dk.initial_state(world.economy.tables(dtype=torch.float32), cfg, 0, torch.Generator())
+    assert len(state["batch_k"]) == len(thinned.k)

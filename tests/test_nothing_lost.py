@@ -195,8 +195,8 @@ def test_fifty_thousand_households_in_under_8_gb(tmp_path):
 def test_a_simulation_holds_no_past_panel(tmp_path, fast):
     real, held = dk.simulate, {}
 
-    def counting(policy, panel, *args):
-        for period, out in enumerate(real(policy, panel, *args)):
+    def counting(policies, panel, *args):
+        for period, out in enumerate(real(policies, panel, *args)):
             yield out
             if panel.k.shape == (4, 23) and period in (5, 35):
                 held[period] = sum(type(x) is torch.Tensor and x.shape == (4, 23) for x in gc.get_objects())
@@ -216,11 +216,6 @@ def test_out_of_memory_is_one_line(tmp_path):
 
 
 # ---- in this process, without compiling and drawing
-
-
-@pytest.fixture(scope="module")
-def smoke_grid():
-    return dk.solve_grid(dk.Calibration(), dk.SMOKE_GRID)
 
 
 @pytest.fixture
@@ -427,7 +422,8 @@ def scaled(name, factor):
 def panel_times(factor):
     def trouble(patch):
         real = dk.simulate
-        patch.setattr(dk, "simulate", lambda *a: ((k * factor, *rest) for k, *rest in real(*a)))
+        patch.setattr(dk, "simulate", lambda *a: (
+            (s, z, [(k * factor, *rest) for k, *rest in paths]) for s, z, paths in real(*a)))
 
     return trouble
 
@@ -464,8 +460,8 @@ TROUBLES = {
     "infinite utility": (GAUSS_NEWTON, scaled("utility", math.inf), "is "),
     "NaN value loss": (ADAM, scaled("value_loss", math.nan), "(mean_K|value_residual) is nan"),
     "NaN policy loss": (ADAM, scaled("policy_loss", math.nan), "nan"),
-    "K too high": (GAUSS_NEWTON, panel_times(1e4), r"mean_K is \S+, outside \(0.1, 1000\)"),
-    "K too low": (GAUSS_NEWTON, panel_times(1e-4), r"mean_K is \S+, outside \(0.1, 1000\)"),
+    "K too high": (GAUSS_NEWTON, panel_times(1e4), r"mean_K is \S+, far from \S+ of the steady state"),
+    "K too low": (GAUSS_NEWTON, panel_times(1e-4), r"mean_K is \S+, far from \S+ of the steady state"),
     "saturated": (GAUSS_NEWTON, at_limit, "at_limit is 0.95: the policy network is saturated"),
     "nobody saves": (GAUSS_NEWTON, new_policy(20.0), "(mean_K|at_limit) is "),
     "nobody saves, Adam": (ADAM, new_policy(20.0), "(mean_K|at_limit) is "),
@@ -515,7 +511,7 @@ def test_a_resumed_run_keeps_the_smaller_step(tmp_path, fast):
     assert 1 / 4 <= caution < 1 / 2
     watch = Watch(fast, None, at=())
     assert main(tmp_path, "--iterations", "3", "--resume")[0] == 0
-    assert watch.calls[0]["steps"] == [pytest.approx(0.6 * caution), pytest.approx(caution)]
+    assert watch.calls[0]["steps"] == [pytest.approx(dk.Config().policy_rate * caution), pytest.approx(caution)]
 
 
 def test_a_gauss_newton_step_that_makes_things_worse_is_not_taken(tmp_path, fast):
@@ -535,6 +531,7 @@ def test_a_gauss_newton_step_that_makes_things_worse_is_not_taken(tmp_path, fast
         with fast.context() as patch:
             watch = Watch(patch, None, at=())
             patch.setattr(dk, "gauss_newton_step", uphill)
+            patch.setattr(dk, "recentre", lambda *a: None)  # it moves biases when K has moved far
             assert main(tmp_path / which, "--iterations", "3")[0] == 0
         before, after = [call["tensors"] for call in watch.calls[1:3]]
         assert torch.equal(before[which], after[which])
@@ -550,16 +547,18 @@ def quick_module(request):
     """As fast, for tests whose examples share one fixture; the grid is solved, coarsely, for every calibration."""
     patch = pytest.MonkeyPatch()
     make_quick(patch)
-    coarse = dataclasses.replace(dk.SMOKE_GRID, n_k=30, n_k_fine=60, periods=500, tolerance=1e-2)
+    coarse = dataclasses.replace(dk.SMOKE_GRID, n_k=30, n_k_fine=60, periods=500, tolerance=1e-2, max_updates=20)
     patch.setattr(dk, "SMOKE_GRID", coarse)
     yield patch
     patch.undo()
 
 
-def edge_values(item):
+def edge_values(field):
     """At the ends of a field's interval and just outside; sizes stay small, so that the run does."""
+    prefix, item = field
+    name = dk.flag(prefix + item.name)
     if isinstance(item.default, bool):
-        return st.just([dk.flag(item.name)])
+        return st.just([name])
     if item.metadata["choices"]:
         values = [*item.metadata["choices"], "x"]
     else:
@@ -569,15 +568,18 @@ def edge_values(item):
         else:
             near = [x for x in (low, high, item.default, low + 1e-3, high - 1e-3) if math.isfinite(x)]
             values = [*near, "1e-300", "1e300", "nan", "inf", "-1"]
-    return st.sampled_from(values).map(lambda value: [dk.flag(item.name), str(value)])
+    return st.sampled_from(values).map(lambda value: [name, str(value)])
 
 
-FIELDS = [item for kind in (dk.Calibration, dk.Config) for item in dataclasses.fields(kind)]
+FIELDS = [(prefix, item) for prefix, kind in (("", dk.Calibration), ("", dk.Config), ("grid_", dk.GridConfig))
+          for item in dataclasses.fields(kind)]
 FLAGS = st.lists(st.sampled_from(FIELDS).flatmap(edge_values), min_size=1, max_size=3)
-EXAMPLES = ["--eval-drop 60", "--eval-drop 59", "--horizon 1", "--initial-share 0.999", "--initial-share 1e-30",
+EXAMPLES = ["--eval-drop 60", "--eval-drop 59", "--horizon 1", "--grid none", "--alpha 0.99", "--alpha 1e-300",
             "--gamma 20", "--delta 1", "--z-duration 1e6", "--z-duration 1", "--tfp-shock 0.5", "--beta 0.5",
             "--optimizer adam --policy-rate 1", "--batch 2", "--eval-states 10", "--irf-periods 1", "--stride 99",
-            "--n-agents 1 --n-economies 1", "--hidden 1", "--k-wide 1e-300", "--u-bad 0 --u-good 0"]
+            "--n-agents 1 --n-economies 1", "--hidden 1", "--wide-top 1e-300", "--u-bad 0 --u-good 0",
+            "--delta 1e-5 --beta 0.99999 --grid none", "--grid-n-k 10 --grid-n-K 4", "--grid-periods 280",
+            "--grid-k-max 2 --grid-n-K-fine 2 --grid-K-low 0.99 --grid-K-high 1.01"]
 
 
 def with_examples(test):
@@ -633,8 +635,9 @@ def test_any_bytes_are_read_as_they_were_or_refused(finished, flag, name, edits)
     (["--hidden", "9"], "in this run"),
     (["--seed", "1"], "config.seed is 0 in the file and 1"),
     (["--optimizer", "adam"], "config.optimizer is 'gauss-newton' in the file and 'adam'"),
-    (["newer"], "has format 2, of a newer"), (["truncated"], "is damaged"), (["absent"], "No such file"),
-    (["code"], "is damaged or no file of this script")])
+    (["newer"], f"has format {dk.FORMAT + 1}, of a newer"), (["truncated"], "is damaged"), (["absent"], "No such file"),
+    (["code"], "is damaged or no file of this script"),
+    (["table"], "economy.income has other numbers in the file than in this run")])
 def test_foreign_files_are_refused_by_name_and_left(tmp_path, finished, flag, name, flags, words):
     if flag == "--evaluate" and flags[0] in ("--seed", "--optimizer"):
         return  # of the training, not of the networks
@@ -647,6 +650,9 @@ def test_foreign_files_are_refused_by_name_and_left(tmp_path, finished, flag, na
         path.write_bytes(path.read_bytes()[:-100])
     elif flags == ["absent"]:
         path.unlink()
+    elif flags == ["table"]:
+        content["economy"]["income"][0, 0] += 1e-9
+        path.write_bytes(dk.packed(content))
     elif flags == ["code"]:
         path.write_bytes(dk.packed(content | {"history": Code(tmp_path / "code_has_run")}))
     before = tree(tmp_path)

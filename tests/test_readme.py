@@ -1,20 +1,26 @@
-"""The README: its tables are those of the committed metrics, its flags and files exist, its example runs."""
+"""The README and docs/: tables are those of the committed metrics, flags, files and tests exist, the examples run."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from functools import cache
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+import deepham_ks as dk
+
 TOOL = runpy.run_path(str(ROOT / "tools" / "readme_tables.py"))
 README = ROOT / "README.md"
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+FLAG = re.compile(r"(?<![\w-])--[A-Za-z][A-Za-z0-9-]*")
 FENCED = re.compile(r"^```.*?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+KIND = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PATH = re.compile(r"[\w.*/-]+(\.(py|md|txt|json|csv|png|pth|pt|ipynb|sh|cff|toml|cuh?)|/)|LICENSE|\.ci/run")
 ONLY_IN_RUNS = re.compile(r"(checkpoint(\.previous)?\.pt|(runs|\.venv)/.*)")  # what a user's own run writes
 
@@ -22,6 +28,12 @@ ONLY_IN_RUNS = re.compile(r"(checkpoint(\.previous)?\.pt|(runs|\.venv)/.*)")  # 
 @pytest.fixture(scope="module")
 def readme():
     return README.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def texts(readme):
+    """The README and the files of docs/, as one."""
+    return "\n".join([readme, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))])
 
 
 def code_lines(readme):
@@ -32,9 +44,15 @@ def code_lines(readme):
 
 @cache
 def flags_of(script):
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return set(FLAG.findall(done.stdout))
+    """Those of python script --help."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.setattr(sys, "path", sys.path[:])
+        patch.setattr(dk.Interrupted, "script", dk.Interrupted.script)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 0
+    return set(FLAG.findall(said.getvalue()))
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "seeds").is_dir(), reason="no benchmarks/seeds: seeds have not been run")
@@ -42,9 +60,9 @@ def test_tables_are_those_of_the_committed_metrics(capsys):
     assert TOOL["main"](["--check"], ROOT) == 0, capsys.readouterr().err
 
 
-def test_every_flag_in_a_code_block_exists(readme):
+def test_every_flag_in_a_code_block_exists(texts):
     asked = []
-    for line in code_lines(readme):
+    for line in code_lines(texts):
         line = line.replace("bash reproduce.sh test", "").replace("bash reproduce.sh", "python deepham_ks.py")
         for script, rest in re.findall(r"(\S+\.py)\b([^|;&]*)", line):
             asked += [(script, name) for name in FLAG.findall(rest)]
@@ -53,8 +71,8 @@ def test_every_flag_in_a_code_block_exists(readme):
     assert not unknown, f"not in --help: {unknown}"
 
 
-def test_every_flag_in_the_text_exists(readme):
-    spans = re.findall(r"`([^`\n]+)`", FENCED.sub("", readme))
+def test_every_flag_in_the_text_exists(texts):
+    spans = re.findall(r"`([^`\n]+)`", FENCED.sub("", texts))
     known = flags_of("deepham_ks.py") | flags_of("tools/readme_tables.py")
     unknown = {name for span in spans if span.startswith("--") for name in FLAG.findall(span)} - known
     assert not unknown, f"not in --help: {unknown}"
@@ -69,11 +87,11 @@ def braces(name):
             for full in braces(name[: found.start()] + part.strip() + name[found.end() :])]
 
 
-def test_every_file_that_is_named_exists(readme):
-    text = FENCED.sub("", readme)
+def test_every_file_that_is_named_exists(texts):
+    text = FENCED.sub("", texts)
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:|#", target)]
     words = [word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split()]
-    words += [word for line in code_lines(readme) for word in line.split()]
+    words += [word for line in code_lines(texts) for word in line.split()]
     named = [name for word in words for name in braces(word.strip("'\",;:()")) if PATH.fullmatch(name)]
     named = [name for name in named if not name.startswith("/")]
     assert named
@@ -87,14 +105,84 @@ def test_badge_opens_the_notebook(readme):
     assert notebook["BADGE"] in readme
 
 
-def test_risk_aversion_example_runs(readme, tmp_path, deepham):
+def test_every_test_that_is_named_exists(texts):
+    """`test_x` and, in the last brackets of a line of a table, the file where it is not test_nothing_lost.py."""
+    named = set(re.findall(r"`(test_\w+)`(?: \(`tests/(\w+)\.py`\))?", FENCED.sub("", texts)))
+    missing = [name for name, file in named
+               if f"def {name}(" not in (ROOT / "tests" / f"{file or 'test_nothing_lost'}.py").read_text()]
+    assert not missing
+
+
+def smoke(module, folder, *flags, **economy):
+    """metrics.json of a smoke run of a module that is, or is a changed copy of, deepham_ks."""
+    module.draw_figures = lambda *a: None
+    argv = ["--preset", "smoke", "--device", "cpu", "--compile", "none", *flags, "--output-dir", str(folder)]
+    assert module.main(argv, **economy) == 0
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def from_file(path, name):
+    """The module in a file, under another name than any that is loaded."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No drawing, and whatever a module or a path is set to is undone."""
+    monkeypatch.setattr(dk, "draw_figures", dk.draw_figures)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(dk.Interrupted, "script", dk.Interrupted.script)
+    for name in ("changed_script", "changed_example"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_risk_aversion_example_runs(readme, tmp_path, quick):
     """The README's worked example, with smoke sizes."""
     (command,) = {line.strip() for line in code_lines(readme) if "--gamma 2" in line}
     words = shlex.split(command)
     flags = words[words.index("deepham_ks.py") + 1 :]
-    done = deepham(*flags, "--preset", "smoke", "--output-dir", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["calibration"]["gamma"] == 2
+    assert smoke(dk, tmp_path, *flags)["calibration"]["gamma"] == 2
+
+
+def changed(readme, file):
+    """The text of a file after the README's diff of it, whose lines stand in the file one after the other."""
+    (diff,) = [block for kind, block in KIND.findall(readme) if kind == "diff" and f"--- {file}\n" in block]
+    text, at = (ROOT / file).read_text(encoding="utf-8"), 0
+    for hunk in diff.split("\n", 1)[1].split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        assert any(line[0] == "-" for line in lines) and old in text[at:], hunk
+        at = text.index(old, at)
+        text = text[:at] + text[at:].replace(old, "".join(line[1:] for line in lines if line[0] in " +"), 1)
+    return text
+
+
+def test_new_utility_of_the_readme_runs(readme, tmp_path, quick):
+    (tmp_path / "changed.py").write_text(changed(readme, "deepham_ks.py"))
+    metrics = smoke(from_file(tmp_path / "changed.py", "changed_script"), tmp_path / "run")
+    assert all(np.isfinite(row["network"]) for row in metrics["verdict"])
+
+
+def test_new_state_of_the_readme_runs(readme, tmp_path, quick):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "changed.py").write_text(changed(readme, "examples/stochastic_beta.py"))
+    example = from_file(tmp_path / "examples" / "changed.py", "changed_example")
+    coarse = ["--grid-n-k", "40", "--grid-n-k-fine", "80", "--grid-periods", "500", "--grid-tolerance", "1e-3"]
+    metrics = smoke(dk, tmp_path / "run", *coarse, economy=example.economy)
+    assert np.shape(metrics["economy"]["income"]) == (2, 8)
+
+
+def test_python_of_the_readme_runs(readme, tmp_path, monkeypatch, capsys):
+    """It says which line writes a file: only that one does."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for kind, block in KIND.findall(readme) if kind == "python"]
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert [path.name for path in tmp_path.iterdir()] == re.findall(r'save\("(.*?)"\)', code)
+    assert isinstance(names["solution"], dk.Solution) and isinstance(names["grid"], dk.GridSolution)
 
 
 @pytest.fixture
@@ -109,21 +197,29 @@ def project(smoke_run, tmp_path):
     write("metrics.json")
     for seed in range(5):
         write(f"benchmarks/seeds/seed{seed}.json", seed=seed)
-    write("benchmarks/gamma2.json", calibration=metrics["calibration"] | {"gamma": 2.0})
-    blocks = [f"text before\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\n" for name in TOOL["BLOCKS"]]
+    unpublished = [row | {"published": None} for row in metrics["verdict"]]
+    write("benchmarks/gamma2.json", calibration=metrics["calibration"] | {"gamma": 2.0}, verdict=unpublished)
+    (tmp_path / "benchmarks" / "examples").mkdir()
+    for example in TOOL["EXAMPLES"]:
+        write(f"benchmarks/examples/{example}.json", verdict=unpublished)
+    blocks = [f"text before\n<!-- {name}:start -->\nto be written\n<!-- {name}:end -->\n" for name in TOOL["BLOCKS"]]
     (tmp_path / "README.md").write_text("".join(blocks) + "text after\n")
     return tmp_path, metrics, write
 
 
 def test_tables_are_written_between_the_markers(project, capsys):
     root, metrics, write = project
-    assert TOOL["main"](["--check"], root) == 1 and "old" in (root / "README.md").read_text()
+    assert TOOL["main"](["--check"], root) == 1 and "to be written" in (root / "README.md").read_text()
     assert TOOL["main"]([], root) == 0
     text = (root / "README.md").read_text()
-    assert "old" not in text and text.startswith("text before\n") and text.endswith("text after\n")
+    assert "to be written" not in text and text.startswith("text before\n") and text.endswith("text after\n")
     (w1,) = {line for line in text.splitlines() if line.startswith("| W1 distance") and line.endswith("| 9.2 |")}
     value = f"{metrics['comparison']['small']['w1']:.3f}"
     assert w1.split("|")[2:5] == [" 20 ", f" {value} ", f" {value} to {value} "]
+    limit = [line.split("|")[1:4] for line in text[: text.index("gamma2")].splitlines() if "| inf |" in line]
+    euler = f" {metrics['network']['limit']['euler_log10']['mean']:.2f} "
+    assert len(limit) == 6 and limit[0] == ["  ", " inf ", f" {metrics['comparison']['limit']['w1']:.3f} "]
+    assert limit[2] == ["  ", " inf ", euler]
     assert len([line for line in text.splitlines() if re.match(r"\| [012] \|", line)]) == 3
     assert TOOL["main"](["--check"], root) == 0 and TOOL["main"]([], root) == 0
     better = json.loads(json.dumps(metrics["comparison"]))
@@ -133,12 +229,89 @@ def test_tables_are_written_between_the_markers(project, capsys):
     assert f"| 0.125 to {value} |" in (root / "README.md").read_text()
 
 
+def block(root, name):
+    return (root / "README.md").read_text().split(f"<!-- {name}:start -->")[1].split(f"<!-- {name}:end -->")[0]
+
+
+def test_a_row_for_each_example(project):
+    root, metrics, write = project
+    network, grid = metrics["network"]["limit"], metrics["grid"]["limit"]
+    davila = metrics | {"economy": {"income": [[1.0, 5.29, 46.55]]}, "seconds": metrics["seconds"] | {"training": 77.4}}
+    unpublished = [row | {"published": None} for row in metrics["verdict"]]
+    write("benchmarks/examples/davila.json", **davila | {"verdict": unpublished, "peak_memory_gb": {}})
+    assert TOOL["main"]([], root) == 0
+    rows = [line.split(" | ") for line in block(root, "examples").splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == ["| `stochastic_beta`", "| `davila`", "| `ar1`"]
+    head = [line for line in block(root, "examples").splitlines() if line.startswith("| example")][0].split(" | ")
+    assert all(len(row) == len(head) for row in rows)
+    assert rows[0][1] == "2 x 2" and rows[1][1:3] == ["3 x 1", "77"]
+
+    def pair(of, digits):
+        return " / ".join(f"{of(x):.{digits}f}" for x in (network, grid))
+
+    assert rows[1][4:9] == [
+        pair(lambda x: x["capital"]["mean"], 2), pair(lambda x: x["interest_rate_percent"], 3),
+        pair(lambda x: x["capital"]["std"], 2), pair(lambda x: x["capital"]["gini"], 4),
+        pair(lambda x: x["consumption"]["gini"], 4)]
+    assert rows[1][9:11] == [" / ".join(f"{x['capital']['top_percent_hold'][q]:.1f}" for q in ("1", "5", "20"))
+                             for x in (network, grid)]
+    assert rows[1][11] == f"{metrics['comparison']['limit']['w1']:.3f}"
+    assert rows[1][12].removesuffix(" |") == pair(lambda x: x["euler_log10"]["mean"], 2)
+
+
+def test_published_numbers_are_the_default_economys(project):
+    root, metrics, write = project
+    assert TOOL["main"]([], root) == 0
+    assert "published grid | authors' network |" in block(root, "results") and "| 9.2 |" in block(root, "results")
+    for name in ("gamma2", "examples", "seeds"):
+        assert "published" not in block(root, name) and "authors" not in block(root, name)
+        assert not re.search(r"\| (9\.2|-3\.34|0\.0184) \|", block(root, name))
+
+
+def test_what_was_not_measured_is_left_out(project):
+    """Peak memory, where the platform has none, and figures that are null."""
+    root, metrics, write = project
+    assert TOOL["main"]([], root) == 0 and "peak memory" in block(root, "results")
+    network = json.loads(json.dumps(metrics["network"]))
+    network["large"]["law_of_motion"]["den_haan_max_percent"] = None
+    write("metrics.json", peak_memory_gb={}, network=network)
+    assert TOOL["main"]([], root) == 0 and "peak memory" not in block(root, "results")
+    (row,) = [line for line in block(root, "results").splitlines() if "Den Haan" in line]
+    assert row.split(" | ")[2] == "-"
+    write("metrics.json", peak_memory_gb={"host": 1.0, "device": 2.0})
+    assert TOOL["main"]([], root) == 0 and "; peak memory 1.0 GB, 2.0 GB on the device." in block(root, "results")
+
+
 def stale(root, metrics, write):
     write("benchmarks/seeds/seed1.json", seed=1, config=metrics["config"] | {"hidden": 99})
 
 
 def misnamed(root, metrics, write):
     write("benchmarks/seeds/seed1.json", seed=2)
+
+
+def other_table(root, metrics, write):
+    write("benchmarks/seeds/seed1.json", seed=1, economy=metrics["economy"] | {"TFP": [0.5, 1.5]})
+
+
+def other_grid(root, metrics, write):
+    write("benchmarks/seeds/seed1.json", seed=1, grid_config=None)
+
+
+def other_economy(root, metrics, write):
+    write("metrics.json", verdict=[row | {"published": None} for row in metrics["verdict"]])
+
+
+def no_example(root, metrics, write):
+    (root / "benchmarks" / "examples" / "ar1.json").unlink()
+
+
+def default_for_an_example(root, metrics, write):
+    write("benchmarks/examples/davila.json")
+
+
+def older(root, metrics, write):
+    write("metrics.json", comparison={size: metrics["comparison"][size] for size in ("small", "large")})
 
 
 def other_gamma(root, metrics, write):
@@ -162,7 +335,11 @@ def half_a_marker(root, metrics, write):
 
 
 @pytest.mark.parametrize("spoil, told", [
-    (stale, "hidden not as in metrics.json"), (misnamed, "is of seed 2"), (other_gamma, "gamma is 1.0"),
+    (stale, "hidden not as in metrics.json"), (other_table, "TFP not as in metrics.json"),
+    (other_grid, "n_k, n_K"), (other_economy, "not of the default economy"), (older, "has no 'limit'"),
+    (no_example, "python examples/ar1.py --output-dir runs/ar1"),
+    (default_for_an_example, "davila.json is of the default economy"), (misnamed, "is of seed 2"),
+    (other_gamma, "gamma is 1.0"),
     (no_reference, "make it with: python deepham_ks.py"), (no_seed, "--seed 2"), (no_markers, "no line"),
     (half_a_marker, "once each")])
 def test_what_does_not_fit_is_refused_in_a_line(project, capsys, spoil, told):

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 import deepham_ks as dk
 
 
-def refused(*argv):
+def refused(*argv, **economy):
     with pytest.raises(dk.UserError) as error:
-        dk.parse(list(argv))
+        dk.parse(list(argv), **economy)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -37,24 +37,65 @@ def tree(folder):
 
 
 def test_preset_decides_defaults_and_flags_override_it():
-    cal, cfg, run = dk.parse(["--preset", "paper", "--hidden", "7", "--beta", "0.98", "--control-variate"])
-    assert cfg == replace(dk.PRESETS["paper"], hidden=7, control_variate=True)
-    assert (cal.beta, run.output_dir, run.resume) == (0.98, "runs/paper", False)
-    assert not dk.parse(["--no-control-variate"])[1].control_variate
-    assert dk.parse([])[1:] == (dk.PRESETS["default"], dk.Run(output_dir="."))
-    assert dk.parse(["--output-dir", "x"])[2].output_dir == "x"
+    asked = dk.parse(["--preset", "paper", "--hidden", "7", "--beta", "0.98", "--control-variate"])
+    assert asked.config == replace(dk.PRESETS["paper"], hidden=7, control_variate=True)
+    assert (asked.economy.beta == 0.98).all() and asked.calibration["beta"] == 0.98
+    assert (asked.run.output_dir, asked.run.resume) == ("runs/paper", False)
+    assert not dk.parse(["--no-control-variate"]).config.control_variate
+    assert dk.parse([])[2:] == (dk.PRESETS["default"], dk.GRIDS["converged"], dk.Run(output_dir="."))
+    assert dk.parse(["--output-dir", "x"]).run.output_dir == "x"
+
+
+@dataclass(frozen=True)
+class Household:
+    """A calibration of our own."""
+
+    beta: float = dk.option(0.96, "7% of households, most of the error", "(0, 1)")
+
+
+def one_state(cal):
+    return dk.Economy(alpha=0.36, delta=0.1, beta=cal.beta, TFP=[1.0], P_z=[[1.0]], income=[1.0], Pi=[[1.0]])
 
 
 def test_help_names_every_flag_default_and_reason(capsys):
-    with pytest.raises(SystemExit) as stop:
-        dk.parse(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for item in (*fields(dk.Calibration), *fields(dk.Config), *fields(dk.Run)):
-        assert "--" + item.name.replace("_", "-") in text and item.metadata["help"] in text
+    def said(*economy):
+        with pytest.raises(SystemExit) as stop:
+            dk.parse(["--help"], *economy)
+        assert stop.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    text = said()
+    for kind in (dk.Calibration, dk.Config, dk.GridConfig, dk.Run):
+        for item in fields(kind):
+            prefix = "--grid-" if kind is dk.GridConfig else "--"
+            assert prefix + item.name.replace("_", "-") in text and item.metadata["help"] in text
     agents = [dk.PRESETS[name].n_agents for name in ("default", "paper", "smoke")]
     assert "(default {}, paper {}, smoke {})".format(*agents) in text
-    assert "7% of households, most of the error (default 0.5" in text
+    text = said(one_state, Household)  # a per cent sign too, which argparse would format with
+    assert "7% of households, most of the error (default 0.96)" in text and "--gamma" not in text
+
+
+def test_flags_are_those_of_the_economy():
+    """A calibration of one's own makes its economy; an economy without one has no such flags."""
+    asked = dk.parse(["--beta", "0.9", "--hidden", "7"], one_state, Household)
+    assert asked.economy.beta.tolist() == [0.9] and asked.calibration == {"beta": 0.9} and asked.config.hidden == 7
+    economy = one_state(Household())
+    asked = dk.parse(["--hidden", "7"], economy)
+    assert asked.economy is economy and asked.calibration == {} and asked.config.hidden == 7
+    assert "unrecognized arguments: --beta" in refused("--beta", "0.9", economy=economy)
+    assert "--beta 2.0: give a value in (0, 1)" in refused("--beta", "2", economy=one_state, calibration=Household)
+
+
+def test_grid_flags_change_the_grid_and_nothing_else():
+    converged, published = dk.GRIDS["converged"], dk.GRIDS["published"]
+    assert dk.parse(["--grid-n-k", "50", "--grid-n-K", "7"]).grid == replace(converged, n_k=50, n_K=7)
+    assert dk.parse(["--grid", "published", "--grid-exponent", "6"]).grid == replace(published, exponent=6.0)
+    assert dk.parse(["--preset", "smoke", "--grid-seed", "1"]).grid == replace(dk.SMOKE_GRID, seed=1)
+    assert dk.parse(["--preset", "smoke", "--grid", "published"]).grid == published
+    assert dk.parse(["--grid", "none", "--grid-n-k", "50"]).grid is None
+    asked = dk.parse(["--grid-damping", "0.3", "--grid-periods", "500", "--grid-burn-in", "90"])
+    assert asked.grid == replace(converged, damping=0.3, periods=500, burn_in=90) and asked.config == dk.Config()
+    assert asked.run == replace(dk.Run(), output_dir=".")
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -69,13 +110,21 @@ def test_help_names_every_flag_default_and_reason(capsys):
     (["--wat\nis"], "unrecognized"), (["--evaluate", "--resume"], "--evaluate"),
     (["--output-dir", "a\0b"], "--output-dir"), (["--u-bad", "0.5"], "--u-bad"),
     (["--u-duration-bad", "1000"], "--u-duration-bad"), (["--l-bar", "0.01"], "--mu"),
-    (["--delta", "1e-5", "--beta", "0.99999"], "--beta"), (["--horizon", "300"], "give --periods 301 or more")])
+    (["--horizon", "9999"], "give --periods 10000 or more"),
+    (["--grid-n-k", "9"], "--grid-n-k 9: give a value in [10, 1e5]"), (["--grid-n-K", "x"], "invalid int value"),
+    (["--grid-n", "50"], "unrecognized arguments: --grid-n"), (["--grid-exponent", "nan"], "--grid-exponent nan"),
+    (["--grid-K-low", "1"], "--grid-K-low 1.0: give a value in (0, 1)"), (["--grid", "fine"], "--grid: invalid choice"),
+    (["--grid", "none", "--grid-damping", "1.1"], "--grid-damping 1.1"),
+    (["--grid-burn-in", "99", "--grid-periods", "500"], "--grid-burn-in 99 leaves too little of a fifth of")])
 def test_impossible_values_are_refused_in_one_line(argv, words):
     assert words in refused(*argv)
 
 
 def test_ends_of_intervals():
-    assert dk.parse(["--gamma", "20", "--mu", "0", "--periods", "151"])[0].gamma == 20
+    horizon = dk.Config().horizon
+    asked = dk.parse(["--gamma", "20", "--mu", "0", "--periods", f"{horizon + 1}", "--grid-n-K", "4"])
+    assert asked.economy.gamma == 20 and asked.economy.income[0, 0] == 0
+    assert asked.config.periods == horizon + 1 and asked.grid.n_K == 4
 
 
 def test_device_cuda_without_cuda(monkeypatch):
@@ -85,7 +134,8 @@ def test_device_cuda_without_cuda(monkeypatch):
     dk.parse(["--device", "cuda"])
 
 
-FLAGS = [dk.flag(f.name) for kind in (dk.Calibration, dk.Config, dk.Run) for f in fields(kind)]
+FLAGS = [dk.flag(prefix + f.name) for prefix, kind in (
+    ("", dk.Calibration), ("", dk.Config), ("grid_", dk.GridConfig), ("", dk.Run)) for f in fields(kind)]
 VALUES = st.one_of(st.text(max_size=5), st.floats().map(repr), st.integers().map(str), st.sampled_from(
     ["cpu", "cuda", "none", "paper", "smoke", "sgd", "1e999", "-1", "0.9", "%s", "--", "@x", "7"]))
 
@@ -94,19 +144,21 @@ VALUES = st.one_of(st.text(max_size=5), st.floats().map(repr), st.integers().map
 @given(st.lists(st.one_of(st.sampled_from(FLAGS), VALUES), max_size=8))
 def test_any_command_line_parses_or_is_refused(argv):
     try:
-        cal, cfg, _ = dk.parse(argv)
+        asked = dk.parse(argv)
     except dk.UserError as error:
         assert "\n" not in str(error)
     except SystemExit as stop:  # --help and nothing else
         assert stop.code == 0 and "-h" in "".join(argv)
     else:
-        assert cfg.periods > cfg.horizon and all(math.isfinite(x) for x in asdict(cal).values())
+        assert asked.config.periods > asked.config.horizon
+        assert all(math.isfinite(x) for x in asked.calibration.values())
 
 
 def test_presets_are_possible_and_departures_are_listed():
     for cfg in dk.PRESETS.values():
-        dk.check(dk.Calibration(), cfg)
-        assert all(type(getattr(cfg, f.name)) is type(f.default) for f in fields(cfg))
+        for grid in (dk.SMOKE_GRID, *dk.GRIDS.values()):
+            dk.check(cfg, grid)
+            assert all(type(getattr(x, f.name)) is type(f.default) for x in (cfg, grid) for f in fields(x))
     assert dk.departures(dk.Config(), dk.PRESETS["paper"])[0] == f"n_agents {dk.Config().n_agents} (paper 50)"
     assert dk.departures(dk.Config(), dk.Config()) == []
 
@@ -136,10 +188,14 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
+INCOME = torch.tensor([[0.1, 1.0]], dtype=torch.float64)
+
+
 def state(n=0, width=24):
     torch.manual_seed(n)
     net = torch.nn.Linear(5, width)
     return {"calibration": {"beta": 0.99}, "config": {"hidden": width}, "iteration": n, "optimizer": {},
+            "economy": {"gamma": 1.0, "income": INCOME, "s_names": ("poor", "rich")},
             "policy": dict(net.state_dict()), "random": torch.get_rng_state(), "history": [[n, 0.5]] * n}
 
 
@@ -223,7 +279,7 @@ def saved(tmp_path_factory):
 
 def same(a, b):
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return a == b
@@ -240,6 +296,10 @@ CODE_HAS_RUN = Path(tempfile.gettempdir()) / f"deepham_code_has_run_{os.getpid()
 class Code:
     def __reduce__(self):
         return os.system, (f"touch {CODE_HAS_RUN}",)
+
+
+def other_economy(**changes):
+    return dk.packed({"format": dk.FORMAT} | state(3) | {"economy": state()["economy"] | changes})
 
 
 def without(key):
@@ -264,6 +324,11 @@ FOREIGN = {
     "double": (dk.packed(without("") | {"random": torch.get_rng_state().double()}), "is torch.float64"),
     "economy": (dk.packed(without("") | {"calibration": {"beta": 0.95}}),
                 "calibration.beta is 0.95 in the file and 0.99"),
+    "number of the economy": (other_economy(gamma=2.0), "economy.gamma is 2.0 in the file and 1.0"),
+    "names of the economy": (other_economy(s_names=("poor", "lazy")), r"economy.s_names is \('poor', 'lazy'\) in the"),
+    "table": (other_economy(income=INCOME * (1 + 1e-15)), "economy.income has other numbers in the file than in this"),
+    "shape of a table": (other_economy(income=INCOME.T), r"economy.income is .*\(2, 1\) .* and .*\(1, 2\)"),
+    "no table": (other_economy(income=None), "economy.income is None in the file and torch.float64"),
 }
 
 

@@ -1,10 +1,10 @@
-"""Outer loop: evenly spread shocks, scaled economies, the last value steps, and the path that CUDA graphs take."""
+"""Outer loop: scaled economies, the centre of ln K, the last value steps, and the path that CUDA graphs take."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 import deepham_ks as dk
@@ -12,63 +12,98 @@ import deepham_ks as dk
 SMOKE = dataclasses.replace(dk.PRESETS["smoke"], iterations=6, final_value_steps=2)
 
 
-def run(cfg, graphs=False, seed=0):
-    econ = dk.build_economy(dk.Calibration(), "cpu", torch.float32)
+def states_around(econ):
+    """(k, s, K, z) at every s and z, k from the limit to four times and K from 0.7 to 1.8 times the steady state's."""
+    k, K = econ.k_min + econ.K_ss * np.linspace(0, 4, 40), econ.K_ss * np.linspace(0.7, 1.8, 9)
+    return [x.to(econ.TFP.dtype) if x.is_floating_point() else x for x in dk.on_grid(k, K, econ)]
+
+
+def run(cfg, graphs=False, seed=0, economy=None):
+    """The state after training, and k' at states_around() after each outer iteration."""
+    econ = (economy or dk.krusell_smith()).tables("cpu", torch.float32)
     rng = torch.Generator().manual_seed(seed)
     state = dk.initial_state(econ, cfg, seed, rng)
     policies = []
-    dk.train(state, econ, cfg, dk.compile_kernels("none"), rng, graphs,
-             lambda state: policies.append(state["policy"].clone()))
+
+    def keep(state):
+        layers = dk.unpack(state["policy"].detach(), cfg.hidden)
+        policies.append(dk.network_capital(layers, *states_around(econ), econ))
+
+    dk.train(state, econ, cfg, dk.compile_kernels("none"), rng, graphs, keep)
     return state, policies
 
 
-def test_systematic_shocks_are_uniform_and_independent_over_time():
-    rng = torch.Generator().manual_seed(0)
-    eps = (torch.arange(200).expand(4, 200) % 13 > 0).long()
-    draws = torch.stack([dk.systematic_uniform(eps, rng) for _ in range(4000)]).double()  # (draw, economy, household)
-    assert 0 <= draws.min() and draws.max() < 1
-    for household in (0, 1, 13, 199):  # unemployed and employed
-        series = draws[:, 2, household].numpy()
-        assert scipy.stats.kstest(series, "uniform").pvalue > 1e-4
-        assert abs(np.corrcoef(series[:-1], series[1:])[0, 1]) < 4 / np.sqrt(len(series))
+def test_initial_policy_keeps_the_steady_state(economy):
+    """Who has what the representative household has, K_ss + c_ss, consumes c_ss: K stays where it is. All consume the
+    same share of what they have above the limit."""
+    econ = economy.tables(dtype=torch.float32)
+    state = dk.initial_state(econ, SMOKE, 0, torch.Generator().manual_seed(0))
+    states = states_around(econ)
+    m, _ = dk.cash_on_hand(*states, econ)
+    c = m - dk.network_capital(dk.unpack(state["policy"], SMOKE.hidden), *states, econ)
+    share = economy.c_ss / (economy.K_ss + economy.c_ss - economy.k_min)
+    assert torch.allclose(c, share * (m - economy.k_min), rtol=1e-4, atol=1e-5 * economy.c_ss)
 
 
-def test_systematic_shocks_hold_the_unemployment_rate():
-    econ, rng = dk.build_economy(dk.Calibration(), "cpu", torch.float32), torch.Generator().manual_seed(1)
-    panel, rates = dk.initial_panel(8, 1000, econ, rng), {}
-    for systematic in (False, True):
-        seen = [(1 - eps.double().mean(1, keepdim=True) - (1 - (econ.L / econ.l_bar)[z])).flatten()
-                for _, eps, _, z, _ in dk.simulate(lambda k, *_: k, panel, 300, econ, rng, systematic)][100:]
-        rates[systematic] = torch.stack(seen)
-    assert abs(rates[True].mean()) < 5e-4
-    assert rates[True].std() < rates[False].std() / 4  # binomial noise is .006 to .009
+def test_initial_value_is_steady_state_consumption_for_ever(economy):
+    econ = economy.tables(dtype=torch.float32)
+    state = dk.initial_state(econ, SMOKE, 0, torch.Generator().manual_seed(0))
+    k, s, K, z = states_around(econ)
+    V, V_k = dk.network_value(dk.unpack(state["value"], SMOKE.hidden), k, s, K, z, econ)
+    for_ever = econ.annuity[dk.joint(s, z, econ)] * dk.utility(torch.tensor(econ.c_ss), econ)
+    assert torch.allclose(V, for_ever, rtol=1e-4, atol=1e-4) and not V_k.any()
+
+
+def test_deep_debt_can_be_learnt(economies):
+    """Half the debt that the poorest could ever pay: the first simulation stays near the steady state."""
+    toy = economies["toy"]
+    k_min = -0.5 * toy.income.min() * toy.w_ss / (toy.R_ss - 1)
+    state, _ = run(dataclasses.replace(SMOKE, n_agents=50, iterations=2),
+                   economy=dataclasses.replace(toy, k_min=k_min))
+    assert 0.5 < state["K_path"].mean() / toy.K_ss < 2 and state["k"].min() >= k_min
 
 
 def test_last_iterations_leave_the_policy_and_fit_the_value():
     state, policies = run(SMOKE)
-    changed = [not torch.equal(a, b) for a, b in zip(policies, policies[1:])]
+    changed = [not torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(policies, policies[1:])]
     assert changed == [True, True, True, False, False]
     assert state["history"]["policy_taken"][-2:] == [0, 0]
 
 
-def bellman_residual(state, econ):
+def test_every_economy_learns(economy):
+    """The loop runs with any S and Z, its figures are numbers, and log c comes nearer to its first-order condition."""
+    cfg = dataclasses.replace(SMOKE, n_agents=50, batch=256, horizon=40, periods=60, iterations=8)
+    state, policies = run(cfg, economy=economy)
+    history = state["history"]
+    assert len(policies) == cfg.iterations and all(np.isfinite(column).all() for column in history.values())
+    assert history["policy_residual"][-1] < history["policy_residual"][0] / 2
+    assert all(len(column) == cfg.iterations for column in history.values())
+    assert state["k"].min() >= economy.k_min
+    s, z = state["batch_s"], state["batch_z"]
+    assert set(s.tolist()) <= set(range(len(economy.beta))) and set(z.tolist()) <= set(range(len(economy.TFP)))
+
+
+def bellman_residual(state, economy, cfg):
+    """Root mean square over the states of the batch, in units of utility()."""
     batch = dk.Batch(*[state[f"batch_{name}"] for name in dk.Batch._fields])
-    network = dk.Solution(dk.Calibration(), SMOKE, state["policy"], state["value"])
+    network = dk.Solution(dk.weights_file(state, economy, {}, cfg, 0))
     states = dk.States(*[x.double() if x.is_floating_point() else x
-                         for x in (batch.k, batch.eps, batch.K, batch.z, batch.K_next)])
-    own, _ = dk.bellman_errors(network, states, dk.build_economy(dk.Calibration(), dtype=torch.float64))
+                         for x in (batch.k, batch.s, batch.K, batch.z, batch.K_next)])
+    own, _ = dk.bellman_errors(network, states, network.econ)
     return own.square().mean().sqrt().item(), batch
 
 
-def test_bellman_step_lowers_the_bellman_error():
-    econ, kernels = dk.build_economy(dk.Calibration(), "cpu", torch.float32), dk.compile_kernels("none")
+@pytest.mark.parametrize("name", ["log", "toy"])
+def test_bellman_step_lowers_the_bellman_error(economies, name):
+    economy, kernels = economies[name], dk.compile_kernels("none")
     cfg = dataclasses.replace(SMOKE, final_value_steps=0, slope_weight=0.0)
-    state, _ = run(cfg)
-    before, batch = bellman_residual(state, econ)
-    damping = torch.tensor(1e-3)
+    state, _ = run(cfg, economy=economy)
+    econ = economy.tables("cpu", torch.float32)._replace(K_mean=state["K_mean"])
+    before, batch = bellman_residual(state, economy, cfg)
+    damping, one = torch.tensor(1e-3), torch.tensor(1.0)
     for _ in range(5):
-        state["value"], damping, _ = dk.bellman_step(state["value"], damping, batch, econ, cfg, kernels)
-    after, _ = bellman_residual(state, econ)
+        state["value"], damping, _ = dk.bellman_step(state["value"], one, damping, batch, econ, cfg, kernels)
+    after, _ = bellman_residual(state, economy, cfg)
     assert after < before / 2
 
 
@@ -89,12 +124,73 @@ def test_graphs_are_captured_once_a_phase_and_change_nothing(monkeypatch):
             assert torch.equal(value, graphs[name]), name
 
 
+@pytest.mark.parametrize("k_min", [0.0, 20.0])
 @pytest.mark.parametrize("spread", [0.0, 0.3])
-def test_economies_are_scaled_before_each_simulation(spread):
+def test_economies_are_scaled_before_each_simulation(k_min, spread):
+    """K - k_min by up to the spread, evenly, also where every household has to hold some capital."""
+    economy, rng = dataclasses.replace(dk.krusell_smith(), k_min=k_min), torch.Generator().manual_seed(0)
     cfg = dataclasses.replace(SMOKE, K_spread=spread, iterations=1, n_economies=32, n_agents=50)
-    econ, rng = dk.build_economy(dk.Calibration(), "cpu", torch.float32), torch.Generator().manual_seed(0)
+    econ = economy.tables("cpu", torch.float32)
     state = dk.initial_state(econ, cfg, 0, rng)
     start = state["k"].mean(1).clone()
     dk.train(state, econ, cfg, dk.compile_kernels("none"), rng, False, lambda state: None)
-    scale = state["K_path"][0] / start
+    scale = (state["K_path"][0] - k_min) / (start - k_min)
     assert (scale - 1).abs().max() <= spread + 1e-6 and scale.std() == pytest.approx(spread / np.sqrt(3), rel=0.3)
+    assert state["k"].min() >= k_min
+
+
+# ------------------------------------------------------------------------------------------------ centre of ln K
+
+
+def centred_state(economy, factor):
+    """Two random networks, and a simulated path whose mean of ln K is ln(factor) from the centre."""
+    econ, g = economy.tables("cpu", torch.float32), torch.Generator().manual_seed(0)
+    theta = [dk.initial_parameters(dk.n_inputs(econ), SMOKE.hidden, -1.0, seed) for seed in (0, 1)]
+    for parameters in theta:
+        parameters[-SMOKE.hidden - 1 : -1] = torch.randn(SMOKE.hidden, generator=g) / 3
+    spread = torch.randn(40, 4, generator=g) / 20
+    path = economy.K_ss * factor * torch.exp(spread - spread.mean())
+    return econ, {"policy": theta[0], "value": theta[1], "K_path": path}
+
+
+def both_functions(econ, state):
+    """k' in goods, V in units of utility and V_k at many states."""
+    states = states_around(econ)
+    policy, value = [dk.unpack(state[name], SMOKE.hidden) for name in ("policy", "value")]
+    return dk.network_capital(policy, *states, econ), *dk.network_value(value, *states, econ)
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.15, 1.5])
+def test_recentring_leaves_the_functions(economy, factor):
+    """Where mean K has moved by more than a tenth, ln K is centred on it, and neither network changes what it says."""
+    econ, state = centred_state(economy, factor)
+    before, theta = both_functions(econ, state), {name: state[name].clone() for name in ("policy", "value")}
+    dk.recentre(state, econ, SMOKE)
+    assert econ.K_mean.item() == pytest.approx(factor * economy.K_ss, rel=1e-5)
+    for old, new in zip(before, both_functions(econ, state)):  # inputs of size 8 ln K: 1e-6 of rounding, amplified
+        assert torch.allclose(old, new, rtol=2e-5, atol=2e-5 * old.abs().mean().item())
+    for name in theta:
+        assert not torch.equal(theta[name], state[name])
+        state[name] = theta[name]
+    others = both_functions(econ, state)  # the old biases at the new centre are other functions
+    assert not any(torch.allclose(old, new, rtol=1e-3) for old, new in zip(before, others))
+
+
+@pytest.mark.parametrize("factor", [0.92, 1.0, 1.09])
+def test_recentring_does_nothing_near_the_centre(economy, factor):
+    econ, state = centred_state(economy, factor)
+    before = {name: x.clone() for name, x in state.items()}
+    dk.recentre(state, econ, SMOKE)
+    assert all(torch.equal(before[name], state[name]) for name in before)
+    assert torch.equal(econ.K_mean, torch.tensor(economy.K_ss, dtype=torch.float32))
+    assert abs(math.log(factor)) < 0.1
+
+
+def test_the_centre_follows_a_training(economies):
+    """The toy economy holds more capital than its steady state: the centre moves there, and the solution keeps it."""
+    state, _ = run(dataclasses.replace(SMOKE, n_agents=50, batch=256, horizon=40, periods=100, iterations=12),
+                   economy=economies["toy"])
+    centre, K = state["K_mean"].item(), state["K_path"].log().mean().exp().item()
+    assert abs(math.log(centre / economies["toy"].K_ss)) > 0.1 and abs(math.log(centre / K)) <= 0.1 + 1e-6
+    network = dk.Solution(dk.weights_file(state, economies["toy"], {}, SMOKE, 0))
+    assert network.econ.K_mean.item() == centre

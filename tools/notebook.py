@@ -21,7 +21,7 @@ CELLS = [
 
 Solves the Krusell–Smith economy with DeepHAM (Han, Yang & E 2021) and with the grid method of Maliar, Maliar & Valli
 (2010), compares the two and shows every figure. *Runtime > Run all* does everything; the default run takes minutes.
-The method and every file of a run are explained in the [README]({REPOSITORY}#readme).
+The method, every file of a run and other economies are explained in the [README]({REPOSITORY}#readme).
 """),
     (MARKDOWN, """
 ## What to run
@@ -93,8 +93,8 @@ print("results in", output_dir)
     (MARKDOWN, """
 ## Solve
 
-One line an outer iteration; at the end a table with every accuracy figure, its tolerance and the verdict. The stop
-button keeps the checkpoint: run this cell again and it goes on from there.
+One line an outer iteration; at the end a table with every accuracy figure, its tolerance and the verdict (`smoke` is
+too small for one). The stop button keeps the checkpoint: run this cell again and it goes on from there.
 """),
     (CODE, """
 import shlex
@@ -135,7 +135,8 @@ for path in [output_dir / "distribution_validation.png", *sorted((output_dir / "
 ## The solution in Python
 
 `dk.load` reads the networks of a run, `dk.solve_grid` solves the same economy on a grid. Both have
-`next_capital(k, eps, K, z)`: numpy arrays that broadcast, eps 0 unemployed / 1 employed, z 0 bad / 1 good.
+`next_capital(k, s, K, z)` and `value(k, s, K, z)`: numpy arrays that broadcast; s and z count the states, here s 0
+unemployed / 1 employed, z 0 bad / 1 good. `dk.solve(economy)` trains from Python, for any `dk.Economy` of your own.
 """),
     (CODE, """
 import numpy as np
@@ -143,14 +144,15 @@ import numpy as np
 import deepham_ks as dk
 
 solution = dk.load(output_dir / dk.WEIGHTS)
-grid = dk.solve_grid(solution.calibration, dk.SMOKE_GRID if PRESET == "smoke" else dk.GridConfig())
+economy = solution.economy  # its tables
+grid = dk.solve_grid(economy, dk.SMOKE_GRID if PRESET == "smoke" else dk.GridConfig())
 
 print("law of motion on the grid, ln K' = a(z) + b(z) ln K:")
-for z, state in enumerate(("bad", "good")):
+for z, state in enumerate(economy.z_names):
     a, b = grid.alm_coefficients[z]
-    print(f"  {state:>4} state: a = {a:.4f}, b = {b:.4f}, R2 = {grid.alm_r2[z]:.6f}")
+    print(f"  {state:>10}: a = {a:.4f}, b = {b:.4f}, R2 = {grid.alm_r2[z]:.6f}")
 
-K = 1.04 * solution.econ.K_ss  # near mean capital
+K = grid.K_mean
 print(f"an employed household with k = K = {K:.1f} in the good state: "
       f"k' = {solution.next_capital(K, 1, K, 1):.3f} (network), {grid.next_capital(K, 1, K, 1):.3f} (grid), "
       f"V = {solution.value(K, 1, K, 1):.2f} utils")
@@ -161,11 +163,10 @@ import matplotlib.pyplot as plt
 k = np.expm1(np.linspace(0, np.log1p(4 * K), 300))  # finer where households are poor
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
 for z, ax in enumerate(axes):
-    for eps, (status, colour) in enumerate((("unemployed", "#D55E00"), ("employed", "#0072B2"))):
-        ax.plot(k, solution.next_capital(k, eps, K, z) - k, color=colour, label=f"{status}, network")
-        ax.plot(k, grid.next_capital(k, eps, K, z) - k, color="black", linestyle="--", linewidth=1,
-                label=f"{status}, grid")
-    ax.set(title=("bad state", "good state")[z], xlabel="individual capital k (goods)", xlim=(0, k[-1]))
+    for s, (name, colour) in enumerate(zip(economy.s_names, ("#D55E00", "#0072B2"))):
+        ax.plot(k, solution.next_capital(k, s, K, z) - k, color=colour, label=f"{name}, network")
+        ax.plot(k, grid.next_capital(k, s, K, z) - k, color="black", linestyle="--", linewidth=1, label=f"{name}, grid")
+    ax.set(title=economy.z_names[z], xlabel="individual capital k (goods)", xlim=(0, k[-1]))
 axes[0].set_ylabel("k' - k (goods)")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 plt.show()

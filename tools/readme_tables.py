@@ -5,16 +5,19 @@
 
 NAME results: network, seeds, grid and published figures, from metrics.json (the reference run) and
 benchmarks/seeds/seed*.json (metrics.json of the other seeds). seeds: a row for each of the seeds 0, 1, 2.
-gamma2: network and grid at risk aversion 2, from benchmarks/gamma2.json.
+gamma2: network and grid at risk aversion 2, from benchmarks/gamma2.json. examples: a row for each script in examples/,
+from benchmarks/examples/*.json.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED_ROWS = (0, 1, 2)
+EXAMPLES = ("stochastic_beta", "davila", "ar1")
 
 
 class BadInput(Exception):
@@ -22,11 +25,11 @@ class BadInput(Exception):
 
 
 def at(path):
-    """Reader of one figure: metrics -> number, at keys joined by blanks."""
+    """Reader of one figure: metrics -> number, at keys joined by blanks; NaN where it is null."""
     def read(metrics):
         for key in path.split():
             metrics = metrics[key]
-        return float(metrics)
+        return math.nan if metrics is None else float(metrics)
     return read
 
 
@@ -41,7 +44,7 @@ def one_size(name, path, digits, n_agents=None, published="", authors=""):
 
 
 def both(name, size, path, digits, published="", authors=""):
-    """A row for the network and the grid, at one of the two sizes."""
+    """A row for the network and the grid, at one of the sizes small, large and limit."""
     return (name, f"comparison {size} n_agents", at(f"network {size} {path}"), at(f"grid {size} {path}"), digits,
             published, authors)
 
@@ -53,15 +56,21 @@ ROWS = [
     one_size("W1 distance of capital to the grid's (goods)", "comparison small w1", 3, "comparison small n_agents",
              "0.16", "9.2"),
     one_size("", "comparison large w1", 3, "comparison large n_agents", "0.16", "9.2"),
+    one_size("", "comparison limit w1", 3, "comparison limit n_agents"),
     ("std of capital against the grid's (%)", "comparison small n_agents", std_gap("small"), None, 2, "-0.5", "-57"),
     ("", "comparison large n_agents", std_gap("large"), None, 2, "", ""),
+    ("", "comparison limit n_agents", std_gap("limit"), None, 2, "", ""),
     one_size("\\|k' - grid's k'\\|, mean (goods)", "comparison policy_distance mean", 4, None, "0.006", "0.77"),
     one_size("\\|k' - grid's k'\\|, max (goods)", "comparison policy_distance max", 3, None, "0.017", "5.5"),
     both("Euler error, log10 mean", "large", "euler_log10 mean", 2, "-3.96", "-3.34"),
+    both("", "limit", "euler_log10 mean", 2),
     both("Euler error, log10 99th percentile", "large", "euler_log10 p99", 2, "-3.47", "-2.61"),
+    both("", "limit", "euler_log10 p99", 2),
     both("Euler error, log10 max", "large", "euler_log10 max", 2, "-3.24", "-1.00"),
+    both("", "limit", "euler_log10 max", 2),
     both("Bellman error, own c, mean (utils)", "small", "bellman_own_c mean", 5),
     both("", "large", "bellman_own_c mean", 5),
+    both("", "limit", "bellman_own_c mean", 5),
     both("Bellman error, best c, mean (utils)", "small", "bellman_best_c mean", 5, "0.0253", "0.0184"),
     both("", "large", "bellman_best_c mean", 5),
     both("law of motion, Den Haan's max error (%)", "large", "law_of_motion den_haan_max_percent", 2),
@@ -73,7 +82,7 @@ ROWS = [
 
 
 def show(number, digits):
-    return f"{number + 0.0:.{digits}f}"
+    return "-" if math.isnan(number) else f"{number + 0.0:.{digits}f}"
 
 
 def table(header, rows):
@@ -83,7 +92,14 @@ def table(header, rows):
 
 
 def count(metrics, path):
-    return f"{at(path)(metrics):,.0f}" if path else ""
+    """Households an economy; inf in the limit."""
+    number = at(path)(metrics) if path else 0
+    return "inf" if math.isnan(number) else f"{number:,.0f}" if path else ""
+
+
+def is_default(metrics):
+    """Published numbers are of the default economy, and only its verdict has them."""
+    return any(row["published"] is not None for row in metrics["verdict"])
 
 
 def load(root, name, command):
@@ -95,16 +111,16 @@ def load(root, name, command):
 
 
 def load_seeds(root, reference):
-    """seed -> metrics, all of the reference run's configuration and calibration."""
+    """seed -> metrics, all of the reference run's economy and configuration."""
     seeds = {}
     for path in sorted((root / "benchmarks" / "seeds").glob("seed*.json")):
         command = f"python deepham_ks.py --seed {path.stem[4:]} --output-dir runs/{path.stem}"
         metrics = load(root, path.relative_to(root), command)
         if path.stem != f"seed{metrics['seed']}":
             raise BadInput(f"{path.relative_to(root)} is of seed {metrics['seed']}")
-        for kind in ("calibration", "config"):
-            odd = [name for name in {**metrics[kind], **reference[kind]}
-                   if metrics[kind].get(name) != reference[kind].get(name)]
+        for kind in ("calibration", "economy", "config", "grid_config"):
+            ours, theirs = metrics[kind] or {}, reference[kind] or {}
+            odd = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             if odd:
                 raise BadInput(f"{path.relative_to(root)}: {', '.join(odd)} not as in metrics.json; run {command}")
         seeds[metrics["seed"]] = metrics
@@ -118,8 +134,10 @@ def machine(metrics):
     """One line: what it ran on and what it took."""
     seconds, memory = metrics["seconds"], metrics["peak_memory_gb"]
     line = (f"{metrics['device']}, torch {metrics['versions']['torch']}: training {seconds['training']:.0f} s, "
-            f"grid {seconds['grid']:.0f} s, accuracy {seconds['accuracy']:.0f} s; peak memory {memory['host']:.1f} GB")
-    return line + (f", {memory['device']:.1f} GB on the device" if "device" in memory else "")
+            f"grid {seconds['grid']:.0f} s, accuracy {seconds['accuracy']:.0f} s")
+    peak = [f"{memory[where]:.1f} GB{said}" for where, said in (("host", ""), ("device", " on the device"))
+            if where in memory]
+    return line + (f"; peak memory {', '.join(peak)}" if peak else "")
 
 
 def results(root):
@@ -128,6 +146,8 @@ def results(root):
     header = ["figure", "N", f"network, seed {reference['seed']}", f"{len(seeds)} seeds, min to max", "grid",
               "published grid", "authors' network"]
     rows = []
+    if not is_default(reference):
+        raise BadInput("metrics.json is not of the default economy; make it with: python deepham_ks.py")
     for name, n_agents, network, grid, digits, published, authors in ROWS:
         spread = sorted(network(metrics) for metrics in seeds.values())
         rows.append([name, count(reference, n_agents), show(network(reference), digits),
@@ -169,7 +189,33 @@ def gamma2(root):
     return f"`{command}` on {machine(metrics)}.\n\n" + table(["figure", "N", "network", "grid"], rows)
 
 
-BLOCKS = {"results": results, "seeds": seeds, "gamma2": gamma2}
+def examples(root):
+    """Each example against the grid of the same economy; all but the seconds in the limit N = infinity."""
+    header = ["example", "states (s x z)", "training (s)", "grid (s)", "mean K", "r (%)", "std of k", "Gini of wealth",
+              "Gini of consumption", "top 1 / 5 / 20% hold (%), network", "grid", "W1 (goods)", "Euler log10 mean"]
+    pairs = [("capital mean", 2), ("interest_rate_percent", 3), ("capital std", 2), ("capital gini", 4),
+             ("consumption gini", 4)]
+    rows = []
+    for name in EXAMPLES:
+        file, command = f"benchmarks/examples/{name}.json", f"python examples/{name}.py --output-dir runs/{name}"
+        metrics = load(root, file, command)
+        if is_default(metrics):
+            raise BadInput(f"{file} is of the default economy; make it with: {command}")
+
+        def pair(path, digits, metrics=metrics):
+            return " / ".join(show(at(f"{solution} limit {path}")(metrics), digits) for solution in ("network", "grid"))
+
+        top = [[show(at(f"{solution} limit capital top_percent_hold {q}")(metrics), 1) for q in (1, 5, 20)]
+               for solution in ("network", "grid")]
+        income = metrics["economy"]["income"]
+        rows.append([f"`{name}`", f"{len(income[0])} x {len(income)}",
+                     *(show(at(f"seconds {stage}")(metrics), 0) for stage in ("training", "grid")),
+                     *(pair(path, digits) for path, digits in pairs), *(" / ".join(held) for held in top),
+                     show(at("comparison limit w1")(metrics), 3), pair("euler_log10 mean", 2)])
+    return ("In the limit N = inf; network / grid where two numbers stand.\n\n" + table(header, rows))
+
+
+BLOCKS = {"results": results, "seeds": seeds, "gamma2": gamma2, "examples": examples}
 
 
 def rewritten(text, root):

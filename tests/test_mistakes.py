@@ -1,0 +1,76 @@
+"""What a user could forget or mistake when changing the model: each, planted in a copy of the script, makes a test fail.
+
+Slow, and not part of `bash reproduce.sh test`: python -m pytest -m slow tests/test_mistakes.py
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING = (f"tests/test_{name}.py" for name in (
+    "economy", "networks", "accuracy", "grid", "training"))
+
+# what: (the line as it is, as it is mistaken, where it is noticed)
+MISTAKES = {
+    "row of the tables with two states": ("    return z * econ.beta.shape[0] + s", "    return 2 * z + s", ECONOMY),
+    "income forgets z": ("R * k + econ.income[joint(s, z, econ)] * w, R", "R * k + econ.income[s] * w, R", ECONOMY),
+    "next state without the list of reachable ones": (
+        "return econ.reach[s, draw(u, econ.cum_s[row])]", "return draw(u, econ.cum_s[row])", ECONOMY),
+    "next state ignores z'": ("z * econ.TFP.shape[0] + z_next, econ)", "z * econ.TFP.shape[0] + z, econ)", ECONOMY),
+    "expectation forgets who is where": (
+        "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)", "(econ.probability[s].movedim(-1, 0) * values)",
+        ECONOMY),
+    "present value with one discount factor": (
+        "        beta = np.tile(self.beta, len(self.TFP))\n", "        beta = np.full(len(P), self.beta[0])\n", ECONOMY),
+    "initial panel forgets the rare state": (
+        "draw(uniform(shape, rng, device), of_s[z]), z)", "draw(uniform(shape, rng, device), of_s[z]) * 0, z)", ECONOMY),
+    "networks do not see z": (
+        "econ.sees[joint(s, z, econ)]], -1)", "econ.sees[s]], -1)", NETWORKS),
+    "control variate looks the state up elsewhere": (
+        "now = econ.position[joint(s_t, z_t, econ), came].unsqueeze(0)", "now = came.clamp(max=1).unsqueeze(0)", NETWORKS),
+    "costates with one discount factor": (
+        "marginal_utility(c, econ), econ.beta[s]\n", "marginal_utility(c, econ), econ.beta[0] + 0 * c\n", NETWORKS),
+    "first-order condition with one discount factor": (
+        "    return econ.beta[batch.s] * batch.lam_next / marginal_utility(batch.c, econ)",
+        "    return econ.beta[0] * batch.lam_next / marginal_utility(batch.c, econ)", NETWORKS),
+    "Bellman step over four successors": ("for j in range(len(P)):", "for j in range(min(4, len(P))):", NETWORKS),
+    "weights of two states": ("econ.root_weight[batch.s])", "econ.root_weight[batch.s.clamp(max=1)])", NETWORKS),
+    "roll-outs start in two states": (
+        "any_s = torch.randint(econ.beta.shape[0], (M,)", "any_s = torch.randint(2, (M,)", NETWORKS),
+    "limit at zero": ("    return econ.k_min + saved_share(", "    return saved_share(", NETWORKS),
+    "grid with one discount factor": ("P = (econ.beta[:, None, None] * econ.P)", "P = (econ.beta[0] * econ.P)", GRID),
+    "grid table of two states": ("corner = (joint(s, z, self.econ) * n_K", "corner = ((2 * z + s) * n_K", GRID),
+    "histogram forgets the transition": (
+        "mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ np.array(moved)", "mass = np.array(moved)", GRID),
+    "Euler errors with one discount factor": (
+        "worth = econ.beta[states.s] * expected(R_next", "worth = econ.beta[0] * expected(R_next", ACCURACY),
+    "Bellman errors with one discount factor": (
+        "above, beta, V = m - econ.k_min, econ.beta[states.s], ", "above, beta, V = m - econ.k_min, econ.beta[0], ", ACCURACY),
+    "distance of two states": (
+        "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states", "s, z = [0, 1], [0]\n    states",
+        ACCURACY),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_noticed(mistake, tmp_path):
+    right, wrong, where = MISTAKES[mistake]
+    script = (ROOT / "deepham_ks.py").read_text(encoding="utf-8")
+    assert script.count(right) == 1, "the script has moved on: plant the mistake where its line is now"
+    (tmp_path / "deepham_ks.py").write_text(script.replace(right, wrong), encoding="utf-8")
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", where]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DEEPHAM_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout[-2000:]  # a test failed; 0: nobody noticed
+
+
+def test_each_mistake_still_has_its_line():
+    """Quick, so that this list cannot rot unseen."""
+    script = (ROOT / "deepham_ks.py").read_text(encoding="utf-8")
+    assert len(MISTAKES) >= 14
+    for mistake, (right, wrong, _) in MISTAKES.items():
+        assert script.count(right) == 1 and right != wrong, mistake
