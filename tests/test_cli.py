@@ -148,7 +148,9 @@ def test_weights_file(smoke_run):
         h = np.tanh(x @ layers["W1"].T + layers["b1"])
         return np.tanh(h @ layers["W2"].T + layers["b2"]) @ layers["w3"] + layers["b3"]
 
-    assert weights["K_mean"] == pytest.approx(econ.K_ss, rel=0.5) and np.ptp(output("policy")) > 1e-3
+    trained = torch.load(path.with_name("checkpoint.pt"), weights_only=True)
+    assert weights["K_mean"] == float(trained["K_mean"]) == float(solution.econ.K_mean)
+    assert np.ptp(output("policy")) > 1e-3
     saved = 1 - np.exp(output("policy")).clip(max=1.0)
     assert solution.next_capital(k, s, K, z) == pytest.approx(saved * m, rel=1e-10)
     for_ever = 1 / (1 - dk.Calibration().beta)  # log utility of a consumption equivalent
@@ -175,6 +177,7 @@ def test_metrics(metrics):
         assert -3 < metrics[solution]["limit"]["interest_rate_percent"] < 5
     assert {"training", "grid", "accuracy", "results"} <= set(metrics["seconds"])
     assert {"python", "torch", "numpy", "scipy", "matplotlib"} <= set(metrics["versions"])
+    assert metrics["version"] == dk.__version__
     assert 0.05 < metrics["peak_memory_gb"]["host"] < 50
     assert metrics["seed"] == 0 and metrics["config"] == dataclasses.asdict(SMOKE)
     assert metrics["grid_config"] == dataclasses.asdict(dk.SMOKE_GRID)
@@ -715,9 +718,9 @@ def test_presets_and_flags():
 
 
 def test_import_only_defines(tmp_path):
-    """No output, no file, no matplotlib, no thread or default of torch changed."""
+    """No output, no file, no matplotlib, no thread or default of torch changed; and without the module resource."""
     code = ("import sys, torch; before = torch.get_num_threads(), torch.get_default_dtype();"
-            "state = torch.get_rng_state(); import deepham_ks;"
+            "state = torch.get_rng_state(); sys.modules['resource'] = None; import deepham_ks;"
             "assert before == (torch.get_num_threads(), torch.get_default_dtype());"
             "assert torch.equal(state, torch.get_rng_state());"
             "assert not [name for name in sys.modules if name.split('.')[0] == 'matplotlib']")

@@ -1,4 +1,4 @@
-"""What a user could forget or mistake when changing the model: each, planted in a copy of the script, makes a test fail.
+"""What a user could forget when changing the model: each mistake, planted in a copy of the script, fails a test.
 
 Slow, and not part of `bash reproduce.sh test`: python -m pytest -m slow tests/test_mistakes.py
 """
@@ -21,16 +21,19 @@ MISTAKES = {
         "return econ.reach[s, draw(u, econ.cum_s[row])]", "return draw(u, econ.cum_s[row])", ECONOMY),
     "next state ignores z'": ("z * econ.TFP.shape[0] + z_next, econ)", "z * econ.TFP.shape[0] + z, econ)", ECONOMY),
     "expectation forgets who is where": (
-        "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)", "(econ.probability[s].movedim(-1, 0) * values)",
-        ECONOMY),
+        "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)",
+        "(econ.probability[s].movedim(-1, 0) * values)", ECONOMY),
     "present value with one discount factor": (
-        "        beta = np.tile(self.beta, len(self.TFP))\n", "        beta = np.full(len(P), self.beta[0])\n", ECONOMY),
+        "        beta = np.tile(self.beta, len(self.TFP))\n",
+        "        beta = np.full(len(P), self.beta[0])\n", ECONOMY),
     "initial panel forgets the rare state": (
-        "draw(uniform(shape, rng, device), of_s[z]), z)", "draw(uniform(shape, rng, device), of_s[z]) * 0, z)", ECONOMY),
+        "draw(uniform(shape, rng, device), of_s[z]), z)",
+        "draw(uniform(shape, rng, device), of_s[z]) * 0, z)", ECONOMY),
     "networks do not see z": (
         "econ.sees[joint(s, z, econ)]], -1)", "econ.sees[s]], -1)", NETWORKS),
     "control variate looks the state up elsewhere": (
-        "now = econ.position[joint(s_t, z_t, econ), came].unsqueeze(0)", "now = came.clamp(max=1).unsqueeze(0)", NETWORKS),
+        "now = econ.position[joint(s_t, z_t, econ), came].unsqueeze(0)",
+        "now = came.clamp(max=1).unsqueeze(0)", NETWORKS),
     "costates with one discount factor": (
         "marginal_utility(c, econ), econ.beta[s]\n", "marginal_utility(c, econ), econ.beta[0] + 0 * c\n", NETWORKS),
     "first-order condition with one discount factor": (
@@ -48,10 +51,11 @@ MISTAKES = {
     "Euler errors with one discount factor": (
         "worth = econ.beta[states.s] * expected(R_next", "worth = econ.beta[0] * expected(R_next", ACCURACY),
     "Bellman errors with one discount factor": (
-        "above, beta, V = m - econ.k_min, econ.beta[states.s], ", "above, beta, V = m - econ.k_min, econ.beta[0], ", ACCURACY),
+        "above, beta, V = m - econ.k_min, econ.beta[states.s], ",
+        "above, beta, V = m - econ.k_min, econ.beta[0], ", ACCURACY),
     "distance of two states": (
-        "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states", "s, z = [0, 1], [0]\n    states",
-        ACCURACY),
+        "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
+        "s, z = [0, 1], [0]\n    states", ACCURACY),
 }
 
 

@@ -100,6 +100,14 @@ def test_every_file_that_is_named_exists(texts):
     assert not missing
 
 
+def test_one_version_everywhere(capsys):
+    with pytest.raises(SystemExit) as end:
+        dk.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.split()[-1] == dk.__version__
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited == dk.__version__ == re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+
+
 def test_badge_opens_the_notebook(readme):
     notebook = runpy.run_path(str(ROOT / "tools" / "notebook.py"))
     assert notebook["BADGE"] in readme
