@@ -103,7 +103,7 @@ class Config:
     stride: int = option(
         15, "every stride-th period of a roll-out is a state to learn from; neighbours say the same", "[1, 1e5]"
     )
-    iterations: int = option(58, "outer iterations: policy step, value step, simulate, roll out", "[1, 1e6]")
+    iterations: int = option(60, "outer iterations: policy step, value step, simulate, roll out", "[1, 1e6]")
     hidden: int = option(32, "width of the two tanh layers of both networks", "[1, 1024]")
     optimizer: str = option(
         "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
@@ -129,7 +129,7 @@ class Config:
     final_value_steps: int = option(
         4, "gauss-newton: last iterations, in which V is fitted to the final policy by its Bellman residual", "[0, 1e6]"
     )
-    wide_share: float = option(0.7, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
+    wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
     wide_top: float = option(1.5, "upper end of these, in multiples of the largest simulated k", "(0, 100]")
     even_share: float = option(
         1.0, "share of roll-outs that start in any s alike: rare states hold most of the error", "[0, 1]"
@@ -451,7 +451,7 @@ def krusell_smith(cal: Calibration = Calibration()) -> Economy:
         TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[stay, 1 - stay], [1 - stay, stay]],
         Pi=np.stack([1 - employed, employed], -1),
         income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
-        sees_s=[[-1], [1]], sees_z=[[-1], [1]], weight=[6, 1],
+        sees_s=[[-1], [1]], sees_z=[[-1], [1]], weight=[3, 1],
         s_names=("unemployed", "employed"), z_names=("bad state", "good state"))
 
 
