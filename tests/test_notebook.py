@@ -1,5 +1,6 @@
 """The Colab notebook: what the generator makes, runs from top to bottom, does in Colab what it should."""
 
+import re
 import runpy
 import shutil
 import subprocess
@@ -24,8 +25,27 @@ def code(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_committed_notebook_is_the_generated_one():
-    assert NOTEBOOK.read_bytes() == TOOL["text"]().encode(), "run python tools/notebook.py"
+@pytest.fixture(scope="module")
+def address(code):
+    """The repository that the committed notebook clones; empty where the project has no address yet."""
+    return re.search(r'^REPOSITORY = "(.*?)"', code[0], re.MULTILINE)[1]
+
+
+def test_committed_notebook_is_the_generated_one(address):
+    assert NOTEBOOK.read_bytes() == TOOL["text"](address).encode(), "run python tools/notebook.py"
+
+
+@pytest.mark.parametrize("remote, told", [
+    ("https://github.com/some/one.git", "https://github.com/some/one"),
+    ("https://github.com/a/b", "https://github.com/a/b"),
+    ("git@github.com:a.b/c_d.git", "https://github.com/a.b/c_d"), ("/a/folder", ""), (None, "")])
+def test_address_is_the_remotes(tmp_path, remote, told):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    if remote:
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", remote], check=True)
+    assert TOOL["address"](tmp_path) == told
+    text = TOOL["text"](told)
+    assert f'REPOSITORY = \\"{told}\\"' in text and ("Open In Colab" in text) == bool(told)
 
 
 def test_is_valid_stripped_and_asks_for_a_t4(notebook):
@@ -37,11 +57,11 @@ def test_is_valid_stripped_and_asks_for_a_t4(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
-def test_one_repository_and_the_badge_opens_this_notebook(notebook):
-    assert f"]({TOOL['COLAB']})" in notebook.cells[0].source
-    assert TOOL["COLAB"].endswith("/blob/main/" + NOTEBOOK.name)
-    source = (ROOT / "tools" / "notebook.py").read_text(encoding="utf-8")
-    assert source.count("deepham-ks/deepham_ks") == 1
+def test_badge_opens_this_notebook():
+    address = "https://github.com/some/one"
+    first = "".join(TOOL["notebook"](address)["cells"][0]["source"])
+    opens = f"https://colab.research.google.com/github/some/one/blob/main/{NOTEBOOK.name}"
+    assert f"]({opens})" in first and f"]({opens})" in TOOL["badge"](address)
 
 
 def test_runs_with_the_smoke_preset(notebook, tmp_path, monkeypatch):
@@ -90,11 +110,8 @@ def test_in_colab_clones_keeps_torch_and_resumes_on_drive(code, tmp_path):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
 
-    ours = {TOOL["REPOSITORY"]: origin.as_uri(), "/content/": f"{content}/"}
-    until_run = code[:5]
-    for theirs, here in ours.items():
-        until_run = [cell.replace(theirs, here) for cell in until_run]
-    until_run[0] += '\nPRESET, DRIVE_FOLDER = "smoke", "mine"\n'
+    until_run = [cell.replace("/content/", f"{content}/") for cell in code[:5]]
+    until_run[0] += f'\nPRESET, DRIVE_FOLDER, REPOSITORY = "smoke", "mine", "{origin.as_uri()}"\n'
     record = "import subprocess; real = subprocess.run\n" \
              "def spy(command, **more):\n" \
              "    print('ran', *command[1:])\n" \
@@ -107,6 +124,33 @@ def test_in_colab_clones_keeps_torch_and_resumes_on_drive(code, tmp_path):
     assert printed.count("ran clone") == 1
     assert f"mounted {content}/drive" in printed
     assert printed.count(f"\nscript --preset smoke --output-dir {checkpoint.parent} --resume") == 2
+
+
+@pytest.fixture
+def in_colab(tmp_path):
+    """A folder with a google.colab, and one to run in."""
+    (tmp_path / "fake" / "google" / "colab").mkdir(parents=True)
+    (tmp_path / "fake" / "google" / "colab" / "__init__.py").write_text("")
+    (tmp_path / "content").mkdir()
+    return tmp_path / "fake", tmp_path / "content"
+
+
+def test_in_colab_an_uploaded_script_is_enough(code, in_colab):
+    """No address, no requirements.txt: nothing is cloned or installed."""
+    fake, content = in_colab
+    (content / "deepham_ks.py").write_text("")
+    refuse = "import subprocess\ndef refuse(*a, **b): raise AssertionError(a)\nsubprocess.run = refuse\n"
+    in_python([refuse, code[0] + '\nREPOSITORY = ""\n', code[1]], content, fake)
+
+
+@pytest.mark.parametrize("repository", ["", "file:///nowhere/at/all"])
+def test_in_colab_without_script_and_address_one_line_says_what_to_do(code, in_colab, repository):
+    fake, content = in_colab
+    script = "\n".join([f"import sys; sys.path[:0] = [{str(fake)!r}, '']", code[0], f"REPOSITORY = {repository!r}",
+                        code[1]])
+    done = subprocess.run([sys.executable, "-c", script], cwd=content, capture_output=True, text=True, timeout=60)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("upload deepham_ks.py") and "Traceback" not in done.stderr
 
 
 def test_outside_colab_nothing_is_cloned_or_installed(code, tmp_path):

@@ -108,9 +108,12 @@ def test_one_version_everywhere(capsys):
     assert cited == dk.__version__ == re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
 
 
-def test_badge_opens_the_notebook(readme):
+def test_badge_is_that_of_the_notebook(readme):
+    """With the address of the committed notebook; without one the README says how to go on."""
     notebook = runpy.run_path(str(ROOT / "tools" / "notebook.py"))
-    assert notebook["BADGE"] in readme
+    address = re.search(r'REPOSITORY = \\"(.*?)\\"', (ROOT / "deepham_ks.ipynb").read_text(encoding="utf-8"))[1]
+    assert notebook["readme_with_badge"](readme, address) == readme, "run python tools/notebook.py"
+    assert "Open In Colab" in notebook["readme_with_badge"](readme, "https://github.com/some/one")
 
 
 def test_every_test_that_is_named_exists(texts):

@@ -1,4 +1,5 @@
-"""The committed reference run: its figures are what --evaluate gets from its weights, and every verdict passes."""
+"""The committed reference run: its figures are what --evaluate gets from its weights, and every verdict passes but
+those that the README names as missed."""
 
 import json
 import math
@@ -13,6 +14,8 @@ import pytest
 
 ROOT = Path(os.environ.get("DEEPHAM_ROOT", Path(__file__).resolve().parents[1]))
 METRICS = ROOT / "metrics.json"
+# Rows that miss their tolerance in the reference run. The README tells each; what no longer misses goes from here.
+MISSED = {"Euler error, log10 max, N=5000"}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def evaluated(tmp_path_factory):
     shutil.copy(ROOT / "NN_weights_biases.pth", folder)
     flags = ["--evaluate", "--output-dir", str(folder), "--device", "cpu"]
     done = subprocess.run([sys.executable, str(ROOT / "deepham_ks.py"), *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr  # 1 would say that a verdict fails
+    assert done.returncode == (1 if MISSED else 0), done.stdout + done.stderr  # 1 says that a verdict fails
     return folder
 
 
@@ -47,13 +50,16 @@ def test_committed_figures_are_what_evaluate_gets(evaluated):
         assert committed[part] == now[part]
 
 
-def test_committed_verdict_passes_and_follows_from_its_numbers():
+def test_committed_verdict_follows_from_its_numbers_and_misses_what_the_readme_says():
     committed = json.loads(METRICS.read_text())
     assert len(committed["verdict"]) >= 15
     for row in committed["verdict"]:
         signed = row["figure"].startswith("Euler")
         size = row["network"] if signed else abs(row["network"])
-        assert row["passed"] and size <= row["tolerance"], row
+        assert row["passed"] == (size <= row["tolerance"]), row
+    assert {row["figure"] for row in committed["verdict"] if not row["passed"]} == MISSED
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{figure}`" in readme for figure in MISSED)
 
 
 def test_distribution_and_responses_are_rebuilt(evaluated):

@@ -1,27 +1,59 @@
-"""Writes deepham_ks.ipynb, the notebook for Google Colab, from the cells below.
+"""Writes deepham_ks.ipynb, the notebook for Google Colab, from the cells below, and the badge in README.md.
 
-  python tools/notebook.py     # tests/test_notebook.py holds the committed notebook to this, byte for byte
+  python tools/notebook.py     # tests/test_notebook.py holds the committed files to this, byte for byte
+
+The address that both clone and open is that of the git remote `origin` where it is on GitHub; a checkout without one
+leaves the notebook's form field empty and the README without a badge.
 """
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
-REPOSITORY = "https://github.com/deepham-ks/deepham_ks"  # the one place to change when the project moves
-COLAB = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
-COLAB += "/blob/main/deepham_ks.ipynb"
-BADGE = f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB})"
+ROOT = Path(__file__).resolve().parents[1]
+BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
+START, END = "<!-- badge:start -->\n", "<!-- badge:end -->"
+WITHOUT_ADDRESS = """In Colab: upload `deepham_ks.ipynb` (File > Upload notebook) and beside it `deepham_ks.py`
+(the folder on the left). A badge stands here once `git remote add origin https://github.com/OWNER/NAME` and
+`python tools/notebook.py` were run.
+"""
+
+
+def address(root=ROOT) -> str:
+    """https://github.com/OWNER/NAME of the remote origin, or nothing."""
+    done = subprocess.run(["git", "-C", str(root), "remote", "get-url", "origin"], capture_output=True, text=True)
+    found = re.fullmatch(r"(?:https://github\.com/|git@github\.com:)([\w.-]+/[\w.-]+?)(?:\.git)?", done.stdout.strip())
+    return f"https://github.com/{found[1]}" if found else ""
+
+
+def colab(repository: str) -> str:
+    """Where Colab opens the notebook of a repository on GitHub."""
+    here = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    return here + "/blob/main/deepham_ks.ipynb"
+
+
+def badge(repository: str) -> str:
+    return f"[![Open In Colab]({BADGE_IMAGE})]({colab(repository)})\n" if repository else ""
+
+
+def readme_with_badge(readme: str, repository: str) -> str:
+    before, rest = readme.split(START)
+    return before + START + (badge(repository) or WITHOUT_ADDRESS) + END + rest.split(END)[1]
+
 
 MARKDOWN, CODE = "markdown", "code"
 
-CELLS = [
+def cells_of(repository: str) -> list:
+    """(kind, text) of every cell."""
+    return [
     (MARKDOWN, f"""
 # Krusell & Smith (1998) with DeepHAM
 
-{BADGE}
-
+{badge(repository)}
 Solves the Krusell–Smith economy with DeepHAM (Han, Yang & E 2021) and with the grid method of Maliar, Maliar & Valli
 (2010), compares the two and shows every figure. *Runtime > Run all* does everything; the default run takes minutes.
-The method, every file of a run and other economies are explained in the [README]({REPOSITORY}#readme).
+The method, every file of a run and other economies are explained in README.md of the project.
 """),
     (MARKDOWN, """
 ## What to run
@@ -31,15 +63,17 @@ The method, every file of a run and other economies are explained in the [README
 - `DRIVE_FOLDER`: a folder of your Google Drive, `deepham`, say. Results and checkpoints go there, and a session that
   was lost goes on where it stopped: run all cells again. Empty: nothing is mounted.
 - `OUTPUT_DIR`: where results go without Drive. Empty: `runs/PRESET`. Another model needs another folder.
+- `REPOSITORY`: where Colab clones the project from. An uploaded `deepham_ks.py` beside the notebook comes first.
 """),
-    (CODE, """
+    (CODE, f"""
 # @title Parameters
 import os
 
 PRESET = "default"  # @param ["default", "paper", "smoke"]
-FLAGS = ""  # @param {type:"string"}
-DRIVE_FOLDER = ""  # @param {type:"string"}
-OUTPUT_DIR = ""  # @param {type:"string"}
+FLAGS = ""  # @param {{type:"string"}}
+DRIVE_FOLDER = ""  # @param {{type:"string"}}
+OUTPUT_DIR = ""  # @param {{type:"string"}}
+REPOSITORY = "{repository}"  # @param {{type:"string"}}
 
 # for runs without a form
 PRESET = os.environ.get("DEEPHAM_PRESET", PRESET)
@@ -48,15 +82,13 @@ OUTPUT_DIR = os.environ.get("DEEPHAM_OUTPUT_DIR", OUTPUT_DIR)
     (MARKDOWN, """
 ## Setup
 
-In Colab: clones the project and installs what is missing; Colab's own torch stays. Elsewhere the notebook expects to
-stand beside `deepham_ks.py`, with `requirements.txt` installed.
+In Colab: takes the uploaded script or clones the project, and installs what is missing; Colab's own torch stays.
+Elsewhere the notebook expects to stand beside `deepham_ks.py`, with `requirements.txt` installed.
 """),
-    (CODE, f"""
+    (CODE, """
 import subprocess
 import sys
 from pathlib import Path
-
-REPOSITORY = "{REPOSITORY}"
 
 try:
     import google.colab  # noqa: F401
@@ -64,11 +96,13 @@ try:
 except ImportError:
     IN_COLAB = False
 
-if IN_COLAB:
-    if not Path("deepham_ks.py").exists():
-        if not Path("deepham_ks").exists():
-            subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "deepham_ks"], check=True)
-        os.chdir("deepham_ks")
+if IN_COLAB and not Path("deepham_ks.py").exists():
+    where = REPOSITORY and (Path("deepham_ks").exists() or not subprocess.run(
+        ["git", "clone", "--depth", "1", REPOSITORY, "deepham_ks"]).returncode)
+    if not where:
+        raise SystemExit("upload deepham_ks.py beside this notebook (the folder on the left), or give REPOSITORY above")
+    os.chdir("deepham_ks")
+if IN_COLAB and Path("requirements.txt").exists():
     lines = Path("requirements.txt").read_text().splitlines()
     wanted = [line for line in lines if line.strip() and not line.startswith(("#", "torch"))]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
@@ -174,9 +208,9 @@ plt.show()
 ]
 
 
-def notebook() -> dict:
+def notebook(repository: str) -> dict:
     cells = []
-    for number, (kind, text) in enumerate(CELLS):
+    for number, (kind, text) in enumerate(cells_of(repository)):
         cell = {"cell_type": kind, "id": f"cell-{number:02d}", "metadata": {},
                 "source": text.strip().splitlines(keepends=True)}
         cells.append(cell | {"execution_count": None, "outputs": []} if kind == CODE else cell)
@@ -186,11 +220,12 @@ def notebook() -> dict:
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
-def text() -> str:
-    return json.dumps(notebook(), indent=1, ensure_ascii=False) + "\n"
+def text(repository: str) -> str:
+    return json.dumps(notebook(repository), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    path = Path(__file__).resolve().parents[1] / "deepham_ks.ipynb"
-    path.write_text(text(), encoding="utf-8")
-    print(f"wrote {path}")
+    path, readme = ROOT / "deepham_ks.ipynb", ROOT / "README.md"
+    path.write_text(text(address()), encoding="utf-8")
+    readme.write_text(readme_with_badge(readme.read_text(encoding="utf-8"), address()), encoding="utf-8")
+    print(f"wrote {path} and the badge of {readme}")
