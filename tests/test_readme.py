@@ -252,7 +252,7 @@ def test_a_row_for_each_example(project):
     write("benchmarks/examples/davila.json", **davila | {"verdict": unpublished, "peak_memory_gb": {}})
     assert TOOL["main"]([], root) == 0
     rows = [line.split(" | ") for line in block(root, "examples").splitlines() if line.startswith("| `")]
-    assert [row[0] for row in rows] == ["| `stochastic_beta`", "| `davila`", "| `ar1`"]
+    assert [row[0] for row in rows] == [f"| `{name}`" for name in TOOL["EXAMPLES"]]
     head = [line for line in block(root, "examples").splitlines() if line.startswith("| example")][0].split(" | ")
     assert all(len(row) == len(head) for row in rows)
     assert rows[0][1] == "2 x 2" and rows[1][1:3] == ["3 x 1", "77"]
@@ -314,7 +314,7 @@ def other_economy(root, metrics, write):
 
 
 def no_example(root, metrics, write):
-    (root / "benchmarks" / "examples" / "ar1.json").unlink()
+    (root / "benchmarks" / "examples" / "davila.json").unlink()
 
 
 def default_for_an_example(root, metrics, write):
@@ -348,7 +348,7 @@ def half_a_marker(root, metrics, write):
 @pytest.mark.parametrize("spoil, told", [
     (stale, "hidden not as in metrics.json"), (other_table, "TFP not as in metrics.json"),
     (other_grid, "n_k, n_K"), (other_economy, "not of the default economy"), (older, "has no 'limit'"),
-    (no_example, "python examples/ar1.py --output-dir runs/ar1"),
+    (no_example, "python examples/davila.py --output-dir runs/davila"),
     (default_for_an_example, "davila.json is of the default economy"), (misnamed, "is of seed 2"),
     (other_gamma, "gamma is 1.0"),
     (no_reference, "make it with: python deepham_ks.py"), (no_seed, "--seed 2"), (no_markers, "no line"),
