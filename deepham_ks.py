@@ -305,7 +305,7 @@ class Economy:
             raise UserError("shares: not a stationary distribution of P_z and Pi")
         if self.L is None:
             object.__setattr__(self, "L", (self.shares * self.income).sum(1) / self.shares.sum(1))
-        if not (self.L > 0).all():
+        if not ((self.L > 0) & np.isfinite(self.L)).all():
             raise UserError("L: give labour supplies above 0 (or income, which they follow from)")
         if self.mean_beta < 1 and not 1e-6 < self.K_ss < 1e9:
             raise UserError(f"alpha, beta, delta: steady-state capital is {self.K_ss:.3g}; bring it into (1e-6, 1e9) "
