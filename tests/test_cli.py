@@ -202,11 +202,12 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def evaluated(smoke_run, tmp_path_factory):
-    """The smoke run's weights alone in another directory, and --evaluate there."""
+def evaluated(smoke_run, deepham, tmp_path_factory):
+    """The smoke run's weights alone in another directory, and --evaluate there, in a process with as many threads."""
     folder = tmp_path_factory.mktemp("evaluate")
     shutil.copy(smoke_run[0] / "NN_weights_biases.pth", folder)
-    return folder, *main(folder, "--evaluate")[1:]
+    process = deepham("--preset", "smoke", "--evaluate", "--output-dir", ".", cwd=folder)
+    return folder, process.stdout, process.stderr
 
 
 def test_evaluate_reproduces_the_run(smoke_run, metrics, evaluated):
