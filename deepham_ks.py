@@ -42,6 +42,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,9 +236,9 @@ class Economy:
 
     def __post_init__(self):
         Z, S = self.fill_in()
-        self.check_numbers(Z, S)
+        self.check_numbers()
         self.check_chain(Z, S)
-        gap = (self.shares * self.income).sum(1) / self.shares.sum(1) / self.L - 1
+        gap = self.earned / self.L - 1
         if np.abs(gap).max() > 1e-6:
             z = np.abs(gap).argmax()
             raise UserError(f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of labour L; "
@@ -271,7 +272,7 @@ class Economy:
                 raise UserError(f"{name}: {len(names)} names for {n} states")
         return Z, S
 
-    def check_numbers(self, Z: int, S: int):
+    def check_numbers(self):
         for name in ("TFP", "P_z", "Pi", "beta", "income", "weight", "sees_s", "sees_z"):
             if not np.isfinite(getattr(self, name)).all():
                 raise UserError(f"{name}: not a finite number everywhere")
@@ -304,7 +305,7 @@ class Economy:
         if not ((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9):
             raise UserError("shares: not a stationary distribution of P_z and Pi")
         if self.L is None:
-            object.__setattr__(self, "L", (self.shares * self.income).sum(1) / self.shares.sum(1))
+            object.__setattr__(self, "L", self.earned)
         if not ((self.L > 0) & np.isfinite(self.L)).all():
             raise UserError("L: give labour supplies above 0 (or income, which they follow from)")
         if self.mean_beta < 1 and not 1e-6 < self.K_ss < 1e9:
@@ -332,6 +333,11 @@ class Economy:
         return np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)
 
     @property
+    def earned(self) -> np.ndarray:
+        """(Z,) mean income, in wages."""
+        return (self.shares * self.income).sum(1) / self.shares.sum(1)
+
+    @property
     def mean_beta(self) -> float:
         return float(self.shares.sum(0) @ self.beta)
 
@@ -349,7 +355,8 @@ class Economy:
     @property
     def w_ss(self) -> float:
         z = self.shares.sum(1)
-        return float((1 - self.alpha) * (z @ self.TFP) * (self.K_ss / (z @ self.L)) ** self.alpha)
+        mean = types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[z @ self.TFP], L=[z @ self.L])
+        return float(prices(self.K_ss, 0, mean)[1])
 
     @property
     def c_ss(self) -> float:
@@ -366,30 +373,32 @@ class Economy:
         """What the tensor functions use, on one device."""
         Z, S = self.income.shape
         P = self.P.reshape(Z * S, Z * S)
-        successors = [np.flatnonzero(row) for row in P]
-        J = max(map(len, successors))
-        padded = np.array([np.append(row, np.full(J - len(row), row[0])) for row in successors])  # (Z S, J)
-        real = np.arange(J) < np.array([len(row) for row in successors])[:, None]
+        lists = [np.flatnonzero(row) for row in P]
+        successors, real = padded(lists)  # (Z S, J)
         position = np.full((Z * S, Z * S), -1)
-        for at, row in enumerate(successors):
+        for at, row in enumerate(lists):
             position[at, row] = np.arange(len(row))
-        reach = [np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)]
-        n = max(map(len, reach))
-        reach = np.array([np.append(row, np.full(n - len(row), row[-1])) for row in reach])  # (S, n)
-        own = np.zeros((Z, Z, S, n))
-        for s, row in enumerate(reach):
-            own[:, :, s] = np.where(np.arange(n) < len(np.unique(row)), self.Pi[:, :, s][..., row], 0)
+        reach, possible = padded([np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
+        own = np.take_along_axis(self.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
         sees = np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1)
-        integers = {"next_s": padded % S, "next_z": padded // S, "position": position, "reach": reach}
+        integers = {"next_s": successors % S, "next_z": successors // S, "position": position, "reach": reach}
         real_tables = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
-                       "cum_z": self.P_z.cumsum(1)[:, :-1], "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, n - 1),
-                       "probability": np.where(real, np.take_along_axis(P, padded, 1), 0),
+                       "cum_z": self.P_z.cumsum(1)[:, :-1],
+                       "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1),
+                       "probability": np.take_along_axis(P, successors, 1) * real,
                        "annuity": self.annuity.reshape(-1), "sees": sees, "root_weight": np.sqrt(self.weight),
                        "shares": self.shares, "K_mean": np.array(self.K_ss)}
         tensors = {name: torch.tensor(table, device=device, dtype=dtype) for name, table in real_tables.items()}
         tensors |= {name: torch.tensor(table, device=device) for name, table in integers.items()}
         numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1)
         return Tables(*map(float, numbers), **tensors)
+
+
+def padded(lists: list) -> Tuple[np.ndarray, np.ndarray]:
+    """Lists of unequal length as one table, each filled up with its last entry, and which entries are its own."""
+    lengths = np.array([len(row) for row in lists])
+    table = np.array([np.append(row, np.full(lengths.max() - len(row), row[-1])) for row in lists])
+    return table, np.arange(lengths.max()) < lengths[:, None]
 
 
 class Tables(NamedTuple):
@@ -465,7 +474,7 @@ def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
 
 def draw(u: Tensor, cumulative: Tensor) -> Tensor:
     """Index with probabilities of which cumulative (..., n - 1) are the sums, from uniform numbers u (...)."""
-    return (u.unsqueeze(-1) >= cumulative).sum(-1)
+    return (u[..., None] >= cumulative).sum(-1)
 
 
 def uniform(shape, rng: torch.Generator, device) -> Tensor:
@@ -1456,7 +1465,7 @@ def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.nda
     """Aggregate states z (periods,), from the middle one."""
     z_path, cumulative = [len(econ.TFP) // 2], econ.P_z.cumsum(1)[:, :-1]
     for u in rng.random(periods - 1):
-        z_path.append(int((u >= cumulative[z_path[-1]]).sum()))
+        z_path.append(int(draw(u, cumulative[z_path[-1]])))
     return np.array(z_path)
 
 
@@ -1757,8 +1766,8 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
     """The same in the limit N = infinity, where sampling noise hides nothing: both policies, tabulated at nodes k and
     K, through the same histogram on the same path of z, once for its start and once to be judged."""
     z_path, figures, arrays = draw_z_path(cfg.eval_periods, economy, np.random.default_rng(seed)), {}, {}
+    at = [x.to(econ.TFP.device) for x in on_grid(k, K, econ)]
     for name, solution in solutions.items():
-        at = [x.to(econ.TFP.device) for x in on_grid(k, K, econ)]
         rows = [[solution.policy(*[x[z, s] for x in at]).cpu().numpy() for s in range(at[0].shape[1])]
                 for z in range(at[0].shape[0])]
         table, pooled = np.array(rows), []
@@ -1797,11 +1806,11 @@ def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np
 
 def consumption_distribution(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables):
     """c and mass at every (s, k) of the pooled periods, flat."""
-    host = tables_on(econ, "cpu")
-    c, weight = [], []
+    host, c, weight = tables_on(econ, "cpu"), [], []
+    k, s = torch.from_numpy(k), torch.arange(len(econ.beta))[:, None]
     for t, mass, k_next in pooled:
-        k_t, s_t, K_t, z_t = [x[z_path[t], :, 0] for x in on_grid(k, K_path[t : t + 1], host)]
-        c.append(cash_on_hand(k_t, s_t, K_t, z_t, host)[0].numpy() - k_next)
+        m, _ = cash_on_hand(k, s, torch.tensor(K_path[t]), torch.tensor(z_path[t]), host)
+        c.append(m.numpy() - k_next)
         weight.append(mass)
     return np.array(c).ravel(), np.array(weight).ravel()
 
