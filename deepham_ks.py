@@ -95,30 +95,27 @@ class Calibration:
 class Config:
     """Everything about the method. The defaults are the preset `default`."""
 
-    n_agents: int = option(500, "N, households an economy: at 50 sampling noise in K blurs the gradient", "[1, 1e7]")
-    n_economies: int = option(16, "B, economies simulated side by side", "[1, 1e6]")
+    n_agents: int = option(125, "N, households an economy", "[1, 1e7]")
+    n_economies: int = option(32, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
     periods: int = option(300, "periods that each outer iteration simulates on from the last panel", "[2, 1e6]")
     systematic: bool = option(True, "spread shocks to s evenly over households: less sampling noise in K")
     horizon: int = option(150, "T, periods of utility before the value network takes over", "[2, 1e5]")
-    batch: int = option(2048, "M, households in a roll-out", "[2, 1e7]")
-    stride: int = option(
-        15, "every stride-th period of a roll-out is a state to learn from; neighbours say the same", "[1, 1e5]"
-    )
+    batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
+    states: int = option(6, "periods of a roll-out to learn from, close to each other at its start", "[1, 1e5]")
     iterations: int = option(60, "outer iterations: policy step, value step, simulate, roll out", "[1, 1e6]")
     hidden: int = option(32, "width of the two tanh layers of both networks", "[1, 1024]")
     optimizer: str = option(
         "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
     )
-    policy_rate: float = option(
-        0.6, "gauss-newton: share of the Newton step of log c; at 1, K cobwebs. adam: rate", "(0, 1]"
-    )
+    policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c. adam: rate", "(0, 1]")
+    momentum: float = option(0.4, "gauss-newton: share of the last policy step in the next one", "[0, 1)")
     value_rate: float = option(1e-3, "adam: rate of the value network", "(0, 1]")
     policy_steps: int = option(1, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(1, "adam: value steps an outer iteration", "[1, 1e6]")
     decay_from: int = option(
         30, "gauss-newton: outer iteration from which steps fall like 1 / (1 + decay n)", "[1, 1e6]"
     )
-    decay: float = option(0.2, "gauss-newton: how fast they fall: from there on they average noise out", "[0, 1e3]")
+    decay: float = option(0.25, "gauss-newton: how fast they fall: from there on they average noise out", "[0, 1e3]")
     damping: float = option(1e-4, "gauss-newton: least damping of the policy step, of the mean diagonal", "(0, 1e6]")
     slope_weight: float = option(
         1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]"
@@ -164,7 +161,7 @@ class GridConfig:
     K_high: float = option(1.35, "largest K, a multiple of the centre", "(1, 100]")
     n_k_fine: int = option(2000, "k points of the policy table and of the histogram", "[10, 1e6]")
     n_K_fine: int = option(41, "K points of the policy table, which is linear in between", "[2, 1e4]")
-    periods: int = option(6000, "periods simulated for the law of motion; a fifth of them at first", "[50, 1e7]")
+    periods: int = option(12_000, "periods simulated for the law of motion; a tenth of them at first", "[50, 1e7]")
     burn_in: int = option(200, "first periods that the regression leaves out", "[1, 1e7]")
     sweeps: int = option(100, "most EGM sweeps between two updates of the law of motion", "[1, 1e6]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
@@ -181,11 +178,11 @@ SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000,
 PRESETS = {
     "default": Config(),
     # game_nn_n50 of the authors' code, as far as this script has the choice
-    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, stride=1, iterations=6, hidden=24,
+    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, states=10_000, iterations=6, hidden=24,
                     optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000, value_steps=2000,
                     slope_weight=0.0, level_weight=1.0, K_spread=0.0, systematic=False, control_variate=False,
                     wide_share=0.0, even_share=0.0),
-    "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, stride=2, iterations=3, hidden=8,
+    "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, states=5, iterations=3, hidden=8,
                     final_value_steps=1,
                     eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
                     eval_every=5, eval_states=200, irf_paths=4, irf_agents=10, irf_periods=10, irf_burn=10),
@@ -751,6 +748,31 @@ def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables,
         s, z = s_path[n], z_path[n]
 
 
+def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """ln K' = a(z) + b(z) ln K by least squares over paths (periods, B): coefficients (Z, 2) and R2 (Z,). Where K does
+    not move (one z, say) b is still(z) and R2 is NaN; where z never comes a is NaN as well."""
+    x, y = torch.log(K_path[:-1].double()), torch.log(K_path[1:].double())
+    here = (z_path[:-1] == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods - 1, B)
+
+    def mean(v):
+        return (here * v).sum((1, 2)) / here.sum((1, 2))
+
+    x_mean, y_mean = mean(x), mean(y)
+    dx, dy = x - x_mean.view(-1, 1, 1), y - y_mean.view(-1, 1, 1)
+    moves = mean(dx * dx) > 1e-10
+    b = torch.where(moves, mean(dx * dy) / mean(dx * dx), still.double())
+    r2 = 1 - mean((dy - b.view(-1, 1, 1) * dx) ** 2) / torch.where(moves, mean(dy * dy), torch.nan)
+    return torch.stack([y_mean - b * x_mean, b], 1), r2
+
+
+def expected_capital(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
+    """E[K' | K, z] at all but the last date of simulated paths (periods, B); realised K' also has the sampling noise of
+    N households in it."""
+    alm, _ = law_of_motion(K_path, z_path, torch.zeros_like(econ.TFP))
+    a, b = alm[z_path[:-1]].unbind(-1)
+    return torch.exp(a + b * torch.log(K_path[:-1].double())).to(K_path.dtype)
+
+
 # ---------------------------------------------------------------------------------------------- learning
 
 
@@ -763,22 +785,34 @@ def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, e
     return path
 
 
-def next_value_surprise(value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-                        econ: Tables) -> Tuple[Tensor, Tensor]:
-    """Control variates: V(s_{t+1}) - E_t V(s') and the same of V_k, (T, M) from paths (T + 1, M). Their mean is
-    exactly zero, and they carry nearly all the noise of the realised utility and of the costate."""
+def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
+                      econ: Tables) -> Tuple[Tensor, Tensor]:
+    """V of the value network and, by the envelope condition, V_k = R u'(c) of the policy network: sharper than the
+    slope of V, as the policy network has the kink of the borrowing limit."""
+    m, R = cash_on_hand(k, s, K, z, econ)
+    x = features(k, s, m, K, z, econ)
+    c = (1 - saved_share(network(policy, x))) * (m - econ.k_min)
+    return value_of(network(value, x), s, z, econ)[0], R * marginal_utility(c, econ)
+
+
+def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
+              K_next: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """Control variates, (T, M) from paths (T + 1, M) and K_next = E[K' | K, z] (T, M): V(k', s', K', z') as it came
+    less its expectation, and the same of V_k. Their mean is zero, and they carry nearly all the noise of the realised
+    utility and of the costate: that of s' and z', and that of K', which N households leave."""
     T = k.shape[0] - 1
     surprise, surprise_k = torch.empty_like(k[:T]), torch.empty_like(k[:T])
     chunk = 2  # periods at a time: memory on a GPU, cache on a CPU
     for t in range(0, T, chunk):
         last = min(t + chunk, T)
         s_t, z_t = s[t:last], z[t:last]
-        k1, s1, K1, z1 = successors(k[t + 1 : last + 1], s_t, K[t + 1 : last + 1], z_t, econ)
-        V, V_k = network_value(value, k1, s1, K1, z1, econ)
-        came = joint(s[t + 1 : last + 1], z[t + 1 : last + 1], econ)
-        now = econ.position[joint(s_t, z_t, econ), came].unsqueeze(0)
-        surprise[t:last] = V.gather(0, now).squeeze(0) - expected(V, s_t, z_t, econ)
-        surprise_k[t:last] = V_k.gather(0, now).squeeze(0) - expected(V_k, s_t, z_t, econ)
+        k_came, K_came = k[t + 1 : last + 1], K[t + 1 : last + 1]
+        s_came, z_came = s[t + 1 : last + 1], z[t + 1 : last + 1]
+        k1, s1, K1, z1 = successors(k_came, s_t, K_next[t:last], z_t, econ)
+        V, V_k = value_and_costate(policy, value, k1, s1, K1, z1, econ)
+        V_came, V_k_came = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ)
+        surprise[t:last] = V_came - expected(V, s_t, z_t, econ)
+        surprise_k[t:last] = V_k_came - expected(V_k, s_t, z_t, econ)
     return surprise, surprise_k
 
 
@@ -806,7 +840,7 @@ class Kernels(NamedTuple):
     network_value: Callable
     roll_out: Callable
     consumption_and_slope: Callable
-    next_value_surprise: Callable
+    surprises: Callable
     costates: Callable
     network_jacobian: Callable
     slope_jacobian: Callable
@@ -831,18 +865,18 @@ class Batch(NamedTuple):
     s: Tensor
     K: Tensor
     z: Tensor
-    K_next: Tensor
+    K_next: Tensor  # E[K' | K, z]
     c: Tensor
     U: Tensor  # realised utility, then V
     lam: Tensor  # its derivative, a sample of V_k
     lam_next: Tensor  # lambda_{t+1}: what a unit of k' is worth
 
 
-def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, econ: Tables, cfg: Config,
-                      rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Initial k (M,) and paths s, K, z (T + 1, M): windows of the simulated economies, s drawn anew. A share of the
-    households starts anywhere in the simulated range of k and a little beyond: the ergodic set of a wrong policy
-    never visits the tails that decide the distribution."""
+def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, k_range: Tensor, econ: Tables, cfg: Config,
+                      rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Initial k (M,), paths s, K, z (T + 1, M) and E[K' | K, z] (T, M): windows of the simulated economies, s drawn
+    anew. A share of the households starts anywhere in the simulated range of k (2,) and a little beyond: the ergodic
+    set of a wrong policy never visits the tails that decide the distribution."""
     M, device = cfg.batch, K_path.device
     economy = torch.randint(K_path.shape[1], (M,), generator=rng, device=device)
     start = torch.randint(K_path.shape[0] - cfg.horizon, (M,), generator=rng, device=device)
@@ -850,8 +884,8 @@ def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, econ: Tables
     K, z = K_path[window, economy], z_path[window, economy]
     start_wide, start_even, drawn = uniform((3, M), rng, device)
     household = torch.randint(panel.k.numel(), (M,), generator=rng, device=device)
-    low, unit = (panel.k.min() - econ.k_min) / 2, 0.1 * econ.c_ss
-    high = torch.maximum(cfg.wide_top * panel.k.max(), 5 * econ.K_mean) - econ.k_min  # at first the panel is too narrow
+    low, unit = (k_range[0] - econ.k_min) / 10, 0.1 * econ.c_ss
+    high = torch.maximum(cfg.wide_top * k_range[1], 5 * econ.K_mean) - econ.k_min  # at first the panel is too narrow
     wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense where c bends most
     k = torch.where(start_wide < cfg.wide_share, wide, panel.k.flatten()[household])
     any_s = torch.randint(econ.beta.shape[0], (M,), generator=rng, device=device)
@@ -861,22 +895,22 @@ def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, econ: Tables
     shocks = uniform(z.shape, rng, device)
     for t in range(cfg.horizon):
         s_path[t + 1] = draw_s(shocks[t], z[t], z[t + 1], s_path[t], econ)
-    return k, s_path, K, z
+    return k, s_path, K, z, expected_capital(K_path, z_path, econ)[window[:-1], economy]
 
 
 def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Tables, cfg: Config,
                    kernels: Kernels) -> Batch:
     """Forward along the paths, backward with utilities and costates."""
-    k0, s, K, z = paths
+    k0, s, K, z, K_next = paths
     k = kernels.roll_out(policy, k0, s, K, z, econ)
     c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ)
     V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ)
-    surprises = torch.zeros_like(c), torch.zeros_like(c)
+    surprise = torch.zeros_like(c), torch.zeros_like(c)
     if cfg.control_variate:
-        surprises = kernels.next_value_surprise(value, k, s, K, z, econ)
+        surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ)
     R, _ = prices(K[:-1], z[:-1], econ)
-    labels = kernels.costates(c, dc, s[:-1], R, V_T, V_k_T, *surprises, econ)
-    return Batch(k[:-1], s[:-1], K[:-1], z[:-1], K[1:], c, *labels)
+    labels = kernels.costates(c, dc, s[:-1], R, V_T, V_k_T, *surprise, econ)
+    return Batch(k[:-1], s[:-1], K[:-1], z[:-1], K_next, c, *labels)
 
 
 def worth_of_saving(batch: Batch, econ: Tables) -> Tensor:
@@ -994,7 +1028,7 @@ def bellman_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, eco
         yield now[0, part], level[part].unsqueeze(1) * jacobian
         yield now[1, part], kernels.slope_jacobian(layers, at.x[part], at.dx[part] * slope[part].unsqueeze(1))
 
-    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping / 100,
+    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping / 10,
                              lambda theta: residuals(theta).square().sum())
 
 
@@ -1032,10 +1066,16 @@ def policy_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config) -> Tenso
     return -(discount * first_order * f).sum(0).mean()
 
 
+def taught(cfg: Config) -> List[int]:
+    """Periods of a roll-out whose states teach. All lie in its first half, so that labels have at least T / 2 periods
+    of realised utility in them before V takes over; many lie early, where households are where they were put."""
+    last = max(cfg.horizon // 2 - 1, 0)
+    return sorted({round(last * (i / max(cfg.states - 1, 1)) ** 3) for i in range(cfg.states)})
+
+
 def thin(batch: Batch, cfg: Config) -> Batch:
-    """Every stride-th period of the first half, as one list of states: their labels have at least T / 2 periods of
-    realised utility in them before V takes over."""
-    return Batch(*[path[: cfg.horizon // 2 : cfg.stride].flatten() for path in batch])
+    """The states that teach, as one list."""
+    return Batch(*[path[taught(cfg)].flatten() for path in batch])
 
 
 HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "at_limit",
@@ -1057,7 +1097,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     """One outer iteration, in place on the tensors of the state: learn from the states of the last roll-out, then
     simulate and roll out under the new policy. Returns its figures without waiting for them."""
     states = Batch(*[state[f"batch_{name}"] for name in Batch._fields])
-    taken = torch.zeros_like(state["rates"])
+    taken = torch.zeros_like(state["damping"])
     if state["iteration"] > 0 and cfg.optimizer == "gauss-newton":
         update = bellman_update if value_only(state, cfg) else gauss_newton_updates
         taken = update(state, states, econ, cfg, kernels)
@@ -1075,6 +1115,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         panel = Panel(k, s, z)
     for name, tensor in zip(Panel._fields, panel):
         state[name].copy_(tensor)
+    state["k_range"].copy_(widened(state["k_range"], panel.k))
     recentre(state, econ, cfg)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     for name, tensor in zip(Batch._fields, thin(batch, cfg)):
@@ -1083,6 +1124,14 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         for _ in range(10):  # the value network, a constant so far, meets its first labels
             value_update(value_step, state, states, state["rates"][1], econ, cfg, kernels)
     return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
+
+
+def widened(k_range: Tensor, k: Tensor) -> Tensor:
+    """The simulated range of capital (2,): it grows at once and shrinks by a tenth an iteration, so that rare states
+    are learnt from all the time and not by fits."""
+    now = torch.stack([k.min(), k.max()])
+    slowly = k_range + 0.1 * (now - k_range)
+    return torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]])
 
 
 def recentre(state: dict, econ: Tables, cfg: Config) -> None:
@@ -1099,7 +1148,7 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
 def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> Batch:
     """Labels of freshly drawn households under the current networks."""
     panel = Panel(state["k"], state["s"], state["z"])
-    paths = sample_households(panel, state["K_path"], state["z_path"], econ, cfg, rng)
+    paths = sample_households(panel, state["K_path"], state["z_path"], state["k_range"], econ, cfg, rng)
     policy, value = [unpack(state[name], cfg.hidden) for name in ("policy", "value")]
     return roll_out_batch(policy, value, paths, econ, cfg, kernels)
 
@@ -1113,9 +1162,11 @@ def value_update(step: Callable, state: dict, states: Batch, rate, econ: Tables,
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     """One policy and one value step on the same states; whether they were taken, (2,)."""
-    (policy_rate, value_rate), damping = state["rates"], state["damping"]
+    (policy_rate, value_rate, momentum), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels)
     value_taken = value_update(value_step, state, states, value_rate, econ, cfg, kernels)
+    policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
+    state["last_step"].copy_(policy - state["policy"])
     state["policy"].copy_(policy)
     return torch.stack([taken, value_taken]).to(policy.dtype)
 
@@ -1147,7 +1198,7 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
         for _ in range(cfg.policy_steps):
             batch = roll_out_sample(state, econ, cfg, kernels, rng)
             descend("policy", lambda theta, batch=batch: policy_loss(theta, batch, econ, cfg))
-    return torch.ones_like(state["rates"])
+    return torch.ones_like(state["damping"])
 
 
 def make_optimizers(state: dict, cfg: Config) -> dict:
@@ -1162,14 +1213,16 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
     """Everything that a run carries from one outer iteration to the next."""
     device, n = econ.TFP.device, n_inputs(econ)
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
-    n_states = cfg.batch * len(range(0, cfg.horizon // 2, cfg.stride))
+    n_states = cfg.batch * len(taught(cfg))
     share = econ.c_ss / (econ.K_ss + econ.c_ss - econ.k_min)  # of cash on hand above the limit: K stays where it is
     return {
         "iteration": 0,
         "policy": initial_parameters(n, cfg.hidden, math.log(share), seed).to(device),
         "value": initial_parameters(n, cfg.hidden, 0.0, seed + 1).to(device),
         "damping": torch.full((2,), 1e-2, device=device),
-        "rates": torch.zeros(2, device=device),
+        "rates": torch.zeros(3, device=device),  # of the policy step, the value step, and momentum
+        "last_step": torch.zeros(sum(map(math.prod, layer_shapes(n, cfg.hidden))), device=device),
+        "k_range": torch.stack([panel.k.min(), panel.k.max()]),
         "caution": 1.0,
         **panel._asdict(),
         "K_mean": econ.K_mean,
@@ -1182,13 +1235,16 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
 
 
 def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
-    """Steps of full size up to decay_from, then falling like 1 / n: from there on they average the noise out. Adam
-    keeps its rates. All are smaller for a while after an iteration that was taken back."""
+    """Steps of full size up to decay_from, in the second half of that phase with momentum, which is for the last slow
+    errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are smaller
+    for a while after an iteration that was taken back."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - cfg.decay_from, 0)
-    state["rates"][0] = state["caution"] * cfg.policy_rate / (1 if optimizers else fall)
+    momentum = cfg.momentum if state["iteration"] >= cfg.decay_from // 2 and not optimizers else 0.0
+    state["rates"][0] = state["caution"] * (1 - momentum) * cfg.policy_rate / (1 if optimizers else fall)
     state["rates"][1] = state["caution"] / fall
+    state["rates"][2] = momentum
 
 
 def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | None:
@@ -1324,11 +1380,14 @@ class Solution(Policy):
         self.econ = self.economy.tables(device)._replace(K_mean=K_mean)
         self.layers = {name: [weights[name][layer].to(device, torch.float64) for layer in LAYERS]
                        for name in ("policy", "value")}
+        self.single = [layer.float() for layer in self.layers["policy"]], \
+            Tables(*[x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.econ])
         self.kernels = compile_kernels(mode)
 
     def policy(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """k' for float64 tensors that broadcast against k."""
-        return self.kernels.network_capital(self.layers["policy"], k, s, K, z, self.econ)
+        """k' for tensors that broadcast against k, float64, or float32 as long simulations have them."""
+        layers, econ = self.single if k.dtype == torch.float32 else (self.layers["policy"], self.econ)
+        return self.kernels.network_capital(layers, k, s, K, z, econ)
 
     def values(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
         """V in the units of utility(), float64 tensors of one shape."""
@@ -1469,21 +1528,6 @@ def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.nda
     return np.array(z_path)
 
 
-def regress_law_of_motion(K_path: np.ndarray, z_path: np.ndarray, last: np.ndarray):
-    """ln K' on (1, ln K) in each z, from paths (periods,) or (periods, B): coefficients (z, 2) and R2 (z,). Where z
-    never comes the last coefficients stay; where K does not move (one z, say) the last slope does, and R2 is NaN."""
-    alm, r2 = last.copy(), np.full(len(last), np.nan)
-    for z in np.unique(z_path[:-1]):
-        at = z_path[:-1] == z
-        x, y = np.log(K_path[:-1][at]), np.log(K_path[1:][at])
-        if np.ptp(x) > 1e-4:
-            alm[z] = np.polynomial.polynomial.polyfit(x, y, 1)
-            r2[z] = 1 - np.var(y - alm[z, 0] - alm[z, 1] * x) / np.var(y)
-        else:
-            alm[z, 0] = y.mean() - alm[z, 1] * x.mean()
-    return alm, r2
-
-
 def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, alm: np.ndarray, econ: Economy,
                   config: GridConfig) -> Tuple[np.ndarray, float]:
     """V = u(c) + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one still changed.
@@ -1590,16 +1634,17 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         c, k_endo, change = solve_household(c, alm, nodes, econ, config)
         table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
         settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
-        path = z_path if settled else z_path[: config.periods // 5]
+        path = z_path if settled else z_path[: config.periods // 10]
         K_path, mass = simulate_histogram(table, k, K, mass, path, econ)
         kept = K_path[config.burn_in :]
-        if not (K_path > max(econ.k_min, 0)).all():
-            raise Outgrown(centre / 1.3, k_max)
-        if update >= 4 and not 0.8 < kept.mean() / centre < 1.28:  # before, policies are far from any solution
+        low, high = (0.8, 1.28) if update >= 4 else (0.4, 2.5)  # at first, policies are far from any solution
+        if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
             raise Outgrown(centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max)
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
             raise Outgrown(centre, 2 * k_max)
-        new, r2 = regress_law_of_motion(kept, path[config.burn_in :], alm)
+        of_path = kept[:, None], path[config.burn_in :, None], alm[:, 1]
+        new, r2 = [x.numpy() for x in law_of_motion(*map(torch.from_numpy, of_path))]
+        new = np.where(np.isnan(new), alm, new)  # where z never comes the last coefficients stay
         gap_last, gap = gap, np.abs((new - alm) @ x).max()
         bar.update()
         bar.set_postfix_str(f"change of c {change:.0e}, of ln K' {gap:.0e}")
@@ -1639,7 +1684,7 @@ def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, s
     """Simulate solutions on the same shocks from the same dispersed panel: name -> (pooled States, K_path (periods,
     B)), and z_path (periods, B)."""
     rng = torch.Generator().manual_seed(seed)  # on the CPU: the same shocks on every device
-    panel = initial_panel(B, N, econ, rng, torch.float64)
+    panel = initial_panel(B, N, econ, rng)
     pooled, K_path, z_path = {name: [] for name in solutions}, {name: [] for name in solutions}, []
     periods = simulate([solution.policy for solution in solutions.values()], panel, cfg.eval_periods, econ, rng)
     periods = tqdm(periods, f"simulation, N = {N}", cfg.eval_periods, leave=False, disable=None)
@@ -1648,9 +1693,9 @@ def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, s
             continue
         z_path.append(z[:, 0])
         for name, (k, K, k_next) in zip(solutions, paths):
-            K_path[name].append(K[:, 0])
+            K_path[name].append(K[:, 0].double())
             if (t - cfg.eval_drop) % cfg.eval_every == 0:
-                K_next = k_next.mean(1, keepdim=True)
+                k, K, K_next = k.double(), K.double(), k_next.double().mean(1, keepdim=True)
                 pooled[name].append([x.expand_as(k).flatten() for x in (k, s, K, z, K_next)])
     return {name: (States(*map(torch.cat, zip(*pooled[name]))), torch.stack(K_path[name])) for name in solutions}, \
         torch.stack(z_path)
@@ -1716,7 +1761,7 @@ def inequality(x: np.ndarray, weight: np.ndarray | float = 1.0) -> dict:
 def law_of_motion_figures(K_path: np.ndarray, z_path: np.ndarray, Z: int) -> dict:
     """ln K' = a(z) + b(z) ln K by regression, and Den Haan's (2010) dynamic error: the largest distance in percent
     between K and the path that the law of motion draws by itself from the same z."""
-    alm, r2 = regress_law_of_motion(K_path, z_path, np.full((Z, 2), np.nan))
+    alm, r2 = [x.numpy() for x in law_of_motion(*map(torch.from_numpy, (K_path, z_path, np.full(Z, np.nan))))]
     ln_K = np.log(K_path)
     forecast = ln_K.copy()
     for t in range(len(ln_K) - 1):
@@ -1836,7 +1881,7 @@ def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int) -> 
     before 0 (the upper one of two) and are at 0 in it, or one state below. Every random number is the same whatever
     the solution and the state at 0."""
     rng = torch.Generator().manual_seed(seed)
-    panel = initial_panel(cfg.irf_paths, cfg.irf_agents, econ, rng, torch.float64)
+    panel = initial_panel(cfg.irf_paths, cfg.irf_agents, econ, rng)
     names, policies = list(solutions), [solution.policy for solution in solutions.values()]
     burn = simulate(policies, panel, cfg.irf_burn, econ, rng)
     for s, z, paths in tqdm(burn, "impulse responses", cfg.irf_burn, leave=False, disable=None):
@@ -2161,8 +2206,8 @@ def check(cfg: Config, grid: GridConfig):
     if cfg.periods < cfg.horizon + 1:
         raise UserError(f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
                         f"give --periods {cfg.horizon + 1} or more")
-    if grid.burn_in > grid.periods // 5 - 3:
-        raise UserError(f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of --grid-periods {grid.periods}: "
+    if grid.burn_in > grid.periods // 10 - 3:
+        raise UserError(f"--grid-burn-in {grid.burn_in} leaves too little of a tenth of --grid-periods {grid.periods}: "
                         "lower it")
 
 

@@ -139,7 +139,7 @@ def stages(cfg, device):
             z.append(z_t[:, 0])
         return torch.stack(K), torch.stack(z)
 
-    paths = dk.sample_households(panel, *simulate(), econ, cfg, rng)
+    paths = dk.sample_households(panel, *simulate(), state["k_range"], econ, cfg, rng)
     batch = dk.roll_out_batch(policy, value, paths, econ, cfg, kernels)
     states = dk.thin(batch, cfg)
     steps = (state["rates"], state["damping"], states, econ, cfg, kernels)
@@ -168,7 +168,7 @@ def policy_step_flops(cfg):
     """Floating-point operations of roll-out, costates and both Gauss-Newton steps, matrix products only."""
     econ = ECONOMY.tables()
     H, n, J = cfg.hidden, dk.n_inputs(econ), econ.next_s.shape[1]
-    states = cfg.batch * len(range(0, cfg.horizon // 4, cfg.stride))
+    states = cfg.batch * len(dk.taught(cfg))
     forward = 2 * (n * H + H * H + H)
     roll_out = cfg.batch * cfg.horizon * forward * (1 + 2 + J * 2)  # path, slope, V and V_k at the J successors
     P = sum(math.prod(shape) for shape in dk.layer_shapes(n, H))

@@ -3,6 +3,7 @@
   python examples/stochastic_beta.py        # every flag of deepham_ks.py, results in runs/stochastic_beta
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def economy(cal: dk.Calibration) -> dk.Economy:
         sees_s=np.stack([np.repeat(patience, 2), np.tile(base.sees_s[:, 0], n)], 1), weight=np.tile(base.weight, n),
         s_names=[f"beta {b:g}, {name}" for b in BETA for name in base.s_names], z_names=base.z_names)
 
+
+# where few households hold much, K has more sampling noise, and the patient need longer to settle
+dk.PRESETS["default"] = dataclasses.replace(dk.Config(), n_agents=1000, n_economies=16, iterations=90, decay_from=50)
 
 if __name__ == "__main__":
     sys.exit(dk.main(economy=economy))

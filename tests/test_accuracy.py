@@ -401,7 +401,7 @@ def test_den_haan_error_accumulates():
     (the regression takes up a little), falling at 0.965 a period; one-step errors would all but one be zero."""
     _, K, z = synthetic_law(shock=0.01)
     figures = dk.law_of_motion_figures(K, z, 2)
-    alm, _ = dk.regress_law_of_motion(K, z, np.full((2, 2), np.nan))
+    alm = dk.law_of_motion(torch.tensor(K), torch.tensor(z), torch.zeros(2))[0].numpy()
     forecast = [math.log(K[0, 0])]
     for t in range(399):
         forecast.append(alm[z[t, 0]] @ (1, forecast[-1]))

@@ -255,26 +255,23 @@ def test_regression_recovers_an_exact_law():
     ln_K = np.full((300, 3), 3.6)
     for t in range(299):
         ln_K[t + 1] = KNOWN[z[t], 0] + KNOWN[z[t], 1] * ln_K[t]
-    nothing = np.full((2, 2), np.nan)
-    alm, r2 = dk.regress_law_of_motion(np.exp(ln_K), z, nothing)
-    assert alm == pytest.approx(KNOWN, abs=1e-9) and r2 == pytest.approx(1, abs=1e-9)
-    alone, _ = dk.regress_law_of_motion(np.exp(ln_K[:, 1]), z[:, 1], nothing)
-    assert alone == pytest.approx(KNOWN, abs=1e-9) and np.isnan(nothing).all()
+    K, z, still = torch.tensor(np.exp(ln_K)), torch.tensor(z), torch.zeros(2)
+    alm, r2 = dk.law_of_motion(K, z, still)
+    assert alm.numpy() == pytest.approx(KNOWN, abs=1e-9) and r2.numpy() == pytest.approx(1, abs=1e-9)
+    alone, _ = dk.law_of_motion(K[:, 1:2], z[:, 1:2], still)
+    assert alone.numpy() == pytest.approx(KNOWN, abs=1e-9) and (still == 0).all()
 
 
-def test_regression_keeps_what_it_cannot_learn():
-    """A z that never comes keeps its coefficients, where K does not move the slope stays and the level is learnt; R2 is
-    NaN in both. The last period has no K' and teaches nothing."""
-    last = np.array([[0.1, 0.97], [0.2, 0.95], [0.3, 0.9]])
-    K = np.concatenate([np.full(50, 39.0), [40.0]])
-    z = np.concatenate([np.full(50, 1), [2]])  # z = 2 comes at the end only
-    alm, r2 = dk.regress_law_of_motion(K[:50], z[:50], last)
-    assert np.array_equal(alm[[0, 2]], last[[0, 2]]) and alm[1, 1] == 0.95 and np.isnan(r2).all()
-    assert alm[1] @ (1, np.log(39.0)) == pytest.approx(np.log(39.0), rel=1e-12)
-    alm, _ = dk.regress_law_of_motion(K, z, last)
-    assert np.array_equal(alm[[0, 2]], last[[0, 2]])
-    assert alm[1] @ (1, np.log(39.0)) == pytest.approx(np.log(39.0) + np.log(40 / 39) / 50, rel=1e-12)
-    assert np.array_equal(last, [[0.1, 0.97], [0.2, 0.95], [0.3, 0.9]])
+def test_regression_says_what_it_cannot_learn():
+    """A z that never comes has no level; where K does not move the slope is the given one and the level is learnt; R2
+    is NaN in both. The last period has no K' and teaches nothing."""
+    still = torch.tensor([0.97, 0.95, 0.9], dtype=F64)
+    K = torch.cat([torch.full((50, 1), 39.0), torch.tensor([[40.0]])]).double()
+    z = torch.cat([torch.ones(50, 1, dtype=torch.int64), torch.tensor([[2]])])  # z = 2 comes at the end only
+    for n, level in ((50, np.log(39.0)), (51, np.log(39.0) + np.log(40 / 39) / 50)):
+        alm, r2 = dk.law_of_motion(K[:n], z[:n], still)
+        assert alm[[0, 2], 0].isnan().all() and torch.equal(alm[:, 1], still) and r2.isnan().all()
+        assert float(alm[1] @ torch.tensor([1, np.log(39.0)])) == pytest.approx(level, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ other grids

@@ -32,6 +32,7 @@ class World(NamedTuple):
     policy: torch.Tensor  # theta
     value: torch.Tensor
     paths: tuple  # k0 (M,), s, K, z (T + 1, M)
+    K_next: torch.Tensor  # E[K' | K, z], (T, M): not the K' that came
 
 
 T, M = 7, 16
@@ -52,7 +53,7 @@ def world(economy):
     paths, n = (economy.k_min + k0, state % S, K, state // S), dk.n_inputs(econ)
     policy, value = random_parameters(n, 0), random_parameters(n, 1)
     policy[-1] -= output_at(paths, policy, econ).median() + 1e-3  # half of the states are at the borrowing limit
-    return World(economy, econ, policy, value, paths)
+    return World(economy, econ, policy, value, paths, 0.98 * K[1:])
 
 
 def output_at(paths, theta, econ):
@@ -78,12 +79,13 @@ def layers_of(theta):
 
 
 def config(**changes):
-    return dataclasses.replace(dk.Config(horizon=T, batch=M, stride=1, hidden=H), **changes)
+    return dataclasses.replace(dk.Config(horizon=T, batch=M, states=99, hidden=H), **changes)
 
 
 def batch_of(world, eager, control_variate):
     with torch.no_grad():
-        return dk.roll_out_batch(layers_of(world.policy), layers_of(world.value), world.paths, world.econ,
+        paths = (*world.paths, world.K_next)
+        return dk.roll_out_batch(layers_of(world.policy), layers_of(world.value), paths, world.econ,
                                  config(control_variate=control_variate), eager)
 
 
@@ -106,7 +108,7 @@ def possible(economy, s, z):
 def unrolled(world, theta, k, start=0):
     """sum_t (beta(s_0) ... beta(s_{t-1})) u(c_t), and the same discount times V(s_T), of households with k at `start`:
     the plain graph."""
-    _, econ, _, value, (_, s, K, z) = world
+    _, econ, _, value, (_, s, K, z), _ = world
     U, discount = 0.0, 1.0
     for t in range(start, len(K) - 1):
         m, _ = dk.cash_on_hand(k, s[t], K[t], z[t], econ)
@@ -174,7 +176,7 @@ def test_features_tell_states_apart(world):
 
 
 def test_feature_slopes_equal_autograd(world):
-    _, econ, _, _, (k0, s, K, z) = world
+    _, econ, _, _, (k0, s, K, z), _ = world
     k = k0.clone().requires_grad_()
     m, R = dk.cash_on_hand(k, s[0], K[0], z[0], econ)
     x = dk.features(k, s[0], m, K[0], z[0], econ)
@@ -198,7 +200,7 @@ def test_jacobians_equal_autograd():
 
 
 def test_value_slope_equals_autograd(world):
-    _, econ, _, value, (k0, s, K, z) = world
+    _, econ, _, value, (k0, s, K, z), _ = world
     k = k0.clone().requires_grad_()
     V, V_k = dk.network_value(layers_of(value), k, s[0], K[0], z[0], econ)
     assert torch.allclose(V_k, torch.autograd.grad(V.sum(), k)[0], rtol=1e-12)
@@ -209,7 +211,7 @@ def test_value_slope_equals_autograd(world):
 
 def test_consumption_slope_equals_autograd(world):
     """On both sides of the borrowing limit; c and k' share the budget."""
-    economy, econ, policy, _, (k0, s, K, z) = world
+    economy, econ, policy, _, (k0, s, K, z), _ = world
     k = k0.clone().requires_grad_()
     c, dc = dk.consumption_and_slope(layers_of(policy), k.expand_as(K), s, K, z, econ)
     m, _ = dk.cash_on_hand(k, s, K, z, econ)
@@ -229,7 +231,7 @@ def test_consumption_slope_equals_autograd(world):
 def test_network_capital_keeps_the_borrowing_limit(world):
     """Never below k_min, exactly k_min where the network is positive, above it where it is negative; (T, M) states as
     (M,) ones."""
-    economy, econ, policy, _, (k0, s, K, z) = world
+    economy, econ, policy, _, (k0, s, K, z), _ = world
     for bias in (-3.0, -0.3, 0.3, 3.0):
         theta = policy.clone()
         theta[-1] += bias
@@ -247,7 +249,7 @@ def test_network_capital_keeps_the_borrowing_limit(world):
 
 
 def test_roll_out_follows_the_policy(world):
-    _, econ, policy, _, (k0, s, K, z) = world
+    _, econ, policy, _, (k0, s, K, z), _ = world
     path = dk.roll_out(layers_of(policy), k0, s, K, z, econ)
     assert torch.equal(path[0], k0) and path.shape == K.shape
     for t in range(T):
@@ -256,12 +258,12 @@ def test_roll_out_follows_the_policy(world):
 
 
 def test_batch_belongs_to_its_states(world, eager):
-    """Each field at the date of the others: K' follows K, and c is what the budget leaves."""
-    _, econ, policy, _, (_, s, K, z) = world
+    """Each field at the date of the others, and c is what the budget leaves."""
+    _, econ, policy, _, (_, s, K, z), K_next = world
     batch = batch_of(world, eager, control_variate=True)
     assert all(x.shape == (T, M) for x in batch)
     assert torch.equal(batch.s, s[:-1]) and torch.equal(batch.z, z[:-1])
-    assert torch.equal(batch.K, K[:-1]) and torch.equal(batch.K_next, K[1:])
+    assert torch.equal(batch.K, K[:-1]) and torch.equal(batch.K_next, K_next)
     m, _ = dk.cash_on_hand(batch.k, batch.s, batch.K, batch.z, econ)
     assert torch.allclose((m - batch.c)[:-1], batch.k[1:], rtol=1e-12, atol=1e-12)
 
@@ -292,41 +294,64 @@ def test_policy_gradient_equals_autograd_through_time(world, eager):
 
 
 def test_surprises(world):
-    """V(s_{t+1}) - E_t V by loops at every t, and mean zero: exactly, over the successors of each state."""
-    economy, econ, _, value, (k, s, K, z) = world
+    """X(s_{t+1}, K_{t+1}) - E_t X(s', E K') by loops at every t, of V and of R u'(c), and mean zero over the successors
+    of each state where K' is what was expected."""
+    economy, econ, policy, value, (k, s, K, z), K_next = world
     g = torch.Generator().manual_seed(5)
     path = economy.k_min + 2 * economy.K_ss * torch.rand(K.shape, dtype=F64, generator=g)
-    layers = layers_of(value)
-    found = dk.next_value_surprise(layers, path, s, K, z, econ)
+    policy, value = layers_of(policy), layers_of(value)
+
+    def by_hand(k, s, K, z):
+        m, R = dk.cash_on_hand(k, s, K, z, econ)
+        c = m - dk.network_capital(policy, k, s, K, z, econ)
+        return torch.stack([dk.network_value(value, k, s, K, z, econ)[0], R * dk.marginal_utility(c, econ)])
+
+    found = torch.stack(dk.surprises(policy, value, path, s, K, z, K_next, econ))
     for t in range(T):
-        for i in range(2):  # V, V_k
-            mean = sum(p * dk.network_value(layers, path[t + 1], s1, K[t + 1], z1, econ)[i]
-                       for s1, z1, p in possible(economy, s[t], z[t]))
-            realised = dk.network_value(layers, path[t + 1], s[t + 1], K[t + 1], z[t + 1], econ)[i]
-            assert torch.allclose(found[i][t], realised - mean, rtol=1e-10, atol=1e-11)
+        mean = sum(p * by_hand(path[t + 1], s1, K_next[t], z1) for s1, z1, p in possible(economy, s[t], z[t]))
+        realised = by_hand(path[t + 1], s[t + 1], K[t + 1], z[t + 1])
+        assert torch.allclose(found[:, t], realised - mean, rtol=1e-10, atol=1e-11)
     total = 0.0
     for s1, z1, p in possible(economy, s[0], z[0]):
         s_two, z_two = torch.stack([s[0], s1]), torch.stack([z[0], z1])
-        total = total + p * torch.stack(dk.next_value_surprise(layers, path[:2], s_two, K[:2], z_two, econ))[:, 0]
-    assert total.abs().max() < 1e-11 * found[0].abs().max().clamp(min=1)
+        found = torch.stack(dk.surprises(policy, value, path[:2], s_two, K[:2], z_two, K[1:2], econ))
+        total = total + p * found[:, 0]
+    assert total.abs().max() < 1e-11 * found.abs().max().clamp(min=1)
 
 
 def test_control_variate_takes_the_last_draw_out(world, eager):
-    """One period before the end the labels are exact expectations: the same whatever the last draw, and their mean
-    over the draws is what they are without the control variate."""
-    economy, econ, policy, value, (k0, s, K, z) = world
-    mean, drawn = 0.0, {True: [], False: []}
+    """One period before the end U is an exact expectation: the same whatever the last draw and however far K' came from
+    what was expected. Where K' came as expected, the mean of every label over the draws is what it is without."""
+    economy, econ, policy, value, (k0, s, K, z), K_next = world
+    ways = {"without": (False, K[1:2]), "with": (True, K[1:2]), "K' came otherwise": (True, K_next[:1])}
+    mean, U = dict.fromkeys(ways, 0.0), {way: [] for way in ways}
     for s1, z1, p in possible(economy, s[0], z[0]):
-        paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1])
-        for control_variate in (True, False):
+        for way, (control_variate, K_expected) in ways.items():
+            paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1]), K_expected
             cfg = config(horizon=1, control_variate=control_variate)
             batch = dk.roll_out_batch(layers_of(policy), layers_of(value), paths, econ, cfg, eager)
-            drawn[control_variate].append(torch.stack([batch.U[0], batch.lam[0], batch.lam_next[0]]))
-        mean = mean + p * drawn[False][-1]
-    exact, noisy = torch.stack(drawn[True]), torch.stack(drawn[False])
-    assert torch.allclose(exact, exact[:1].expand_as(exact), rtol=1e-10, atol=1e-10)
-    assert (noisy - noisy[:1]).abs().max() > 1e-3
-    assert torch.allclose(exact[0], mean, rtol=1e-10, atol=1e-10)
+            mean[way] = mean[way] + p * torch.stack([batch.U[0], batch.lam[0], batch.lam_next[0]])
+            U[way].append(batch.U[0])
+    spread = {way: (torch.stack(x) - x[0]).abs().max() for way, x in U.items()}
+    assert spread["without"] > 1e-3 and spread["with"] < 1e-9 and spread["K' came otherwise"] < 1e-9
+    assert torch.allclose(mean["with"], mean["without"], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(mean["with"], mean["K' came otherwise"], rtol=1e-6)
+
+
+def test_expected_capital_takes_the_sampling_noise_out():
+    """Exact where K' follows a law of motion; the realised K' of paths with noise lies around it, with mean zero in
+    each z."""
+    econ = dk.krusell_smith().tables()
+    g = torch.Generator().manual_seed(0)
+    z = torch.randint(2, (400, 5), generator=g)
+    for noise in (0.0, 1e-3):
+        ln_K = torch.full((400, 5), 3.6, dtype=F64)
+        for t in range(399):
+            shock = noise * torch.randn(5, generator=g, dtype=F64)
+            ln_K[t + 1] = 0.12 + 0.01 * z[t] + 0.965 * ln_K[t] + shock
+        gap = ln_K[1:] - torch.log(dk.expected_capital(ln_K.exp(), z, econ))
+        assert gap.shape == (399, 5) and all(gap[z[:-1] == i].mean().abs() < 1e-12 for i in (0, 1))
+        assert gap.std() == pytest.approx(noise, rel=0.05, abs=1e-12)
 
 
 def test_sampled_households(economy, tables, rng):
@@ -337,13 +362,17 @@ def test_sampled_households(economy, tables, rng):
     simulated = dk.simulate([lambda k, s, K, z: k], panel, 30, tables, rng)
     K_path, z_path = (torch.stack(x) for x in zip(*[(paths[0][1][:, 0], z[:, 0]) for _, z, paths in simulated]))
     K_path = K_path + torch.arange(30).unsqueeze(1)  # every (period, economy) its own number
-    k, s, K, z = dk.sample_households(panel, K_path, z_path, tables, cfg, rng)
+    k_range = torch.stack([panel.k.min(), panel.k.max()])
+    k, s, K, z, K_next = dk.sample_households(panel, K_path, z_path, k_range, tables, cfg, rng)
+    expected = dk.expected_capital(K_path, z_path, tables)
+    assert K_next.shape == (5, 4000)
     assert k.shape == (4000,) and s.shape == K.shape == z.shape == (6, 4000)
     starts = set()
     for b in range(0, 4000, 97):
         period, at = ((K_path - K[0, b]).abs() < 1e-6).nonzero()[0].tolist()
         assert torch.equal(K[:, b], K_path[period : period + 6, at])
         assert torch.equal(z[:, b], z_path[period : period + 6, at])
+        assert torch.equal(K_next[:, b], expected[period : period + 5, at])
         starts.add((period, at))
     assert len({at for _, at in starts}) == 7 and len({period for period, _ in starts}) > 10
     Z, S = economy.income.shape
@@ -359,7 +388,8 @@ def test_sampled_households(economy, tables, rng):
     assert 0.9 * top < wide.max() <= top and economy.k_min <= wide.min() < panel.k.min()
     household = (panel.k.flatten().unsqueeze(1) == k[on_panel]).int().argmax(0)
     assert torch.equal(s[0, on_panel], panel.s.flatten()[household])
-    even = dk.sample_households(panel, K_path, z_path, tables, dataclasses.replace(cfg, even_share=1.0), rng)[1][0]
+    evenly = dataclasses.replace(cfg, even_share=1.0)
+    even = dk.sample_households(panel, K_path, z_path, k_range, tables, evenly, rng)[1][0]
     for state in range(S):
         assert (even == state).double().mean() == pytest.approx(1 / S, abs=4 * 0.5 / 4000**0.5)
 
@@ -368,7 +398,7 @@ def test_sampled_households(economy, tables, rng):
 
 
 def test_torchscript_agrees_with_eager(world, eager, script):
-    _, econ, policy, value, (k0, s, K, z) = world
+    _, econ, policy, value, (k0, s, K, z), _ = world
     p, v = layers_of(policy), layers_of(value)
     n = dk.n_inputs(econ)
     x, dx, same = random_inputs(16, n), random_inputs(16, n, seed=1), random_inputs(T, M).sigmoid()
@@ -376,7 +406,7 @@ def test_torchscript_agrees_with_eager(world, eager, script):
     arguments = {
         "network_capital": (p, k0, s[0], K[0], z[0], econ), "network_value": (v, k0, s[0], K[0], z[0], econ),
         "roll_out": (p, k0, s, K, z, econ), "consumption_and_slope": (p, path, s, K, z, econ),
-        "next_value_surprise": (v, path, s, K, z, econ),
+        "surprises": (p, v, path, s, K, z, world.K_next, econ),
         "costates": (1 + same, same, s[:-1], 1 + same, same[0], same[1], same, same, econ),
         "network_jacobian": (p, x), "slope_jacobian": (p, x, dx),
     }
@@ -484,7 +514,7 @@ def value_by_hand(g, batch, economy):
 def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
     """The step of value_step against one from an autograd Jacobian of all residuals: g at which V = U, and dg/dk at
     which V_k = lambda, in units of u'(c)."""
-    economy, econ, _, value, _ = world
+    economy, econ, _, value, *_ = world
     cfg = config(slope_weight=0.75, level_weight=0.5)
     batch = flat_batch(world, eager)
     rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
@@ -510,7 +540,7 @@ def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
 
 def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
     """The same of bellman_step: u(c) + beta E V(s') - V(s) by the dense P, in units of the network's output."""
-    economy, econ, _, value, _ = world
+    economy, econ, _, value, *_ = world
     cfg, batch = config(slope_weight=0.75, level_weight=0.5), flat_batch(world, eager)
     rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
     m, _ = dk.cash_on_hand(*states_of(batch), econ)
@@ -541,7 +571,7 @@ def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
 def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
     """Where the limit binds and the household would rather eat more, nothing pulls; elsewhere log c goes towards
     log c~ with u'(c~) = beta lambda'."""
-    economy, econ, policy, _, _ = world
+    economy, econ, policy, *_ = world
     batch = flat_batch(world, eager)
     m, _ = dk.cash_on_hand(*states_of(batch), econ)
     x = dk.features(batch.k, batch.s, m, batch.K, batch.z, econ)
@@ -565,13 +595,43 @@ def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
 
 
 def test_thin_keeps_early_periods(world, eager):
-    """Every stride-th whole period from the first on, all fields alike, none of the second half: labels late in a
-    roll-out hold little realised utility."""
-    batch, cfg = batch_of(world, eager, control_variate=False), config(horizon=12, stride=2)
-    thinned = dk.thin(batch, cfg)
-    periods = len(thinned.k) // M
-    assert len(thinned.k) == periods * M and 2 <= periods and (periods - 1) * cfg.stride < cfg.horizon / 2
+    """Whole periods, all fields alike, the first one among them and none of the second half: labels late in a roll-out
+    hold little realised utility."""
+    batch, cfg = batch_of(world, eager, control_variate=False), config(horizon=12, states=3)
+    thinned, periods = dk.thin(batch, cfg), dk.taught(cfg)
+    assert periods == sorted(set(periods)) and periods[0] == 0 and 3 == len(periods) and periods[-1] < cfg.horizon / 2
     for whole, part in zip(batch, thinned):
-        assert torch.equal(part, whole[: periods * cfg.stride : cfg.stride].flatten())
+        assert torch.equal(part, torch.cat([whole[t] for t in periods]))
     state = dk.initial_state(world.economy.tables(dtype=torch.float32), cfg, 0, torch.Generator())
     assert len(state["batch_k"]) == len(thinned.k)
+    assert dk.taught(config(horizon=40, states=10_000)) == list(range(20)) and dk.taught(config(horizon=2)) == [0]
+    assert dk.taught(dk.Config(states=1)) == [0] and len(dk.taught(dk.Config())) == dk.Config.states
+
+
+def test_simulated_range_grows_at_once_and_shrinks_slowly():
+    k_range = torch.tensor([2.0, 100.0])
+    assert torch.equal(dk.widened(k_range, torch.tensor([[1.0, 300.0]])), torch.tensor([1.0, 300.0]))
+    assert torch.allclose(dk.widened(k_range, torch.tensor([[12.0, 90.0]])), torch.tensor([3.0, 99.0]))
+
+
+def test_momentum_repeats_a_share_of_the_last_step(world, eager):
+    """theta moves by its step and momentum times the last move; a step that is not taken starts anew."""
+    econ = world.economy.tables(dtype=torch.float32)
+    moved = {}
+    for momentum in (0.0, 0.4):
+        cfg = config(horizon=12, states=3, momentum=momentum, n_agents=20, n_economies=3, periods=20, policy_rate=0.1)
+        rng = torch.Generator().manual_seed(0)
+        state = dk.initial_state(econ, cfg, 0, rng)
+        dk.set_rates(state, cfg, {})
+        assert state["rates"][2] == 0  # not in the first steps
+        dk.iterate(state, econ, cfg, eager, rng, {})
+        state["iteration"] = cfg.decay_from
+        dk.set_rates(state, cfg, {})
+        assert state["rates"].tolist() == pytest.approx([0.1 * (1 - momentum), 1, momentum])
+        state["rates"][0] = 0.1
+        state["last_step"].fill_(1e-3)
+        before, states = state["policy"].clone(), dk.Batch(*[state[f"batch_{name}"] for name in dk.Batch._fields])
+        taken = dk.gauss_newton_updates(state, states, econ, cfg, eager)
+        assert taken[0] == 1 and torch.equal(state["last_step"], state["policy"] - before)
+        moved[momentum] = state["last_step"]
+    assert torch.allclose(moved[0.4] - moved[0.0], torch.full_like(moved[0.0], 4e-4), atol=1e-6)

@@ -576,7 +576,7 @@ FIELDS = [(prefix, item) for prefix, kind in (("", dk.Calibration), ("", dk.Conf
 FLAGS = st.lists(st.sampled_from(FIELDS).flatmap(edge_values), min_size=1, max_size=3)
 EXAMPLES = ["--eval-drop 60", "--eval-drop 59", "--horizon 1", "--grid none", "--alpha 0.99", "--alpha 1e-300",
             "--gamma 20", "--delta 1", "--z-duration 1e6", "--z-duration 1", "--tfp-shock 0.5", "--beta 0.5",
-            "--optimizer adam --policy-rate 1", "--batch 2", "--eval-states 10", "--irf-periods 1", "--stride 99",
+            "--optimizer adam --policy-rate 1", "--batch 2", "--eval-states 10", "--irf-periods 1", "--states 1",
             "--n-agents 1 --n-economies 1", "--hidden 1", "--wide-top 1e-300", "--u-bad 0 --u-good 0",
             "--delta 1e-5 --beta 0.99999 --grid none", "--grid-n-k 10 --grid-n-K 4", "--grid-periods 280",
             "--grid-k-max 2 --grid-n-K-fine 2 --grid-K-low 0.99 --grid-K-high 1.01"]
