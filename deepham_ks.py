@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -161,7 +161,7 @@ class GridConfig:
     K_high: float = option(1.35, "largest K, a multiple of the centre", "(1, 100]")
     n_k_fine: int = option(2000, "k points of the policy table and of the histogram", "[10, 1e6]")
     n_K_fine: int = option(41, "K points of the policy table, which is linear in between", "[2, 1e4]")
-    periods: int = option(12_000, "periods simulated for the law of motion; a tenth of them at first", "[50, 1e7]")
+    periods: int = option(12_000, "periods simulated for the law of motion; a fifth of them at first", "[50, 1e7]")
     burn_in: int = option(200, "first periods that the regression leaves out", "[1, 1e7]")
     sweeps: int = option(100, "most EGM sweeps between two updates of the law of motion", "[1, 1e6]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
@@ -370,15 +370,11 @@ class Economy:
         """What the tensor functions use, on one device."""
         Z, S = self.income.shape
         P = self.P.reshape(Z * S, Z * S)
-        lists = [np.flatnonzero(row) for row in P]
-        successors, real = padded(lists)  # (Z S, J)
-        position = np.full((Z * S, Z * S), -1)
-        for at, row in enumerate(lists):
-            position[at, row] = np.arange(len(row))
+        successors, real = padded([np.flatnonzero(row) for row in P])  # (Z S, J)
         reach, possible = padded([np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
         own = np.take_along_axis(self.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
         sees = np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1)
-        integers = {"next_s": successors % S, "next_z": successors // S, "position": position, "reach": reach}
+        integers = {"next_s": successors % S, "next_z": successors // S, "reach": reach}
         real_tables = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
                        "cum_z": self.P_z.cumsum(1)[:, :-1],
                        "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1),
@@ -419,7 +415,6 @@ class Tables(NamedTuple):
     next_s: Tensor  # (Z S, J) the reachable successors, in the one order that there is
     next_z: Tensor  # (Z S, J)
     probability: Tensor  # (Z S, J); 0 pads
-    position: Tensor  # (Z S, Z S) where in its list a successor stands, -1 where it is unreachable
     annuity: Tensor  # (Z S,)
     sees: Tensor  # (Z S, F + G)
     root_weight: Tensor  # (S,)
@@ -1634,7 +1629,7 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         c, k_endo, change = solve_household(c, alm, nodes, econ, config)
         table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
         settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
-        path = z_path if settled else z_path[: config.periods // 10]
+        path = z_path if settled else z_path[: config.periods // 5]
         K_path, mass = simulate_histogram(table, k, K, mass, path, econ)
         kept = K_path[config.burn_in :]
         low, high = (0.8, 1.28) if update >= 4 else (0.4, 2.5)  # at first, policies are far from any solution
@@ -2133,11 +2128,11 @@ def flag(name: str) -> str:
 PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 
-def add_flag(section, item, prefix: str):
+def add_flag(section, item, prefix: str, presets: dict):
     """One dataclass field as a flag. Its default stays out of argparse: the preset decides it."""
-    presets = {} if prefix else {name: getattr(preset, item.name, item.default) for name, preset in PRESETS.items()}
-    values = {"default": item.default} | presets
-    shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != item.default]
+    of_presets = {name: getattr(preset, item.name, item.default) for name, preset in presets.items()}
+    values = {"default": item.default} | ({} if prefix else of_presets)
+    shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
     extra = {"help": f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")}
     if isinstance(item.default, bool):
         extra["action"] = argparse.BooleanOptionalAction
@@ -2147,8 +2142,10 @@ def add_flag(section, item, prefix: str):
     section.add_argument(flag(prefix + item.name), **extra)
 
 
-def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
-    """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags."""
+def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config = PRESETS["default"]) -> Settings:
+    """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags;
+    config: its default preset."""
+    presets = PRESETS | {"default": config}
     parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
@@ -2156,7 +2153,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     for kind in kinds:
         section = parser.add_argument_group(kind.__name__, kind.__doc__)
         for item in dataclasses.fields(kind):
-            add_flag(section, item, PREFIX.get(kind, ""))
+            add_flag(section, item, PREFIX.get(kind, ""), presets)
     given = vars(parser.parse_args(argv))
 
     def filled(base):
@@ -2172,7 +2169,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     usual = "." if usual == "runs" else usual
     run = dataclasses.replace(run, output_dir=run.output_dir or usual)
     check_run(run)
-    cal, cfg = None if isinstance(economy, Economy) else filled(calibration()), filled(PRESETS[run.preset])
+    cal, cfg = None if isinstance(economy, Economy) else filled(calibration()), filled(presets[run.preset])
     small = run.preset == "smoke" and run.grid == "converged"
     grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
     check(cfg, grid)
@@ -2206,8 +2203,8 @@ def check(cfg: Config, grid: GridConfig):
     if cfg.periods < cfg.horizon + 1:
         raise UserError(f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
                         f"give --periods {cfg.horizon + 1} or more")
-    if grid.burn_in > grid.periods // 10 - 3:
-        raise UserError(f"--grid-burn-in {grid.burn_in} leaves too little of a tenth of --grid-periods {grid.periods}: "
+    if grid.burn_in > grid.periods // 5 - 3:
+        raise UserError(f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of --grid-periods {grid.periods}: "
                         "lower it")
 
 
@@ -2218,7 +2215,7 @@ def departures(cfg, reference, name: str = "paper") -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 2  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 3  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 
@@ -2794,13 +2791,14 @@ def versions() -> dict:
     return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
 
 
-def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration) -> int:
+def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration,
+         config: Config = PRESETS["default"]) -> int:
     """The command line of any economy: economy is an Economy, or a function that makes one of a calibration, a
-    dataclass whose fields, made by option(), become flags. Returns 0 done, 1 an accuracy figure fails in --evaluate,
-    2 a user's error, 130 / 143 interrupted."""
+    dataclass whose fields, made by option(), become flags; config is its default preset. Returns 0 done, 1 an accuracy
+    figure fails in --evaluate, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     argv = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda argv: work(parse(argv, economy, calibration)), argv)
+    return exit_status(lambda argv: work(parse(argv, economy, calibration, config)), argv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
   python examples/stochastic_beta.py        # every flag of deepham_ks.py, results in runs/stochastic_beta
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def economy(cal: dk.Calibration) -> dk.Economy:
 
 
 # where few households hold much, K has more sampling noise, and the patient need longer to settle
-dk.PRESETS["default"] = dataclasses.replace(dk.Config(), n_agents=1000, n_economies=16, iterations=90, decay_from=50)
+CONFIG = dk.Config(n_agents=1000, n_economies=16, iterations=90, decay_from=50)
 
 if __name__ == "__main__":
-    sys.exit(dk.main(economy=economy))
+    sys.exit(dk.main(economy=economy, config=CONFIG))

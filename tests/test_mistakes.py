@@ -31,9 +31,8 @@ MISTAKES = {
         "draw(uniform(shape, rng, device), of_s[z]) * 0, z)", ECONOMY),
     "networks do not see z": (
         "econ.sees[joint(s, z, econ)]], -1)", "econ.sees[s]], -1)", NETWORKS),
-    "control variate looks the state up elsewhere": (
-        "now = econ.position[joint(s_t, z_t, econ), came].unsqueeze(0)",
-        "now = came.clamp(max=1).unsqueeze(0)", NETWORKS),
+    "control variate takes K' as it came for what was expected": (
+        "successors(k_came, s_t, K_next[t:last], z_t, econ)", "successors(k_came, s_t, K_came, z_t, econ)", NETWORKS),
     "costates with one discount factor": (
         "marginal_utility(c, econ), econ.beta[s]\n", "marginal_utility(c, econ), econ.beta[0] + 0 * c\n", NETWORKS),
     "first-order condition with one discount factor": (

@@ -72,7 +72,7 @@ def test_last_iterations_leave_the_policy_and_fit_the_value():
 
 def test_every_economy_learns(economy):
     """The loop runs with any S and Z, its figures are numbers, and log c comes nearer to its first-order condition."""
-    cfg = dataclasses.replace(SMOKE, n_agents=50, batch=256, horizon=40, periods=60, iterations=8)
+    cfg = dataclasses.replace(SMOKE, n_agents=50, batch=256, horizon=40, periods=60, iterations=12, hidden=16)
     state, policies = run(cfg, economy=economy)
     history = state["history"]
     assert len(policies) == cfg.iterations and all(np.isfinite(column).all() for column in history.values())
