@@ -133,7 +133,8 @@ def test_weights_file(smoke_run):
     weights = torch.load(path, weights_only=True)
     assert weights["calibration"] == dataclasses.asdict(dk.Calibration())
     assert weights["config"] == dataclasses.asdict(SMOKE)
-    assert (weights["format"], weights["seed"]) == (dk.FORMAT, 0) and len(weights["history"]["mean_K"]) == SMOKE.iterations
+    assert (weights["format"], weights["seed"]) == (dk.FORMAT, 0)
+    assert len(weights["history"]["mean_K"]) == SMOKE.iterations
     econ, ours, tables = dk.krusell_smith(), weights["economy"], dk.economy_dict(dk.krusell_smith())
     assert ours.keys() == tables.keys() and not dk.difference(ours, tables, "economy")
     solution = dk.load(path)
