@@ -1376,7 +1376,7 @@ class Solution(Policy):
         self.layers = {name: [weights[name][layer].to(device, torch.float64) for layer in LAYERS]
                        for name in ("policy", "value")}
         self.single = [layer.float() for layer in self.layers["policy"]], \
-            Tables(*[x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.econ])
+            self.economy.tables(device, torch.float32)._replace(K_mean=K_mean.float())
         self.kernels = compile_kernels(mode)
 
     def policy(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
