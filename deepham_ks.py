@@ -133,7 +133,7 @@ class Config:
         1.0, "share of roll-outs that start in any s alike: rare states hold most of the error", "[0, 1]"
     )
     K_spread: float = option(
-        0.1, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
+        0.02, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
     )
     eval_agents: int = option(50, "households an economy when the solution is judged, small", "[2, 1e7]")
     eval_economies: int = option(64, "economies when the solution is judged, small", "[1, 1e6]")
@@ -189,6 +189,9 @@ PRESETS = {
 }
 
 
+EQUILIBRIA = ("market", "game", "planner")
+
+
 @dataclass(frozen=True)
 class Run:
     """What to do, where and with which seed."""
@@ -198,6 +201,12 @@ class Run:
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
     grid: str = option("converged", "the grid solution that judges; published is Maliar, Maliar & Valli's (2010); "
                        "none judges by Euler and Bellman errors alone", choices=(*GRIDS, "none"))
+    equilibrium: str = option("", "who decides: households that take prices as given (market), each household of a "
+                              "game of --players, or a constrained planner for all; empty: as the economy says",
+                              choices=("", *EQUILIBRIA))
+    players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
+    start: float = option(0.0, "where the planner's solution begins, a multiple of steady-state capital: there can be "
+                          "two local optima; 0: as the economy says", "[0, 100]")
     device: str = option("auto", "auto takes CUDA if there is one", choices=("auto", "cuda", "cpu"))
     compile: str = option("torchscript", "networks and roll-outs compiled or eager", choices=("torchscript", "none"))
     cuda_graphs: bool = option(True, "on CUDA: an outer iteration is one graph; turn off to debug")
@@ -230,6 +239,9 @@ class Economy:
     weight: np.ndarray | float = 1.0  # (S,) of s in the least-squares problems
     s_names: tuple = ()  # for legends
     z_names: tuple = ()
+    equilibrium: str = "market"  # or "game", "planner": see Delta()
+    players: int = 50  # of the game
+    start: float = 1.0  # where a planner's solution begins, a multiple of K_ss: it can have two local optima
 
     def __post_init__(self):
         Z, S = self.fill_in()
@@ -276,7 +288,10 @@ class Economy:
         for name, least in (("TFP", 0), ("beta", 0), ("weight", 0)):
             if not (getattr(self, name) > least).all():
                 raise UserError(f"{name}: give numbers above {least}")
-        for name, (low, high) in {"alpha": (0, 1), "delta": (0, 1 + 1e-12), "gamma": (0, 100)}.items():
+        if self.equilibrium not in EQUILIBRIA:
+            raise UserError(f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
+        bounds = {"alpha": (0, 1), "delta": (0, 1 + 1e-12), "gamma": (0, 100), "start": (0, 1000), "players": (1, 1e12)}
+        for name, (low, high) in bounds.items():
             if not low < getattr(self, name) < high:
                 raise UserError(f"{name}: {getattr(self, name)} is not in ({low:g}, {high:g})")
         if (self.income < 0).any():
@@ -340,24 +355,40 @@ class Economy:
 
     # The representative household at mean TFP and labour, where mean_beta R = 1: units for the networks, and a start.
     @property
+    def representative(self):
+        """What prices() and output() need of an economy with mean TFP and labour."""
+        z = self.shares.sum(1)
+        return types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[z @ self.TFP], L=[z @ self.L])
+
+    @property
     def R_ss(self) -> float:
         return 1 / self.mean_beta
 
     @property
     def K_ss(self) -> float:
-        z = self.shares.sum(1)
-        ratio = (self.alpha * (z @ self.TFP) / (self.R_ss - 1 + self.delta)) ** (1 / (1 - self.alpha))
-        return float(z @ self.L * ratio)
+        mean = self.representative
+        ratio = (self.alpha * mean.TFP[0] / (self.R_ss - 1 + self.delta)) ** (1 / (1 - self.alpha))
+        return float(mean.L[0] * ratio)
 
     @property
     def w_ss(self) -> float:
-        z = self.shares.sum(1)
-        mean = types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[z @ self.TFP], L=[z @ self.L])
-        return float(prices(self.K_ss, 0, mean)[1])
+        return float(prices(self.K_ss, 0, self.representative)[1])
 
     @property
     def c_ss(self) -> float:
-        return float((self.R_ss - 1) * self.K_ss + self.w_ss * (self.shares.sum(1) @ self.L))
+        return float(output(self.K_ss, 0, self.representative) - self.delta * self.K_ss)
+
+    @property
+    def K_start(self) -> float:
+        return self.K_ss * (self.start if self.equilibrium == "planner" else 1.0)
+
+    @property
+    def Delta_start(self) -> float:
+        """What the planner's Delta would be if the representative household kept K where solutions start: u'(c) =
+        beta (R u'(c) + Delta)."""
+        K = self.K_start
+        c = max(output(K, 0, self.representative) - self.delta * K, 0.1 * self.c_ss)
+        return float((self.R_ss - prices(K, 0, self.representative)[0]) * marginal_utility(c, self))
 
     @property
     def annuity(self) -> np.ndarray:
@@ -380,11 +411,12 @@ class Economy:
                        "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1),
                        "probability": np.take_along_axis(P, successors, 1) * real,
                        "annuity": self.annuity.reshape(-1), "sees": sees, "root_weight": np.sqrt(self.weight),
-                       "shares": self.shares, "K_mean": np.array(self.K_ss)}
+                       "shares": self.shares, "K_mean": np.array(self.K_start),
+                       "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1))}
         tensors = {name: torch.tensor(table, device=device, dtype=dtype) for name, table in real_tables.items()}
         tensors |= {name: torch.tensor(table, device=device) for name, table in integers.items()}
-        numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1)
-        return Tables(*map(float, numbers), **tensors)
+        numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1, self.players)
+        return Tables(self.equilibrium, *map(float, numbers), **tensors)
 
 
 def padded(lists: list) -> Tuple[np.ndarray, np.ndarray]:
@@ -397,6 +429,7 @@ def padded(lists: list) -> Tuple[np.ndarray, np.ndarray]:
 class Tables(NamedTuple):
     """An Economy as tensors. A joint index z S + s (see joint()) is the first index of what has (Z S) rows."""
 
+    equilibrium: str
     alpha: float
     delta: float
     gamma: float
@@ -405,6 +438,7 @@ class Tables(NamedTuple):
     c_ss: float
     K_scale: float  # ln K moves by about a tenth: times 8 it is of the size of the other inputs
     value_unit: float  # one unit of the value network's output is a tenth of consumption for ever
+    players: float
     TFP: Tensor  # (Z,)
     L: Tensor  # (Z,)
     beta: Tensor  # (S,)
@@ -419,7 +453,8 @@ class Tables(NamedTuple):
     sees: Tensor  # (Z S, F + G)
     root_weight: Tensor  # (S,)
     shares: Tensor  # (Z, S)
-    K_mean: Tensor  # () centre of the input ln K; follows the simulation while training
+    K_mean: Tensor  # () centre of the input ln K; follows the simulation while training, and so does
+    Delta_law: Tensor  # (Z, 2) the planner's Delta on (1, ln K) by z
 
 
 def tables_on(econ: Tables, device) -> Tables:
@@ -562,6 +597,38 @@ def inverse_utility(u: Tensor, econ: Tables) -> Tensor:
     return econ.c_ss * ((1 - econ.gamma) * u).clamp(min=1e-30) ** (1 / (1 - econ.gamma))
 
 
+# What moving aggregate capital is worth to whoever decides is one more term, Delta (Davila et al. 2012): households
+# behave like price-takers with period utility u(c) + Delta k, Delta taken as given.
+def cash_of_K(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """dm/dK: a unit more of K lowers R and raises w."""
+    R, w = prices(K, z, econ)
+    return ((econ.alpha - 1) * (R - 1 + econ.delta) * k + econ.alpha * w * econ.income[joint(s, z, econ)]) / K
+
+
+def Delta(u_prime: Tensor, m_K: Tensor, common: Tensor, econ: Tables) -> Tensor:
+    """Delta of a household with marginal utility u_prime and dm/dK m_K: nothing where it takes prices as given, its own
+    gain from its share of K in the game, and for a planner the mean of u'(c) dm/dK over all households, common."""
+    if econ.equilibrium == "planner":
+        return common + 0.0 * u_prime
+    if econ.equilibrium == "game":
+        return u_prime * m_K / econ.players
+    return 0.0 * u_prime
+
+
+def gain_from_K(k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """u'(c) dm/dK of a household that saves k_next; its mean over the cross-section is the planner's Delta."""
+    m, _ = cash_on_hand(k, s, K, z, econ)
+    return marginal_utility(m - k_next, econ) * cash_of_K(k, s, K, z, econ)
+
+
+def expected_Delta(u_prime: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """Delta where only K and z are known of the cross-section: the planner's by its law, in each z linear in ln K."""
+    if econ.equilibrium == "market":
+        return 0.0 * u_prime
+    law = econ.Delta_law[z]
+    return Delta(u_prime, cash_of_K(k, s, K, z, econ), law[..., 0] + law[..., 1] * torch.log(K), econ)
+
+
 # ---------------------------------------------------------------------------------------------- networks
 # The policy network's output f is the log of the share of cash on hand (above the limit) that is consumed, where that
 # is below one; the value network's output g is a consumption equivalent, so both are of order one whatever gamma is.
@@ -680,16 +747,27 @@ def consumption_and_slope(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor,
     return c, dc
 
 
+def utility_ss(econ: Tables) -> float:
+    """u(c_ss)."""
+    return 0.0 if econ.gamma == 1.0 else 1 / (1 - econ.gamma)
+
+
 def value_of(g: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """V = D(z, s) u(c_ss exp(g / 10)) and dV/dg: g is 0 where life is worth steady-state consumption for ever."""
-    c = econ.c_ss * torch.exp(econ.value_unit * g)
-    D = econ.annuity[joint(s, z, econ)]
+    """V = D(z, s) u(c_ss exp(g / 10)) and dV/dg: g is 0 where life is worth steady-state consumption for ever. With
+    Delta k in it V may have any sign: there V = D (u(c_ss) + sinh(g / 10))."""
+    x, D = econ.value_unit * g, econ.annuity[joint(s, z, econ)]
+    if econ.equilibrium != "market":
+        return D * (utility_ss(econ) + torch.sinh(x)), econ.value_unit * D * torch.cosh(x)
+    c = econ.c_ss * torch.exp(x)
     return D * utility(c, econ), econ.value_unit * D * marginal_utility(c, econ) * c
 
 
 def equivalent_of(V: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     """g at which the network's value is V."""
-    return torch.log(inverse_utility(V / econ.annuity[joint(s, z, econ)], econ) / econ.c_ss) / econ.value_unit
+    per_period = V / econ.annuity[joint(s, z, econ)]
+    if econ.equilibrium != "market":
+        return torch.asinh(per_period - utility_ss(econ)) / econ.value_unit
+    return torch.log(inverse_utility(per_period, econ) / econ.c_ss) / econ.value_unit
 
 
 def network_value(value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
@@ -743,11 +821,10 @@ def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables,
         s, z = s_path[n], z_path[n]
 
 
-def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """ln K' = a(z) + b(z) ln K by least squares over paths (periods, B): coefficients (Z, 2) and R2 (Z,). Where K does
-    not move (one z, say) b is still(z) and R2 is NaN; where z never comes a is NaN as well."""
-    x, y = torch.log(K_path[:-1].double()), torch.log(K_path[1:].double())
-    here = (z_path[:-1] == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods - 1, B)
+def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """y = a(z) + b(z) x by least squares, float64, over (periods, B): coefficients (Z, 2) and R2 (Z,). Where x does not
+    move (one z, say) b is still(z) and R2 is NaN; where z never comes a is NaN as well."""
+    here = (z == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods, B)
 
     def mean(v):
         return (here * v).sum((1, 2)) / here.sum((1, 2))
@@ -758,6 +835,12 @@ def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor
     b = torch.where(moves, mean(dx * dy) / mean(dx * dx), still.double())
     r2 = 1 - mean((dy - b.view(-1, 1, 1) * dx) ** 2) / torch.where(moves, mean(dy * dy), torch.nan)
     return torch.stack([y_mean - b * x_mean, b], 1), r2
+
+
+def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """ln K' on (1, ln K) by z over paths (periods, B), as regress_by_z() has it."""
+    ln_K = torch.log(K_path.double())
+    return regress_by_z(ln_K[1:], ln_K[:-1], z_path[:-1], still)
 
 
 def expected_capital(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
@@ -782,12 +865,12 @@ def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, e
 
 def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
                       econ: Tables) -> Tuple[Tensor, Tensor]:
-    """V of the value network and, by the envelope condition, V_k = R u'(c) of the policy network: sharper than the
-    slope of V, as the policy network has the kink of the borrowing limit."""
+    """V of the value network and, by the envelope condition, V_k = R u'(c) + Delta of the policy network: sharper than
+    the slope of V, as the policy network has the kink of the borrowing limit."""
     m, R = cash_on_hand(k, s, K, z, econ)
     x = features(k, s, m, K, z, econ)
-    c = (1 - saved_share(network(policy, x))) * (m - econ.k_min)
-    return value_of(network(value, x), s, z, econ)[0], R * marginal_utility(c, econ)
+    u_prime = marginal_utility((1 - saved_share(network(policy, x))) * (m - econ.k_min), econ)
+    return value_of(network(value, x), s, z, econ)[0], R * u_prime + expected_Delta(u_prime, k, s, K, z, econ)
 
 
 def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
@@ -811,19 +894,19 @@ def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K
     return surprise, surprise_k
 
 
-def costates(c: Tensor, dc: Tensor, s: Tensor, R: Tensor, V_T: Tensor, V_k_T: Tensor, surprise: Tensor,
-             surprise_k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
-    """Backwards through the roll-out, each (T, M): realised utility U_t = u(c_t) + beta(s_t) U_{t+1}, its derivative
-    lambda_t = u'(c_t) dc/dk + beta(s_t) lambda_{t+1} dk'/dk, and the next costate that the household weighs against
-    u'(c_t). Equal to back-propagation through time when the surprises are zero."""
-    u, u_prime, beta = utility(c, econ), marginal_utility(c, econ), econ.beta[s]
+def costates(c: Tensor, dc: Tensor, k: Tensor, s: Tensor, R: Tensor, Delta: Tensor, V_T: Tensor, V_k_T: Tensor,
+             surprise: Tensor, surprise_k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
+    """Backwards through the roll-out, each (T, M): realised utility U_t = u(c_t) + Delta_t k_t + beta(s_t) U_{t+1}, its
+    derivative lambda_t = u'(c_t) dc/dk + Delta_t + beta(s_t) lambda_{t+1} dk'/dk, and the next costate that the
+    household weighs against u'(c_t). Equal to back-propagation through time when the surprises are zero."""
+    u, u_k, beta = utility(c, econ) + Delta * k, marginal_utility(c, econ) * dc + Delta, econ.beta[s]
     U, lam, lam_next = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
     U_t, lam_t = V_T, V_k_T
     for i in range(c.shape[0]):
         t = c.shape[0] - 1 - i
         lam_next[t] = lam_t - surprise_k[t]
         U_t = u[t] + beta[t] * (U_t - surprise[t])
-        lam_t = u_prime[t] * dc[t] + beta[t] * (R[t] - dc[t]) * lam_next[t]
+        lam_t = u_k[t] + beta[t] * (R[t] - dc[t]) * lam_next[t]
         U[t], lam[t] = U_t, lam_t
     return U, lam, lam_next
 
@@ -903,9 +986,11 @@ def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Table
     surprise = torch.zeros_like(c), torch.zeros_like(c)
     if cfg.control_variate:
         surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ)
-    R, _ = prices(K[:-1], z[:-1], econ)
-    labels = kernels.costates(c, dc, s[:-1], R, V_T, V_k_T, *surprise, econ)
-    return Batch(k[:-1], s[:-1], K[:-1], z[:-1], K_next, c, *labels)
+    k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
+    R, _ = prices(K, z, econ)
+    Delta = expected_Delta(marginal_utility(c, econ), k, s, K, z, econ)
+    labels = kernels.costates(c, dc, k, s, R, Delta, V_T, V_k_T, *surprise, econ)
+    return Batch(k, s, K, z, K_next, c, *labels)
 
 
 def worth_of_saving(batch: Batch, econ: Tables) -> Tensor:
@@ -974,52 +1059,39 @@ def value_targets(batch: Batch, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
 
 
 def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-               kernels: Kernels):
-    """Gauss-Newton on realised utilities and costates together (Huge & Savine 2020: fit the slopes too)."""
+               kernels: Kernels, bellman: bool = False):
+    """Gauss-Newton on the value network's level and slope together (Huge & Savine 2020: fit the slopes too). The slope
+    goes to the costate; the level to realised utility or, with bellman, to the exact sum u(c) + Delta k + beta E V(s')
+    of the policy as it is for ever: nothing to average, but 1 - beta small, so by 1 / (1 - beta) heavier."""
     at, layers = inputs_of(batch, econ), unpack(theta, cfg.hidden)
     g_target, g_k_target, unit = value_targets(batch, econ)
     level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
-
-    def residuals(theta):
-        g, g_k = network_and_slope(unpack(theta, cfg.hidden), at.x, at.dx)
-        return torch.stack([level * (g_target - g), slope * (g_k_target - g_k)])
-
-    now = residuals(theta)
-
-    def rows(part):
-        yield now[0, part], level[part].unsqueeze(1) * kernels.network_jacobian(layers, at.x[part])
-        yield now[1, part], kernels.slope_jacobian(layers, at.x[part], at.dx[part] * slope[part].unsqueeze(1))
-
-    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping / 10,
-                             lambda theta: residuals(theta).square().sum())
-
-
-def bellman_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-                 kernels: Kernels):
-    """Gauss-Newton on the Bellman residual u(c) + beta E V(s') - V(s) of the policy as it is, for ever: the expectation
-    is an exact sum, so there is no noise to average. The slopes stay tied to the costates."""
-    at, layers = inputs_of(batch, econ), unpack(theta, cfg.hidden)
-    _, g_k_target, unit = value_targets(batch, econ)
+    here, beta = joint(batch.s, batch.z, econ), econ.beta[batch.s]
+    u_prime = marginal_utility(batch.c, econ)
+    flow = utility(batch.c, econ) + expected_Delta(u_prime, batch.k, batch.s, batch.K, batch.z, econ) * batch.k
     k1, s1, K1, z1 = successors(at.m - batch.c, batch.s, batch.K_next, batch.z, econ)
     x1 = features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ)
-    u, beta = utility(batch.c, econ), econ.beta[batch.s]
     V_g = value_of(network(layers, at.x), batch.s, batch.z, econ)[1]
-    level = cfg.level_weight * at.weight * econ.annuity[joint(batch.s, batch.z, econ)] / V_g
-    slope = cfg.slope_weight * at.weight * unit
+    unit_V = econ.annuity[here] / V_g
 
     def residuals(theta):
-        g, g_k = network_and_slope(unpack(theta, cfg.hidden), at.x, at.dx)
-        V, _ = value_of(g, batch.s, batch.z, econ)
-        V1, _ = value_of(network(unpack(theta, cfg.hidden), x1), s1, z1, econ)
-        return torch.stack([level * (u + beta * expected(V1, batch.s, batch.z, econ) - V), slope * (g_k_target - g_k)])
+        layers = unpack(theta, cfg.hidden)
+        g, g_k = network_and_slope(layers, at.x, at.dx)
+        gap = g_target - g
+        if bellman:
+            V1 = value_of(network(layers, x1), s1, z1, econ)[0]
+            gap = unit_V * (flow + beta * expected(V1, batch.s, batch.z, econ) - value_of(g, batch.s, batch.z, econ)[0])
+        return torch.stack([level * gap, slope * (g_k_target - g_k)])
 
     now = residuals(theta)
-    P = econ.probability[joint(batch.s, batch.z, econ)].T * beta * value_of(network(layers, x1), s1, z1, econ)[1]
+    P = econ.probability[here].T * beta * unit_V * value_of(network(layers, x1), s1, z1, econ)[1]
 
     def rows(part):
-        jacobian = V_g[part].unsqueeze(1) * kernels.network_jacobian(layers, at.x[part])
-        for j in range(len(P)):
-            jacobian -= P[j, part].unsqueeze(1) * kernels.network_jacobian(layers, x1[j, part])
+        jacobian = kernels.network_jacobian(layers, at.x[part])
+        if bellman:
+            jacobian = (unit_V * V_g)[part].unsqueeze(1) * jacobian
+            for j in range(len(P)):
+                jacobian -= P[j, part].unsqueeze(1) * kernels.network_jacobian(layers, x1[j, part])
         yield now[0, part], level[part].unsqueeze(1) * jacobian
         yield now[1, part], kernels.slope_jacobian(layers, at.x[part], at.dx[part] * slope[part].unsqueeze(1))
 
@@ -1105,11 +1177,17 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
 
     scale = 1 + cfg.K_spread * (2 * uniform(state["z"].shape, rng, state["z"].device) - 1)
     panel = Panel(econ.k_min + (state["k"] - econ.k_min) * scale, state["s"], state["z"])
-    for t, (s, z, [(k, K, _)]) in enumerate(simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic)):
+    gains = torch.zeros_like(state["K_path"])
+    for t, (s, z, [(k, K, k_next)]) in enumerate(simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic)):
         state["K_path"][t], state["z_path"][t] = K[:, 0], z[:, 0]
+        if econ.equilibrium == "planner":
+            gains[t] = gain_from_K(k, s, k_next, K, z, econ).mean(1)
         panel = Panel(k, s, z)
     for name, tensor in zip(Panel._fields, panel):
         state[name].copy_(tensor)
+    if econ.equilibrium == "planner":
+        law, _ = regress_by_z(gains.double(), torch.log(state["K_path"].double()), state["z_path"], econ.TFP * 0)
+        econ.Delta_law.copy_(torch.where(law.isnan(), econ.Delta_law, law))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     recentre(state, econ, cfg)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
@@ -1117,7 +1195,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         state[f"batch_{name}"].copy_(tensor)
     if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
         for _ in range(10):  # the value network, a constant so far, meets its first labels
-            value_update(value_step, state, states, state["rates"][1], econ, cfg, kernels)
+            value_update(state, states, state["rates"][1], econ, cfg, kernels)
     return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
 
 
@@ -1148,9 +1226,9 @@ def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rn
     return roll_out_batch(policy, value, paths, econ, cfg, kernels)
 
 
-def value_update(step: Callable, state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels):
+def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels, bellman: bool = False):
     damping = state["damping"]
-    value, damping[1], taken = step(state["value"], rate, damping[1], states, econ, cfg, kernels)
+    value, damping[1], taken = value_step(state["value"], rate, damping[1], states, econ, cfg, kernels, bellman)
     state["value"].copy_(value)
     return taken
 
@@ -1159,7 +1237,7 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
     """One policy and one value step on the same states; whether they were taken, (2,)."""
     (policy_rate, value_rate, momentum), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels)
-    value_taken = value_update(value_step, state, states, value_rate, econ, cfg, kernels)
+    value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
     policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
     state["last_step"].copy_(policy - state["policy"])
     state["policy"].copy_(policy)
@@ -1173,7 +1251,7 @@ def value_only(state: dict, cfg: Config) -> bool:
 
 def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     one = torch.ones_like(state["rates"][1])
-    taken = value_update(bellman_step, state, states, one, econ, cfg, kernels)
+    taken = value_update(state, states, one, econ, cfg, kernels, bellman=True)
     return torch.stack([torch.zeros_like(taken), taken]).to(one.dtype)
 
 
@@ -1204,12 +1282,19 @@ def make_optimizers(state: dict, cfg: Config) -> dict:
     return {name: torch.optim.Adam([state[name].requires_grad_()], lr=rate) for name, rate in rates.items()}
 
 
+def resting_share(econ: Tables) -> float:
+    """Consumption as a share of cash on hand above the limit at which the representative household keeps K_mean."""
+    of_z, K = econ.shares.sum(1), econ.K_mean
+    Y = (of_z @ econ.TFP) * K**econ.alpha * (of_z @ econ.L) ** (1 - econ.alpha)
+    return float((Y - econ.delta * K) / (Y + (1 - econ.delta) * K - econ.k_min))
+
+
 def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) -> dict:
     """Everything that a run carries from one outer iteration to the next."""
     device, n = econ.TFP.device, n_inputs(econ)
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
     n_states = cfg.batch * len(taught(cfg))
-    share = econ.c_ss / (econ.K_ss + econ.c_ss - econ.k_min)  # of cash on hand above the limit: K stays where it is
+    share = resting_share(econ)
     return {
         "iteration": 0,
         "policy": initial_parameters(n, cfg.hidden, math.log(share), seed).to(device),
@@ -1221,6 +1306,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "caution": 1.0,
         **panel._asdict(),
         "K_mean": econ.K_mean,
+        "Delta_law": econ.Delta_law,
         "K_path": torch.zeros(cfg.periods, cfg.n_economies, device=device),
         "z_path": torch.zeros(cfg.periods, cfg.n_economies, device=device, dtype=torch.int64),
         **{f"batch_{name}": torch.zeros(n_states, device=device, dtype=torch.int64 if name in ("s", "z") else None)
@@ -1256,6 +1342,24 @@ def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | Non
     return None
 
 
+def unbounded_saving(state: dict, econ: Tables, cfg: Config) -> str:
+    """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
+    saves more and more; what bounds its wealth is R < 1 alone."""
+    k, s, z = state["k"], state["s"], state["z"]
+    K = k.mean(1, keepdim=True)
+    k_next = network_capital(unpack(state["policy"], cfg.hidden), k, s, K, z, econ)
+    m, R = cash_on_hand(k, s, K, z, econ)
+    richest, R = k.argmax(), float(R.mean())
+    u_prime = marginal_utility((m - k_next).flatten()[richest], econ)
+    beta = econ.beta[s.flatten()[richest]]
+    gain = float(beta * (expected_Delta(u_prime, k, s, K, z, econ).mean() + R * u_prime) / u_prime)
+    if R > 1 and gain > 1:
+        return (f"--equilibrium planner: no stationary answer: at R = {R:.4f} a unit that the richest household saves "
+                f"is worth {gain:.3f} of one that it consumes, Delta included, so it saves without bound; "
+                "the checkpoint stays, take --equilibrium market or game, or a lower discount factor")
+    return ""
+
+
 def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator, graphs: bool,
           after_iteration: Callable[[dict], None]) -> None:
     """The outer loop, from state['iteration'] to cfg.iterations. An iteration that went wrong is taken back and
@@ -1266,7 +1370,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         if f"adam_{name}" in state:
             optimizer.load_state_dict(state[f"adam_{name}"])
     tensors = [value.detach() for value in state.values() if isinstance(value, Tensor)]
-    graphs_of_phase, failures = {}, 0
+    graphs_of_phase, failures, unbounded = {}, 0, 0
     while state["iteration"] < cfg.iterations:
         start, before = time.perf_counter(), [tensor.clone() for tensor in tensors]
         optimizers_before = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
@@ -1301,6 +1405,11 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         state["iteration"] += 1
         state.update({f"adam_{name}": optimizer.state_dict() for name, optimizer in optimizers.items()})
         after_iteration(state)
+        if econ.equilibrium == "planner":
+            why = unbounded_saving(state, econ, cfg)
+            unbounded = unbounded + 1 if why else 0
+            if unbounded >= 10 and state["iteration"] >= 25:  # before, no policy is near a solution
+                raise UserError(why)
 
 
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
@@ -1408,7 +1517,7 @@ def on_arrays(function: Callable, states: dict, device, k, s, K, z) -> np.ndarra
 # ---------------------------------------------------------------------------------------------- grid solution
 # Maliar, Maliar & Valli (2010), by endogenous gridpoints
 
-C_MIN = 1e-12  # of c_ss: keeps u'(c) finite for a household with nothing
+C_MIN, C_MAX = 1e-12, 1e4  # of c_ss: keep u'(c) finite where there is nothing, and c where saving is worth nothing
 
 
 class Nodes(NamedTuple):
@@ -1454,11 +1563,24 @@ def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
 
 
-def to_next_K(alm: np.ndarray, K: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """K' (z, n_K) that the law of motion expects from nodes K, and the matrix (z, n_K, n_K) of the cubic spline that
-    takes values at K to values at K'."""
-    K_next = np.exp(alm[:, :1] + alm[:, 1:] * np.log(K))
-    return K_next, scipy.interpolate.CubicSpline(K, np.eye(len(K)))(K_next)
+class Forecast(NamedTuple):
+    """What households at the nodes of K expect of next period's aggregates."""
+
+    spline: np.ndarray  # (z, n_K, n_K) values at K -> values at K' of the cubic spline through them
+    R: np.ndarray  # (z, z', n_K)
+    m_K: np.ndarray  # (z, z', s', n_K, n_k) dm/dK
+    Delta: np.ndarray  # (z, z', n_K) the planner's
+
+
+def forecast(alm: np.ndarray, Delta_law: np.ndarray, nodes: Nodes, econ: Economy) -> Forecast:
+    """By the laws of motion ln K' = a(z) + b(z) ln K and Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each."""
+    K_next = np.exp(alm[:, :1] + alm[:, 1:] * np.log(nodes.K))  # (z, n_K)
+    m_K = np.zeros((1, 1, 1, 1, 1))
+    if econ.equilibrium == "game":
+        m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
+    return Forecast(scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next),
+                    prices(K_next[:, None], np.arange(len(alm))[:, None], econ)[0], m_K,
+                    Delta_law[:, :1] + Delta_law[:, 1:] * np.log(K_next)[:, None])
 
 
 def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
@@ -1468,25 +1590,30 @@ def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
     return (P @ values.reshape(Z, Z * S, -1)).reshape(Z, S, *values.shape[3:])
 
 
-def euler_step(c: np.ndarray, nodes: Nodes, to_K_next: np.ndarray, R_next: np.ndarray, econ: Economy):
-    """One backward step of Carroll (2006): the k (z, s, n_K, n_k) at which each k' of the grid is
-    optimal, from next period's c. to_K_next (z, n_K, n_K) interpolates from K to K'; R_next (z, z', n_K)."""
-    c_next = np.maximum(to_K_next[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
-    u_prime = expected_on_grid(R_next[:, :, None, :, None] * marginal_utility(c_next, econ), econ)
-    return (inverse_marginal_utility(u_prime, econ) + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
+def euler_step(c: np.ndarray, nodes: Nodes, ahead: Forecast, econ: Economy):
+    """One backward step of Carroll (2006): the k (z, s, n_K, n_k) at which each k' of the grid is optimal, from next
+    period's c, and the share of nodes at which saving is worth nothing, so that consumption had to be bounded."""
+    c_next = np.maximum(ahead.spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
+    u_prime = marginal_utility(c_next, econ)
+    worth = ahead.R[:, :, None, :, None] * u_prime
+    if econ.equilibrium != "market":
+        worth += Delta(u_prime, ahead.m_K, ahead.Delta[:, :, None, :, None], econ)
+    worth = expected_on_grid(worth, econ)
+    least = marginal_utility(C_MAX * econ.c_ss, econ)
+    c = inverse_marginal_utility(np.maximum(worth, least), econ)
+    return (c + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None], (worth < least).mean()
 
 
-def solve_household(c: np.ndarray, alm: np.ndarray, nodes: Nodes, econ: Economy, config: GridConfig):
-    """EGM sweeps on c (z, s, n_K, n_k) given the law of motion; returns c, k_endo and the change of c."""
-    K_next, to_K_next = to_next_K(alm, nodes.K)
-    R_next = prices(K_next[:, None], np.arange(len(alm))[:, None], econ)[0]
+def solve_household(c: np.ndarray, ahead: Forecast, nodes: Nodes, econ: Economy, config: GridConfig):
+    """EGM sweeps on c (z, s, n_K, n_k) given the laws of motion; returns c, k_endo, the change of c and the share of
+    nodes where c was bounded."""
     for _ in range(config.sweeps):
-        k_endo = euler_step(c, nodes, to_K_next, R_next, econ)
+        k_endo, bounded = euler_step(c, nodes, ahead, econ)
         c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.k)
         change = np.max(np.abs(c - c_last) / np.maximum(c, C_MIN * econ.c_ss))
         if change < config.tolerance:
             break
-    return c, k_endo, change
+    return c, k_endo, change, bounded
 
 
 def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray,
@@ -1523,21 +1650,19 @@ def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.nda
     return np.array(z_path)
 
 
-def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, alm: np.ndarray, econ: Economy,
+def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, ahead: Forecast, tables: Tables, econ: Economy,
                   config: GridConfig) -> Tuple[np.ndarray, float]:
-    """V = u(c) + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one still changed.
-    What they leave over is soon the same number everywhere, and MacQueen's bound takes it out."""
-    tables = econ.tables()
-    m, _ = cash_on_hand(*on_grid(k, nodes.K, tables), tables)
-    c = (m.numpy() - k_next).clip(C_MIN * econ.c_ss)
-    u = utility(torch.from_numpy(c), tables).numpy()
+    """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
+    still changed. What they leave over is soon the same number everywhere, and MacQueen's bound takes it out."""
+    at = on_grid(k, nodes.K, econ)
+    c = (cash_on_hand(*at, tables)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
+    u = (utility(c, tables) + expected_Delta(marginal_utility(c, tables), *at, tables) * at[0]).numpy()
     position = np.interp(k_next, k, np.arange(len(k)))
     i = np.minimum(position.astype(int), len(k) - 2)
-    _, spline = to_next_K(alm, nodes.K)
     D = econ.annuity[..., None, None]
     V = u * D
     for _ in range(config.value_sweeps):
-        EV = expected_on_grid(spline[:, None, None] @ V, econ)
+        EV = expected_on_grid(ahead.spline[:, None, None] @ V, econ)
         low, high = np.take_along_axis(EV, i, -1), np.take_along_axis(EV, i + 1, -1)
         change = u + low + (position - i) * (high - low) - V
         V += change + change.mean() * (D - 1)
@@ -1560,6 +1685,7 @@ class GridSolution(Policy):
     K_mean: float  # over the path behind the law of motion
     alm_coefficients: np.ndarray  # (z, 2) intercept and slope
     alm_r2: np.ndarray  # (z,)
+    Delta_r2: np.ndarray  # (z,) of the planner's econ.Delta_law
     notes: tuple  # what a user should know of it
 
     def interpolate(self, table: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
@@ -1599,7 +1725,8 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
     k as far as capital is held. Raises UserError where there is no convergence."""
     econ = as_economy(economy)
-    centre, k_max = econ.K_ss, config.k_max * econ.K_ss
+    centre = econ.K_start
+    k_max = config.k_max * centre
     with tqdm(desc="grid solution", disable=None if progress else True) as bar:
         for _ in range(60):
             try:
@@ -1609,52 +1736,77 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
 
 
+def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, laws: list,
+                   econ: Economy, config: GridConfig):
+    """The policy table through the histogram: K (periods,), the last mass, and the laws [of ln K', of the planner's
+    Delta] that come out, each (coefficients (Z, 2), R2); where z never comes coefficients stay as in laws."""
+    tables, s, Deltas = econ.tables(), torch.arange(len(econ.beta))[:, None], np.zeros(len(z_path))
+
+    def keep(t, mass, k_next):
+        if econ.equilibrium == "planner":
+            gain = gain_from_K(torch.from_numpy(k), s, torch.from_numpy(k_next), torch.tensor(mass.sum(0) @ k),
+                               torch.tensor(z_path[t]), tables)
+            Deltas[t] = (mass * gain.numpy()).sum()
+
+    K_path, mass = simulate_histogram(table, k, K, mass, z_path, econ, keep)
+    kept = [torch.from_numpy(x[config.burn_in :, None]) for x in (K_path, Deltas, z_path)]
+    of_K = law_of_motion(kept[0], kept[2], torch.from_numpy(laws[0][:, 1]))
+    of_Delta = regress_by_z(kept[1], torch.log(kept[0]), kept[2], torch.zeros(len(laws[1]), dtype=torch.float64))
+    new = [(np.where(found.isnan(), law, found.numpy()), r2.numpy())
+           for (found, r2), law in zip((of_K, of_Delta), laws)]
+    return K_path, mass, new
+
+
 def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar) -> GridSolution:
     """The fixed point on nodes of K around centre and of k up to k_max, or Outgrown. Few EGM sweeps an update, so that
-    the policy and the law of motion converge together."""
+    the policy and the laws of motion converge together."""
     nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
                             centre * np.linspace(config.K_low, config.K_high, config.n_K), econ.tables())
     k = power_grid(config.n_k_fine, econ.k_min, k_max, config.exponent)
     K = np.linspace(nodes.K[0], nodes.K[-1], config.n_K_fine)
     z_path = draw_z_path(config.periods, econ, np.random.default_rng(config.seed))
-    alm = np.array([[0.035 * np.log(centre), 0.965]] * len(econ.TFP))
-    wage = prices(nodes.K, np.arange(len(alm))[:, None], econ)[1]
+    Z = len(econ.TFP)
+    laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), econ.tables().Delta_law.numpy()]  # of ln K' and of Delta
+    wage = prices(nodes.K, np.arange(Z)[:, None], econ)[1]
     permanent = 0.9 * (econ.L[:, None] * wage)[:, None, :, None]
     c = np.minimum(nodes.m - econ.k_min, (1 - econ.mean_beta) * (nodes.m - econ.k_min) + permanent)
     c = np.maximum(c, C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], econ)
-    x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws of motion are compared
+    x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
     gap, damping, settled = np.inf, config.damping, False
     for update in range(config.max_updates):
-        c, k_endo, change = solve_household(c, alm, nodes, econ, config)
+        ahead = forecast(*laws, nodes, econ)
+        c, k_endo, change, bounded = solve_household(c, ahead, nodes, econ, config)
         table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
         settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
         path = z_path if settled else z_path[: config.periods // 5]
-        K_path, mass = simulate_histogram(table, k, K, mass, path, econ)
+        K_path, mass, new = simulated_laws(table, k, K, mass, path, laws, econ, config)
         kept = K_path[config.burn_in :]
-        low, high = (0.8, 1.28) if update >= 4 else (0.4, 2.5)  # at first, policies are far from any solution
+        near = update >= 4 or econ.equilibrium == "planner"  # at first, a market's policies are far from any solution
+        low, high = (0.8, 1.28) if near else (0.4, 2.5)
         if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
             raise Outgrown(centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max)
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
             raise Outgrown(centre, 2 * k_max)
-        of_path = kept[:, None], path[config.burn_in :, None], alm[:, 1]
-        new, r2 = [x.numpy() for x in law_of_motion(*map(torch.from_numpy, of_path))]
-        new = np.where(np.isnan(new), alm, new)  # where z never comes the last coefficients stay
-        gap_last, gap = gap, np.abs((new - alm) @ x).max()
+        steps = [found - law for (found, _), law in zip(new, laws)]
+        gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         bar.update()
-        bar.set_postfix_str(f"change of c {change:.0e}, of ln K' {gap:.0e}")
+        bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
         if max(gap, change) < config.tolerance:
-            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, alm, econ, config)
-            notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * econ.K_ss else []
+            tables = econ.tables()._replace(Delta_law=torch.from_numpy(laws[1]))
+            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, ahead, tables, econ, config)
+            notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * econ.K_start else []
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {config.value_sweeps} sweeps")
-            tables = [torch.from_numpy(x) for x in (table, scipy.interpolate.CubicSpline(nodes.K, V, axis=2)(K))]
-            return GridSolution(econ=econ.tables(), table=tables[0], value_table=tables[1], k_max=k_max,
-                                exponent=config.exponent, K_low=K[0], K_high=K[-1], K_mean=kept.mean(),
-                                alm_coefficients=alm, alm_r2=r2, notes=tuple(notes))
+            if bounded:
+                notes.append(f"grid: at {100 * bounded:.2g}% of the nodes saving is worth nothing; c is bounded there")
+            values = scipy.interpolate.CubicSpline(nodes.K, V, axis=2)(K)
+            return GridSolution(econ=tables, table=torch.from_numpy(table), value_table=torch.from_numpy(values),
+                                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1], K_mean=kept.mean(),
+                                alm_coefficients=laws[0], alm_r2=new[0][1], Delta_r2=new[1][1], notes=tuple(notes))
         if gap > gap_last and not settling:  # the law of motion overshoots: more K expected means less saved
             damping /= 2
-        alm = alm + damping * (new - alm)
+        laws = [law + damping * step for law, step in zip(laws, steps)]
     raise UserError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
                     f"(c moves {change:.0e}, K forecast {gap:.0e}); lower --grid-damping or judge with --grid none")
 
@@ -1670,9 +1822,27 @@ class States(NamedTuple):
     K: Tensor
     z: Tensor
     K_next: Tensor
+    Delta: Tensor | None = None  # the planner's, read off the cross-section
+    Delta_next: Tensor | None = None  # (n, Z) next period's for each z', everybody's s' in expectation
 
     def now(self) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.k, self.s, self.K, self.z
+
+    def at(self, index) -> States:
+        return States(*[x if x is None else x[index] for x in self])
+
+
+def planner_Delta(solution, k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, K_next: Tensor, z: Tensor,
+                  weight: Tensor | float, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """The mean gain from K over cross-sections k, s, k' (B, N) with K, K', z (B, 1), each household with its weight:
+    now (B,), and next period for each z' (B, Z)."""
+    weight = weight * torch.ones_like(k)
+    now = (weight * gain_from_K(k, s, k_next, K, z, econ)).sum(1) / weight.sum(1)
+    nexts = successors(k_next, s, K_next, z, econ)
+    gain = gain_from_K(nexts[0], nexts[1], solution.policy(*nexts), nexts[2], nexts[3], econ)
+    p = weight * econ.probability[joint(s, z, econ)].movedim(-1, 0)
+    to = [p * (nexts[3] == z_next) for z_next in range(len(econ.TFP))]
+    return now, torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1)
 
 
 def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int):
@@ -1690,23 +1860,29 @@ def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, s
         for name, (k, K, k_next) in zip(solutions, paths):
             K_path[name].append(K[:, 0].double())
             if (t - cfg.eval_drop) % cfg.eval_every == 0:
-                k, K, K_next = k.double(), K.double(), k_next.double().mean(1, keepdim=True)
-                pooled[name].append([x.expand_as(k).flatten() for x in (k, s, K, z, K_next)])
+                k, K, k_next = k.double(), K.double(), k_next.double()
+                now = [k, s, K, z, k_next.mean(1, keepdim=True)]
+                if econ.equilibrium == "planner":
+                    here, ahead = planner_Delta(solutions[name], k, s, k_next, K, now[-1], z, 1.0, econ)
+                    now += [here[:, None], ahead[:, None]]
+                pooled[name].append([x.expand(*k.shape, *x.shape[2:]).flatten(0, 1) for x in now])
     return {name: (States(*map(torch.cat, zip(*pooled[name]))), torch.stack(K_path[name])) for name in solutions}, \
         torch.stack(z_path)
 
 
 def bellman_errors(solution, states: States, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """u(c) + beta E V(s') - V(s) at the policy's own c and at the best one (golden-section search), in the units of
-    utility(): the Bellman error of Han, Yang & E (2021) is the second."""
-    m, _ = cash_on_hand(states.k, states.s, states.K, states.z, econ)
-    above, beta, V = m - econ.k_min, econ.beta[states.s], solution.values(*states.now())
+    """u(c) + Delta k + beta E V(s') - V(s), Delta given, at the policy's own c and at the best one (golden-section
+    search), in the units of utility(): the Bellman error of Han, Yang & E (2021) is the second."""
+    m, _ = cash_on_hand(*states.now(), econ)
+    above, beta, k_next = m - econ.k_min, econ.beta[states.s], solution.policy(*states.now())
+    gain = Delta(marginal_utility(m - k_next, econ), cash_of_K(*states.now(), econ), states.Delta, econ)
+    V = solution.values(*states.now()) - gain * states.k
 
     def objective(share):
         nexts = successors(econ.k_min + (1 - share) * above, states.s, states.K_next, states.z, econ)
         return utility(share * above, econ) + beta * expected(solution.values(*nexts), states.s, states.z, econ)
 
-    own_share = 1 - (solution.policy(*states.now()) - econ.k_min) / above
+    own_share = 1 - (k_next - econ.k_min) / above
     own, golden = objective(own_share), (math.sqrt(5) - 1) / 2
     low, high = own_share * 0.5, (own_share * 1.5).clamp(max=1.0)
     left, right = high - golden * (high - low), low + golden * (high - low)
@@ -1722,15 +1898,17 @@ def bellman_errors(solution, states: States, econ: Tables) -> Tuple[Tensor, Tens
 
 
 def euler_errors(solution, states: States, econ: Tables) -> Tensor:
-    """1 - c~ / c with u'(c~) = beta E[R' u'(c')], c~ at most what there is above the limit, where it does not hold
-    c = c~ there."""
-    m, _ = cash_on_hand(states.k, states.s, states.K, states.z, econ)
+    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, where it does not
+    hold c = c~ there."""
+    m, _ = cash_on_hand(*states.now(), econ)
     k_next = solution.policy(*states.now())
     nexts = successors(k_next, states.s, states.K_next, states.z, econ)
     m_next, R_next = cash_on_hand(*nexts, econ)
-    c_next = m_next - solution.policy(*nexts)
-    worth = econ.beta[states.s] * expected(R_next * marginal_utility(c_next, econ), states.s, states.z, econ)
-    implied = torch.minimum(inverse_marginal_utility(worth, econ), m - econ.k_min)
+    u_prime = marginal_utility(m_next - solution.policy(*nexts), econ)
+    common = None if states.Delta_next is None else states.Delta_next.gather(1, nexts[3].T).T
+    gain = Delta(u_prime, cash_of_K(*nexts, econ), common, econ)
+    worth = econ.beta[states.s] * expected(R_next * u_prime + gain, states.s, states.z, econ)
+    implied = torch.minimum(inverse_marginal_utility(worth.clamp(min=1e-30), econ), m - econ.k_min)
     free = (k_next > econ.k_min) | (implied < m - econ.k_min)
     return (1 - implied / (m - k_next))[free]
 
@@ -1792,7 +1970,7 @@ def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed
     figures, arrays, z_path = {}, {}, z_path.cpu().numpy()
     for name, (states, K_path) in simulated.items():
         some = torch.randperm(len(states.k), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
-        figures[name], arrays[name] = errors_at(solutions[name], States(*[x[some.to(x.device)] for x in states]), econ)
+        figures[name], arrays[name] = errors_at(solutions[name], states.at(some.to(states.k.device)), econ)
         k, K_path = states.k.cpu().numpy(), K_path.cpu().numpy()
         figures[name] |= {"n_agents": N, "n_economies": B, "periods": cfg.eval_periods - cfg.eval_drop,
                           "capital": inequality(k),
@@ -1819,7 +1997,7 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
         mass = dispersed_mass(k, float(econ.K_mean), z_path[0], economy)
         _, mass = simulate_histogram(table, k, K, mass, z_path, economy)
         K_path, _ = simulate_histogram(table, k, K, mass, z_path, economy, keep)
-        states = histogram_states(pooled, k, K_path, z_path, econ, cfg.eval_states)
+        states = histogram_states(pooled, k, K_path, z_path, econ, cfg.eval_states, solution)
         figures[name], arrays[name] = errors_at(solution, states, econ)
         c, weight = consumption_distribution(pooled, k, K_path, z_path, econ)
         mean_mass = np.mean([mass.sum(0) for _, mass, _ in pooled], 0)
@@ -1827,21 +2005,30 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
         R, _ = prices(kept, z_kept, economy)
         figures[name] |= {"n_agents": None, "periods": len(kept), "capital": inequality(k, mean_mass),
                           "consumption": inequality(c, weight), "interest_rate_percent": 100 * (R.mean() - 1),
+                          "welfare": ergodic_welfare(c, weight, econ),
+                          "Delta": None if states.Delta is None else float(states.Delta.mean()),
                           "law_of_motion": law_of_motion_figures(kept, z_kept, len(econ.TFP))}
         arrays[name] |= {"k": k, "weight": mean_mass, "K_path": kept, "z_path": z_kept}
     return figures, arrays
 
 
-def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables,
-                     n: int) -> States:
+def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables, n: int,
+                     solution=None) -> States:
     """About n States, spread evenly over the mass (s, n_k) of each pooled period."""
-    each = max(1, n // len(pooled))
+    each, device = max(1, n // len(pooled)), econ.TFP.device
     columns = []
-    for t, mass, _ in pooled:
+    for t, mass, k_next in pooled:
         at = np.searchsorted(mass.cumsum(), (np.arange(each) + 0.5) / each * mass.sum() * (1 - 1e-12))
         s, i = np.unravel_index(at, mass.shape)
-        columns.append((k[i], s, np.full(each, K_path[t]), np.full(each, z_path[t]), np.full(each, K_path[t + 1])))
-    return States(*[torch.from_numpy(np.concatenate(x)).to(econ.TFP.device) for x in zip(*columns)])
+        now = [k[i], s, np.full(each, K_path[t]), np.full(each, z_path[t]), np.full(each, K_path[t + 1])]
+        if econ.equilibrium == "planner":
+            everybody = np.broadcast_to(k, mass.shape), np.indices(mass.shape)[0], k_next, mass
+            k_all, s_all, next_all, weight = [torch.tensor(x, device=device).reshape(1, -1) for x in everybody]
+            K, K_next, z = [torch.tensor(x, device=device).view(1, 1) for x in (K_path[t], K_path[t + 1], z_path[t])]
+            here, ahead = planner_Delta(solution, k_all, s_all, next_all, K, K_next, z, weight, econ)
+            now += [here.expand(each).cpu().numpy(), ahead.expand(each, -1).cpu().numpy()]
+        columns.append(now)
+    return States(*[torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*columns)])
 
 
 def consumption_distribution(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables):
@@ -1853,6 +2040,12 @@ def consumption_distribution(pooled: list, k: np.ndarray, K_path: np.ndarray, z_
         c.append(m.numpy() - k_next)
         weight.append(mass)
     return np.array(c).ravel(), np.array(weight).ravel()
+
+
+def ergodic_welfare(c: np.ndarray, weight: np.ndarray, econ: Tables) -> float:
+    """The constant consumption whose utility is the mean of u(c), in goods."""
+    u = utility(torch.from_numpy(c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
+    return float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ))
 
 
 def policy_distance(network, grid, economy: Economy, arrays: dict) -> dict:
@@ -2173,7 +2366,9 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
     small = run.preset == "smoke" and run.grid == "converged"
     grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
     check(cfg, grid)
-    return Settings(economy if cal is None else economy(cal), {} if cal is None else dataclasses.asdict(cal), cfg,
+    economy = economy if cal is None else economy(cal)
+    decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
+    return Settings(dataclasses.replace(economy, **decided), {} if cal is None else dataclasses.asdict(cal), cfg,
                     None if run.grid == "none" else grid, run)
 
 
@@ -2215,7 +2410,7 @@ def departures(cfg, reference, name: str = "paper") -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 3  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 4  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 
@@ -2698,7 +2893,7 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
         for name, value in state.items():
             state[name] = saved[name].to(device) if isinstance(value, Tensor) else saved[name]
         state |= {name: value for name, value in saved.items() if name.startswith("adam_")}
-        econ = econ._replace(K_mean=state["K_mean"])
+        econ = econ._replace(K_mean=state["K_mean"], Delta_law=state["Delta_law"])
     bar = tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it")
 
     def after_iteration(state: dict) -> None:

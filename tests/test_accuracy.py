@@ -134,7 +134,7 @@ def test_ergodic_states_of_two_solutions(smoke_grid, network, econ):
     for name, solution in solutions.items():
         alone, z_alone = dk.ergodic_states({name: solution}, econ, CFG, B=3, N=30, seed=5)
         assert torch.equal(z_path, z_alone) and torch.equal(both[name][1], alone[name][1])
-        assert all(torch.equal(a, b) for a, b in zip(both[name][0], alone[name][0]))
+        assert all(torch.equal(a, b) for a, b in zip(both[name][0][:5], alone[name][0][:5]))
 
 
 def test_python_interface_broadcasts(network, smoke_grid):
@@ -255,7 +255,7 @@ def test_best_consumption_against_brute_force(economies, name):
     network, (Z, S) = valuing_wealth(economy), economy.income.shape
     econ = network.econ
     states = dk.ergodic_states({"network": network}, econ, CFG, B=3, N=30, seed=1)[0]["network"][0]
-    states = dk.States(*[x[::25] for x in states])
+    states = states.at(slice(None, None, 25))
     own, best = dk.bellman_errors(network, states, econ)
     m, _ = dk.cash_on_hand(*states.now(), econ)
     c = m - network.policy(*states.now())
@@ -498,9 +498,9 @@ def test_histogram_states_represent_the_mass(economies, toy_grid):
                                       lambda *args: pooled.append(args))
     some = [pooled[t] for t in (3, 20, 41)]
     states = dk.histogram_states(some, k, K_path, z_path, toy_grid.econ, 3000)
-    assert all(x.shape == (3000,) for x in states)
+    assert all(x.shape == (3000,) for x in states[:5])
     for part, (t, mass, _) in enumerate(some):
-        one = dk.States(*[x[1000 * part : 1000 * (part + 1)] for x in states])
+        one = states.at(slice(1000 * part, 1000 * (part + 1)))
         assert (one.K == K_path[t]).all() and (one.K_next == K_path[t + 1]).all() and (one.z == z_path[t]).all()
         found = torch.bincount(one.s, minlength=3).numpy() / 1000
         assert found == pytest.approx(mass.sum(1), abs=2e-3)

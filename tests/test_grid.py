@@ -126,7 +126,7 @@ def test_euler_equation_by_loops(converged):
 def test_value_solves_its_bellman_equation(converged, nodes):
     """V = u(c) + beta E V' with the policy's own c, and no c does better: 0.001 utils on average, a tenth of
     which would still be more than the policy's own error, 0.004 at most: the tolerances of a whole run."""
-    own, best = dk.bellman_errors(converged, dk.States(*[x[::7] for x in nodes]), converged.econ)
+    own, best = dk.bellman_errors(converged, nodes.at(slice(None, None, 7)), converged.econ)
     for error in (own.abs(), best.abs()):
         assert error.mean() < 0.001 and error.max() < 0.004
     assert (best >= own).all()
@@ -290,8 +290,10 @@ def test_refinement(converged, econ):
         return converged.policy(*dk.on_grid(k, nodes.K, econ)).numpy()
 
     c = nodes.m - policy(nodes.k)
+    ahead = dk.forecast(converged.alm_coefficients, np.zeros((2, 2)), nodes, economy)
     for _ in range(10):
-        c, k_endo, change = dk.solve_household(c, converged.alm_coefficients, nodes, economy, fine)
+        c, k_endo, change, bounded = dk.solve_household(c, ahead, nodes, economy, fine)
+        assert bounded == 0
         if change < fine.tolerance:
             break
     assert change < fine.tolerance

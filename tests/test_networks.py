@@ -407,7 +407,7 @@ def test_torchscript_agrees_with_eager(world, eager, script):
         "network_capital": (p, k0, s[0], K[0], z[0], econ), "network_value": (v, k0, s[0], K[0], z[0], econ),
         "roll_out": (p, k0, s, K, z, econ), "consumption_and_slope": (p, path, s, K, z, econ),
         "surprises": (p, v, path, s, K, z, world.K_next, econ),
-        "costates": (1 + same, same, s[:-1], 1 + same, same[0], same[1], same, same, econ),
+        "costates": (1 + same, same, same, s[:-1], 1 + same, same, same[0], same[1], same, same, econ),
         "network_jacobian": (p, x), "slope_jacobian": (p, x, dx),
     }
     assert set(arguments) == set(dk.Kernels._fields)
@@ -539,7 +539,7 @@ def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
 
 
 def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
-    """The same of bellman_step: u(c) + beta E V(s') - V(s) by the dense P, in units of the network's output."""
+    """The same with bellman: u(c) + beta E V(s') - V(s) by the dense P, in units of the network's output."""
     economy, econ, _, value, *_ = world
     cfg, batch = config(slope_weight=0.75, level_weight=0.5), flat_batch(world, eager)
     rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
@@ -564,7 +564,7 @@ def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
 
     J = -torch.autograd.functional.jacobian(residuals, value)
     expected = value + rate * levenberg_marquardt(J, residuals(value).detach(), damping, batch.k.numel())
-    new, _, taken = dk.bellman_step(value, rate, damping, batch, econ, cfg, eager)
+    new, _, taken = dk.value_step(value, rate, damping, batch, econ, cfg, eager, bellman=True)
     assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
 
 
