@@ -2091,8 +2091,9 @@ def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, fig
     title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
     plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
     plot_history(draw / "training_history.png", network.weights["history"])
-    K, top = of["limit"]["capital"]["mean"], np.quantile(arrays["large"]["network"]["k"], 0.9999)
+    K, k = of["limit"]["capital"]["mean"], arrays["large"]["network"]["k"]
     solutions = {"network": network} | ({"grid": grid} if grid else {})
+    top = max(np.quantile(k, 0.9999), economy.k_min + 1)
     plot_policies(draw / "policy_functions.png", solutions, K, top, economy)
     plot_bellman_bins(draw / "bellman_errors.png", arrays["large"], economy.k_min, large)
     paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
@@ -2223,10 +2224,8 @@ def prepare(output_dir: Path):
 
 
 def seal(data) -> bytes:
-    """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum.
-
-    torch.load checks none: from a damaged directory entry it returned uninitialised memory.
-    """
+    """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
+    checks none: from a damaged directory entry it returned uninitialised memory."""
     return (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
 
 
@@ -2312,10 +2311,8 @@ def staged(output_dir: Path):
 
 
 def finish_publishing(output_dir: Path):
-    """Move the files of PUBLISHING/new in, earlier ones aside; where a move fails, all go back.
-
-    File by file, so that what else a user keeps in figures/ or irf/ stays.
-    """
+    """Move the files of PUBLISHING/new in, earlier ones aside; where a move fails, all go back. File by file, so that
+    what else a user keeps in figures/ or irf/ stays."""
     new, old = output_dir / PUBLISHING / "new", output_dir / PUBLISHING / "old"
     names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     moves = [move for name in names for move in ((output_dir / name, old / name), (new / name, output_dir / name))]
@@ -2430,20 +2427,15 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config) -> Tuple[
     solution."""
     econ, economy = network.econ, network.economy
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    figures, arrays = {name: {} for name in (*solutions, "comparison")}, {}
-
-    def keep(size, judged):
-        arrays[size] = judged[1]
-        for name in solutions:
-            figures[name][size] = judged[0][name]
-
-    keep("small", judge_panel(solutions, econ, cfg, cfg.eval_economies, cfg.eval_agents, JUDGE_SEED))
-    keep("large", judge_panel(solutions, econ, cfg, cfg.eval_economies_large, cfg.eval_agents_large, JUDGE_SEED))
-    K_seen = np.concatenate([of["K_path"].ravel() for of in arrays["small"].values()])
-    top = grid.k_max if grid else 4 * max(of["network"]["k"].max() for of in arrays.values())
+    judged = {"small": judge_panel(solutions, econ, cfg, cfg.eval_economies, cfg.eval_agents, JUDGE_SEED),
+              "large": judge_panel(solutions, econ, cfg, cfg.eval_economies_large, cfg.eval_agents_large, JUDGE_SEED)}
+    K_seen = np.concatenate([of["K_path"].ravel() for of in judged["small"][1].values()])
+    top = grid.k_max if grid else 4 * max(arrays["network"]["k"].max() for _, arrays in judged.values())
     k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
     K = np.linspace(0.95 * K_seen.min(), 1.05 * K_seen.max(), GridConfig.n_K_fine)
-    keep("limit", judge_limit(solutions, economy, econ, cfg, k, K, JUDGE_SEED))
+    judged["limit"] = judge_limit(solutions, economy, econ, cfg, k, K, JUDGE_SEED)
+    figures = {name: {size: of[name] for size, (of, _) in judged.items()} for name in solutions} | {"comparison": {}}
+    arrays = {size: of for size, (_, of) in judged.items()}
     arrays["irf"] = impulse_responses(solutions, econ, cfg, JUDGE_SEED)
     if not grid:
         return figures, arrays
@@ -2507,11 +2499,11 @@ def verdict(figures: dict, economy: Economy) -> list:
 
 
 def print_verdict(rows: list) -> None:
-    print(f"\n{'figure':<44}{'network':>10}{'grid':>10}{'published':>11}{'tolerance':>11}  verdict")
+    line = "{:<44}{:>10}{:>10}{:>11}{:>11}  {}"
+    print("\n" + line.format(*COLUMNS[:-1], "verdict"))
     for name, *numbers, passed in rows:
-        network, grid, published, tolerance = ["-" if x is None else f"{x:.4g}" for x in numbers]
-        said = {True: "pass", False: "FAIL", None: "-"}[passed]
-        print(f"{name:<44}{network:>10}{grid:>10}{published:>11}{tolerance:>11}  {said}")
+        shown = ["-" if x is None else f"{x:.4g}" for x in numbers]
+        print(line.format(name, *shown, {True: "pass", False: "FAIL", None: "-"}[passed]))
 
 
 def write_results(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
@@ -2585,14 +2577,6 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, ((available + used) * 1024, most))
 
 
-def checkpoint_of(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int, rng) -> dict:
-    """The state and what it belongs to. A run may be resumed to more iterations, or judged at other sizes."""
-    free = ("iterations", "eval_", "irf_")
-    config = {name: value for name, value in dataclasses.asdict(cfg).items() if not name.startswith(free)}
-    of = {"calibration": calibration, "economy": economy_dict(economy), "config": config | {"seed": seed}}
-    return of | state | {"rng": rng.get_state()}
-
-
 def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str = "auto", compile: str = "torchscript",
           cuda_graphs: bool = True, output_dir=None, resume: bool = False, calibration: dict | None = None) -> Solution:
     """Train and return the Solution. economy: an Economy, a Calibration, or None for the default. With output_dir a
@@ -2610,11 +2594,12 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
         torch.backends.cuda.preferred_linalg_library("cusolver")  # a Cholesky factor that can be captured
     rng.manual_seed(seed)
     state, path = initial_state(econ, config, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
+    free = ("iterations", "eval_", "irf_")  # a run may be resumed to more iterations, or judged at other sizes
+    fixed = {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith(free)}
+    of_run = {"calibration": calibration, "economy": economy_dict(economy), "config": fixed | {"seed": seed}}
     if resume:
-        like = checkpoint_of(state, economy, calibration, config, seed, rng)
-        del like["rng"]  # of another size on another kind of device
-        saved = load_checkpoint(path, like, "--resume")
-        if saved["rng"].shape == rng.get_state().shape:
+        saved = load_checkpoint(path, of_run | state, "--resume")
+        if saved["rng"].shape == rng.get_state().shape:  # of another size on another kind of device
             rng.set_state(saved["rng"])
         else:
             print("the checkpoint is of another kind of device: random numbers start anew, so not bit for bit")
@@ -2629,7 +2614,7 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
             if state["iteration"] == 1 and path.exists():  # of an earlier run
                 with disk_errors(output_dir):
                     os.replace(path, path.with_name("checkpoint.previous.pt"))
-            save_checkpoint(path, checkpoint_of(state, economy, calibration, config, seed, rng))
+            save_checkpoint(path, of_run | state | {"rng": rng.get_state()})
         Interrupted.iteration = state["iteration"]
         last = {name: column[-1] for name, column in state["history"].items()}
         shown = {name: f"{last[name]:.4g}" for name in ("mean_K", "value_residual", "policy_residual", "objective")}
@@ -2690,8 +2675,7 @@ def work(settings: Settings) -> int:
         print_verdict(rows)
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy"))
     print(f"\n{spent}; results in {output_dir.resolve()}: open distribution_validation.png first")
-    failed = run.preset != "smoke" and any(row[-1] is False for row in rows)
-    return 1 if run.evaluate and failed else 0
+    return int(run.evaluate and run.preset != "smoke" and any(row[-1] is False for row in rows))
 
 
 def plain(x):
@@ -2711,8 +2695,8 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     dataclass whose fields, made by option(), become flags; config is its default preset. Returns 0 done, 1 an accuracy
     figure fails in --evaluate, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
-    argv = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda argv: work(parse(argv, economy, calibration, config)), argv)
+    return exit_status(lambda argv: work(parse(argv, economy, calibration, config)),
+                       sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
