@@ -1905,7 +1905,7 @@ def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int) -> 
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False,
-         "legend.handlelength": 3.0, "axes.formatter.useoffset": False}
+         "legend.handlelength": 3.0, "legend.columnspacing": 1.0, "axes.formatter.useoffset": False}
 BLUE, SKY = "#0072B2", "#56B4E9"  # Okabe & Ito (2008)
 LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and wide: dashes show on it in grey too
          "grid": dict(color="black", linestyle=(0, (4, 2)), linewidth=1.1)}  # drawn second: dashes on the solid line
@@ -1913,22 +1913,20 @@ LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and 
 
 @contextlib.contextmanager
 def figure(path, height, note=""):
-    """A figure 7 inches wide in the common style, written to path at the end; no display, no pyplot state."""
+    """A figure 7 inches wide in the common style, with every label above all panels, where no data are. Written to path
+    at the end; no display, no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(7, height), layout="constrained")
         yield fig
+        labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        if labels:
+            fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
         if note:
             fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
         fig.savefig(path, dpi=160, format="png", pil_kwargs={"optimize": True})
-
-
-def legend_above(fig, *axes, ncols=3):
-    """The labels of axes above all panels, where no data are."""
-    handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
-    fig.legend(handles=handles, loc="outside upper center", ncols=ncols)
 
 
 def capital_axis(ax, k_min, k_max):
@@ -1969,7 +1967,6 @@ def plot_distribution(path, arrays, title, note):
         density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
         tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)",
                  xlim=(low, poor[-1]), ylim=(0, None))
-        legend_above(fig, density)
 
 
 def plot_history(path, history):
@@ -1990,7 +1987,7 @@ def plot_history(path, history):
 
 def plot_policies(path, solutions, K, k_max, economy):
     """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
-    k = economy.k_min + np.expm1(np.linspace(0, np.log1p(k_max - economy.k_min), 400))
+    k = economy.k_min - 1 + np.geomspace(1, 1 + k_max - economy.k_min, 400)
     last, middle = len(economy.s_names) - 1, len(economy.z_names) // 2
     z_shown, s_shown = sorted({max(middle - 1, 0), middle}), sorted({0, last})
     with figure(path, 1 + 2.7 * len(z_shown), f"Aggregate capital K = {K:.1f}.") as fig:
@@ -2005,14 +2002,13 @@ def plot_policies(path, solutions, K, k_max, economy):
             gap.set_ylabel("difference\n(goods)")
         for ax in axes[-1]:
             capital_axis(ax, economy.k_min, k_max)
-        legend_above(fig, axes[0, 0], axes[1, 0])
 
 
 def plot_bellman_bins(path, arrays, k_min, note):
     """Mean and 95th percentile of |error| at the states that a solution visits, by bins of capital, equally wide in
     ln(1 + k - k_min)."""
-    top = max(1.0, *(of["sample_k"].max() - k_min for of in arrays.values()))
-    edges = k_min + np.expm1(np.linspace(0, np.log1p(top), 23))
+    top = max(k_min + 1, *(of["sample_k"].max() for of in arrays.values()))
+    edges = k_min - 1 + np.geomspace(1, 1 + top - k_min, 23)
     with figure(path, 4.2, note) as fig:
         ax, share = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         for name, of in arrays.items():
@@ -2031,7 +2027,6 @@ def plot_bellman_bins(path, arrays, k_min, note):
         log_axis(ax)
         share.set_ylabel("households\n(%)")
         capital_axis(share, k_min, edges[-1])
-        legend_above(fig, ax, ncols=2)
 
 
 def impulse_response(benchmark, shocked, points=False):
@@ -2049,8 +2044,8 @@ def plot_impulse_responses(path, responses, note):
     units = {"capital": "percent", "output": "percent", "consumption": "percent", "interest_rate": "percentage points",
              "shocks": "mean change of z"}
     with figure(path, 4.6, note) as fig:
-        *axes, legend_axis = fig.subplots(2, 3).flat
-        for ax, (series, unit) in zip(axes, units.items()):
+        for i, (series, unit) in enumerate(units.items()):
+            ax = fig.add_subplot(2, 3, i + 1)
             for name, solution in responses.items():
                 mean, low, high = impulse_response(*solution[series], points=unit != "percent")
                 if series == "shocks":  # an index, not a percentage; and a single path is in one state or the other
@@ -2062,8 +2057,6 @@ def plot_impulse_responses(path, responses, note):
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
             title = "aggregate state" if series == "shocks" else series.replace("_", " ")
             ax.set(title=title, xlabel="periods after the shock", ylabel=unit, xlim=(0, max(len(mean) - 1, 1)))
-        legend_axis.set_axis_off()
-        legend_axis.legend(*axes[0].get_legend_handles_labels(), loc="center")
 
 
 def plot_capital_paths(path, arrays, z_names, note):
@@ -2078,7 +2071,6 @@ def plot_capital_paths(path, arrays, z_names, note):
         plot_lines(ax, gap, range(len(z)), {name: of["K_path"][:400, 0] for name, of in arrays.items()})
         ax.set(ylabel="mean capital K (goods)", xlim=(0, max(len(z) - 1, 1)))
         gap.set(ylabel="difference\n(goods)", xlabel="period")
-        legend_above(fig, ax, gap, ncols=4)
 
 
 def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
@@ -2174,7 +2166,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
 
 def check(cfg: Config, grid: GridConfig, run: Run):
     """Values that are possible one by one and impossible together or here."""
-    if run.output_dir and not run.output_dir.isprintable():
+    if not run.output_dir.isprintable():
         raise UserError(f"--output-dir {run.output_dir!r}: name a directory without control characters")
     if run.evaluate and run.resume:
         raise UserError("--evaluate trains nothing and --resume goes on training; give one of the two")
@@ -2191,7 +2183,7 @@ def check(cfg: Config, grid: GridConfig, run: Run):
 
 
 def departures(cfg, reference) -> List[str]:
-    """Where cfg is not the paper's preset."""
+    """Where cfg is not the reference, which is the preset paper."""
     pairs = [(f.name, getattr(cfg, f.name), getattr(reference, f.name)) for f in dataclasses.fields(cfg)]
     return [f"{name} {ours} (paper {theirs})" for name, ours, theirs in pairs if ours != theirs]
 
@@ -2617,11 +2609,11 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
             save_checkpoint(path, of_run | state | {"rng": rng.get_state()})
         Interrupted.iteration = state["iteration"]
         last = {name: column[-1] for name, column in state["history"].items()}
-        shown = {name: f"{last[name]:.4g}" for name in ("mean_K", "value_residual", "policy_residual", "objective")}
-        bar.set_postfix(shown, refresh=False)
+        shown = ("mean_K", "value_residual", "policy_residual", "objective")
+        words = " ".join(f"{name} {last[name]:.4g}" for name in shown)
+        bar.set_postfix_str(words, refresh=False)
         bar.update()
         if bar.disable:
-            words = " ".join(f"{name} {value}" for name, value in shown.items())
             print(f"iteration {state['iteration']} {words} seconds {last['seconds']:.2f}", flush=True)
 
     with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it") as bar:
