@@ -2041,13 +2041,13 @@ def impulse_response(benchmark, shocked, points=False):
 def plot_impulse_responses(path, responses, note):
     """Responses to a lower state at period 0. responses: name -> series -> (benchmark, shocked), both (paths,
     periods); interest_rate holds the gross return R, shocks the index z."""
-    units = {"capital": "percent", "output": "percent", "consumption": "percent", "interest_rate": "percentage points",
-             "shocks": "mean change of z"}
+    titles = {"capital": "capital (percent)", "output": "output (percent)", "consumption": "consumption (percent)",
+              "interest_rate": "interest rate (percentage points)", "shocks": "aggregate state (mean change of z)"}
     with figure(path, 4.6, note) as fig:
-        for i, (series, unit) in enumerate(units.items()):
+        for i, (series, title) in enumerate(titles.items()):
             ax = fig.add_subplot(2, 3, i + 1)
             for name, solution in responses.items():
-                mean, low, high = impulse_response(*solution[series], points=unit != "percent")
+                mean, low, high = impulse_response(*solution[series], points=series in ("interest_rate", "shocks"))
                 if series == "shocks":  # an index, not a percentage; and a single path is in one state or the other
                     mean = mean / 100
                 elif name == "network":
@@ -2055,8 +2055,7 @@ def plot_impulse_responses(path, responses, note):
                                     label="network, 10-90% of paths")
                 ax.plot(mean, label=f"{name}, mean", **LINES[name])
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-            title = "aggregate state" if series == "shocks" else series.replace("_", " ")
-            ax.set(title=title, xlabel="periods after the shock", ylabel=unit, xlim=(0, max(len(mean) - 1, 1)))
+            ax.set(title=title, xlabel="periods after the shock", xlim=(0, max(len(mean) - 1, 1)))
 
 
 def plot_capital_paths(path, arrays, z_names, note):
@@ -2386,8 +2385,8 @@ def as_economy(economy) -> Economy:
 
 def economy_dict(economy: Economy) -> dict:
     """The tables as files keep them."""
-    tables = {item.name: getattr(economy, item.name) for item in dataclasses.fields(economy)}
-    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables.items()}
+    tables = dataclasses.asdict(economy).items()
+    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables}
 
 
 def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
@@ -2672,13 +2671,8 @@ def work(settings: Settings) -> int:
 
 def plain(x):
     """Nested figures as JSON has them: arrays as lists, what is not finite as null."""
-    if isinstance(x, dict):
-        return {name: plain(value) for name, value in x.items()}
-    if isinstance(x, (np.ndarray, np.generic, Tensor)):
-        x = x.tolist()
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+    text = json.dumps(x, default=lambda array: array.tolist())
+    return json.loads(text, parse_constant=lambda not_finite: None)
 
 
 def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration,
