@@ -2094,152 +2094,132 @@ def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int) -> 
 
 
 # ---------------------------------------------------------------------------------------------- figures
-# arrays in, one PNG out; name -> data, where the network is a solid line and the grid, if there is one, a dashed one
+# name -> data, where the network is a solid line and the grid, if there is one, a dashed one
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False,
-         "legend.handlelength": 3.0, "axes.formatter.useoffset": False}
+         "legend.handlelength": 3.0, "legend.columnspacing": 1.0, "axes.formatter.useoffset": False}
 BLUE, SKY = "#0072B2", "#56B4E9"  # Okabe & Ito (2008)
 LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and wide: dashes show on it in grey too
          "grid": dict(color="black", linestyle=(0, (4, 2)), linewidth=1.1)}  # drawn second: dashes on the solid line
-MARKERS = {"network": {"marker": "o", "markersize": 4.5}, "grid": {"marker": "s", "markersize": 4}}
-GOODS = "(goods)"  # the unit of k, K, Y and c
 
 
 @contextlib.contextmanager
 def figure(path, height, note=""):
-    """A figure 7 inches wide in the common style, written to path at the end; no display, no pyplot state."""
+    """A figure 7 inches wide in the common style, with every label above all panels, where no data are. Written to path
+    at the end; no display, no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(7, height), layout="constrained")
         yield fig
+        labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        if labels:
+            fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
         if note:
             fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
         fig.savefig(path, dpi=160, format="png", pil_kwargs={"optimize": True})
-
-
-def legend_above(fig, *axes, ncols=3):
-    """The labels of axes above all panels, where no data are."""
-    handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
-    fig.legend(handles=handles, loc="outside upper center", ncols=ncols)
 
 
 def capital_axis(ax, k_min, k_max):
     """k on a scale of ln(1 + k - k_min), so that poor households show."""
     ax.set_xscale("function", functions=(lambda k: np.log1p(np.maximum(k - k_min, 0)), lambda x: np.expm1(x) + k_min))
     decades = [k for exponent in range(8) for k in (10**exponent, 3 * 10**exponent)]
-    ax.set_xticks([k for k in (0, *decades) if k_min <= k <= max(k_max, 1)][-9:])
-    ax.set(xlim=(k_min, max(k_max, 1)), xlabel=f"individual capital k {GOODS}")
+    ax.set_xticks([k for k in (0, *decades) if k_min <= k <= k_max][-9:])
+    ax.set(xlim=(k_min, k_max), xlabel="individual capital k (goods)")
 
 
 def log_axis(ax):
     """y on a log scale over whole decades, where anything is positive."""
     if ax.dataLim.y1 > 0:
-        decades = np.floor(np.log10([ax.dataLim.minposy, ax.dataLim.y1])) + (0, 1)
-        ax.set(yscale="log", ylim=10.0**decades)
+        ax.set(yscale="log", ylim=10 ** (np.floor(np.log10([ax.dataLim.minposy, ax.dataLim.y1])) + (0, 1)))
 
 
-def plot_gap(ax, x, of):
-    """Network minus grid, the strip under a panel."""
+def plot_lines(ax, gap, x, of):
+    """Each solution's y over x, and network minus grid in the strip below."""
+    for name, y in of.items():
+        ax.plot(x, y, label=name, **LINES[name])
     if "grid" in of:
-        ax.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
-    ax.axhline(0, **LINES["grid"])
-    ax.set_ylabel(f"difference\n{GOODS}")
+        gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
+    gap.axhline(0, **LINES["grid"])
 
 
-def plot_distribution(path, samples, w1, note=""):
-    """Density and left tail of individual capital; name -> k (n,) and its weights; w1 is the Wasserstein-1 distance, in
-    goods, or None."""
-    top = max(np.quantile(k, 0.9995) for k, _ in samples.values())
-    low = min(min(k.min() for k, _ in samples.values()), 0.0)
-    poor = np.linspace(low, low + (top - low) / 15, 201)
+def plot_distribution(path, arrays, title, note):
+    """Density and left tail of individual capital k (n,)."""
+    k_of = {name: of["k"] for name, of in arrays.items()}
+    low = min(0.0, *(k.min() for k in k_of.values()))
+    top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
+    bins, poor = np.linspace(low, top, 81), np.linspace(low, low + (top - low) / 15, 201)
     with figure(path, 3.6, note) as fig:
         density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
-        bins = np.linspace(low, max(top, low + 1), 81)
-        for name, (k, weight) in samples.items():
-            order, moments = np.argsort(k), inequality(k, weight)
-            label = f"{name}: mean {moments['mean']:.2f}, std {moments['std']:.2f}"
-            density.stairs(np.histogram(k, bins, weights=weight / weight.sum())[0] / np.diff(bins), bins, label=label,
-                           **LINES[name])
-            below = np.append(0, weight[order].cumsum())[np.searchsorted(k[order], poor, side="right")]
-            tail.plot(poor, 100 * below / weight.sum(), **LINES[name])
-        distance = "" if w1 is None else f": W1 distance {w1:.3f} goods"
-        density.set(xlabel=f"individual capital k {GOODS}", ylabel="density (per good)",
-                    title="distribution" + distance, xlim=(bins[0], bins[-1]), ylim=(0, None))
-        tail.set(xlabel=f"k {GOODS}", ylabel="households with capital up to k (%)", title="the poorest",
-                 xlim=(poor[0], poor[-1]), ylim=(0, None))
-        legend_above(fig, density)
+        for name, k in k_of.items():
+            density.stairs(np.histogram(k, bins)[0] / len(k) / np.diff(bins), bins,
+                           label=f"{name}: mean {k.mean():.2f}, std {k.std():.2f}", **LINES[name])
+            tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
+        density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
+        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)",
+                 xlim=(low, poor[-1]), ylim=(0, None))
 
 
-def plot_history(path, history, note=""):
-    """Training over outer iterations. history: name -> (iterations,); missing names leave a panel out."""
-    panels = {"mean_K": f"mean capital K {GOODS}", "objective": "policy objective (u in units of c_ss)",
+def plot_history(path, history):
+    """Training over outer iterations, name -> (iterations,)."""
+    panels = {"mean_K": "mean capital K (goods)", "objective": "policy objective (u in units of c_ss)",
               "policy_residual": "policy residual (rms of ln c~ / c)",
               "value_residual": "value residual (rms, ln consumption equivalent)"}
-    n = max(map(len, history.values()), default=0)
-    seconds = f" ({np.sum(history.get('seconds', 0)):.0f} s in all)"
-    with figure(path, 4.6, note) as fig:
-        for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
-            y = np.asarray(history.get(name, np.full(n, np.nan)), float)
-            ax.plot(1 + np.arange(len(y)), y, color=BLUE, linewidth=1.2, marker="o", markersize=2.5)
-            ax.set(title=title if np.isfinite(y).any() else f"{title}: none", xlim=(0, n + 1))
-            ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    n = len(history["seconds"])
+    with figure(path, 4.6) as fig:
+        for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
+            ax.plot(range(1, n + 1), history[name], color=BLUE, linewidth=1.2, marker="o", markersize=2.5)
+            ax.set(title=title, xlim=(0, n + 1))
             if "residual" in name:
                 log_axis(ax)
-        for ax in fig.axes[2:]:
-            ax.set_xlabel(f"outer iteration{seconds}")
+                ax.set_xlabel(f"outer iteration ({sum(history['seconds']):.0f} s in all)")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def plot_policies(path, next_capital, K, k_max, economy, note=""):
-    """k' - k at aggregate capital K for the first and the last s, in z around the middle; network minus grid below.
-    next_capital: name -> function of (k, s, K, z)."""
-    k = economy.k_min + np.expm1(np.linspace(0, np.log1p(k_max - economy.k_min), 400))
-    S, middle = len(economy.s_names), len(economy.z_names) // 2
-    z_shown, s_shown = sorted({max(middle - 1, 0), middle}), sorted({0, S - 1})
-    with figure(path, 1 + 2.7 * len(z_shown), f"Aggregate capital K = {K:.1f}. {note}") as fig:
+def plot_policies(path, solutions, K, k_max, economy):
+    """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
+    k = economy.k_min - 1 + np.geomspace(1, 1 + k_max - economy.k_min, 400)
+    last, middle = len(economy.s_names) - 1, len(economy.z_names) // 2
+    z_shown, s_shown = sorted({max(middle - 1, 0), middle}), sorted({0, last})
+    with figure(path, 1 + 2.7 * len(z_shown), f"Aggregate capital K = {K:.1f}.") as fig:
         axes = fig.subplots(2 * len(z_shown), len(s_shown), sharex=True, squeeze=False,
                             height_ratios=(3, 1.2) * len(z_shown))
-        for row, z in enumerate(z_shown):
-            for column, s in enumerate(s_shown):
-                change, gap = axes[2 * row : 2 * row + 2, column]
-                saved = {name: np.asarray(f(k, s, K, z)) - k for name, f in next_capital.items()}
-                for name, y in saved.items():
-                    change.plot(k, y, label=name, **LINES[name])
-                plot_gap(gap, k, saved)
-                change.set(title=f"{economy.z_names[z]}, {economy.s_names[s]}", ylabel=f"k' - k {GOODS}")
-                capital_axis(gap, economy.k_min, k_max)
-        for ax in axes[:, 1:].flat:
-            ax.set_ylabel("")
-        for ax in axes[1:-1].flat:
-            ax.set_xlabel("")
-        legend_above(fig, axes[0, 0], axes[1, 0])
+        for row, column in np.ndindex(len(z_shown), len(s_shown)):
+            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], z_shown[row], s_shown[column]
+            plot_lines(ax, gap, k, {name: x.next_capital(k, s, K, z) - k for name, x in solutions.items()})
+            ax.set_title(f"{economy.z_names[z]}, {economy.s_names[s]}")
+        for ax, gap in axes[:, 0].reshape(-1, 2):
+            ax.set_ylabel("k' - k (goods)")
+            gap.set_ylabel("difference\n(goods)")
+        for ax in axes[-1]:
+            capital_axis(ax, economy.k_min, k_max)
 
 
-def plot_bellman_bins(path, errors, k_min, label, note=""):
-    """Mean and 95th percentile of |error| by bins of capital, equally wide in ln(1 + k - k_min); errors: name ->
-    (k, error) at the states that a solution visits, (n,)."""
-    top = max(max(k.max() for k, _ in errors.values()) - k_min, 1.0)
-    edges = k_min + np.expm1(np.linspace(0, np.log1p(top), 23))
+def plot_bellman_bins(path, arrays, k_min, note):
+    """Mean and 95th percentile of |error| at the states that a solution visits, by bins of capital, equally wide in
+    ln(1 + k - k_min)."""
+    top = max(k_min + 1, *(of["sample_k"].max() for of in arrays.values()))
+    edges = k_min - 1 + np.geomspace(1, 1 + top - k_min, 23)
     with figure(path, 4.2, note) as fig:
         ax, share = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        for name, (k, error) in errors.items():
-            style = LINES[name] | MARKERS[name]
-            index = np.clip(np.searchsorted(edges, k, side="right") - 1, 0, len(edges) - 2)
-            count = np.bincount(index, minlength=len(edges) - 1)
-            bins = np.flatnonzero(count >= min(20, count.max()))  # a percentile needs some observations
-            x = [k[index == b].mean() for b in bins]
-            groups = [np.abs(error[index == b]) for b in bins]
-            ax.plot(x, [np.mean(g) for g in groups], label=f"{name}, mean", **style)
-            ax.plot(x, [np.percentile(g, 95) for g in groups], label=f"{name}, 95th percentile",
+        for name, of in arrays.items():
+            k, error = of["sample_k"], np.abs(of["bellman"])
+            bins = np.digitize(k, edges[1:-1])
+            groups = [np.flatnonzero(bins == b) for b in range(len(edges) - 1)]
+            least = min(20, max(map(len, groups)))  # a percentile needs some observations
+            groups = [group for group in groups if len(group) >= least]
+            x = [k[group].mean() for group in groups]
+            style = LINES[name] | {"marker": {"network": "o", "grid": "s"}[name], "markersize": 4}
+            ax.plot(x, [error[group].mean() for group in groups], label=f"{name}, mean", **style)
+            ax.plot(x, [np.percentile(error[group], 95) for group in groups], label=f"{name}, 95th percentile",
                     **style | {"linewidth": style["linewidth"] / 2, "markerfacecolor": "white"})
-        share.bar(edges[:-1], 100 * count / len(k), np.diff(edges), align="edge", color="0.75", ec="white")
-        ax.set_ylabel(label)
+        share.hist(k, edges, weights=np.full(len(k), 100 / len(k)), color="0.75", ec="white")
+        ax.set_ylabel("|Bellman error|, policy's own c (utils)")
         log_axis(ax)
         share.set_ylabel("households\n(%)")
         capital_axis(share, k_min, edges[-1])
-        legend_above(fig, ax, ncols=2)
 
 
 def impulse_response(benchmark, shocked, points=False):
@@ -2251,49 +2231,58 @@ def impulse_response(benchmark, shocked, points=False):
     return change(benchmark.mean(0), shocked.mean(0)), low, high
 
 
-def plot_impulse_responses(path, responses, note=""):
+def plot_impulse_responses(path, responses, note):
     """Responses to a lower state at period 0. responses: name -> series -> (benchmark, shocked), both (paths,
     periods); interest_rate holds the gross return R, shocks the index z."""
-    titles = {"capital": "capital", "output": "output", "consumption": "consumption", "interest_rate": "interest rate",
-              "shocks": "aggregate state"}
+    titles = {"capital": "capital (percent)", "output": "output (percent)", "consumption": "consumption (percent)",
+              "interest_rate": "interest rate (percentage points)", "shocks": "aggregate state (mean change of z)"}
     with figure(path, 4.6, note) as fig:
-        *axes, legend_axis = fig.subplots(2, 3, sharex=True).flat
-        for ax, (series, title) in zip(axes, titles.items(), strict=True):
-            points = series in ("interest_rate", "shocks")
+        for i, (series, title) in enumerate(titles.items()):
+            ax = fig.add_subplot(2, 3, i + 1)
             for name, solution in responses.items():
-                pair = [x / 100 if series == "shocks" else x for x in solution[series]]  # an index, not a percentage
-                mean, low, high = impulse_response(*pair, points)
-                t = np.arange(len(mean))
-                if name == "network" and series != "shocks":  # a single path is in one state or the other
-                    ax.fill_between(t, low, high, color=SKY, alpha=0.25, linewidth=0, label="network, 10-90% of paths")
-                ax.plot(t, mean, label=f"{name}, mean", **LINES[name])
+                mean, low, high = impulse_response(*solution[series], points=series in ("interest_rate", "shocks"))
+                if series == "shocks":  # an index, not a percentage; and a single path is in one state or the other
+                    mean = mean / 100
+                elif name == "network":
+                    ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
+                                    label="network, 10-90% of paths")
+                ax.plot(mean, label=f"{name}, mean", **LINES[name])
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-            unit = {"interest_rate": "percentage points", "shocks": "mean change of z"}.get(series, "percent")
-            ax.set(title=title, ylabel=unit, xlim=(0, max(t[-1], 1)))
-        legend_axis.set_axis_off()
-        legend_axis.legend(*fig.axes[0].get_legend_handles_labels(), loc="center")
-        for ax in axes[2:]:
-            ax.set_xlabel("periods after the shock")
-            ax.tick_params(labelbottom=True)
+            ax.set(title=title, xlabel="periods after the shock", xlim=(0, max(len(mean) - 1, 1)))
 
 
-def plot_capital_paths(path, K_of, z, z_names, note=""):
-    """Mean capital K (T,) by name on one path of z (T,), and network minus grid; the lower states are shaded."""
+def plot_capital_paths(path, arrays, z_names, note):
+    """Mean capital K on the first periods of one path of z; the lower states are shaded."""
+    z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
+    edges, lower = np.arange(len(z) + 1) - 0.5, z_names[0] if low == 1 else f"below {z_names[low]}"
     with figure(path, 4.0, note) as fig:
         ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        low = len(z_names) // 2
-        label = " or ".join(z_names[:low]) if low == 1 else f"below {z_names[low]}"
-        change = np.flatnonzero(np.diff(np.r_[False, np.asarray(z) < low, False]))
-        for start, end in change.reshape(-1, 2):
-            for panel in (ax, gap):
-                panel.axvspan(start - 0.5, end - 0.5, color="0.9", linewidth=0, zorder=0.5,
-                              label=label if panel is ax and start == change[0] else None)
-        for name, K in K_of.items():
-            ax.plot(K, label=name, **LINES[name])
-        plot_gap(gap, np.arange(len(K)), K_of)
-        ax.set(ylabel=f"mean capital K {GOODS}", xlim=(0, max(len(K) - 1, 1)))
-        gap.set_xlabel("period")
-        legend_above(fig, ax, gap, ncols=4)
+        for panel, label in ((ax, lower if (z < low).any() else None), (gap, None)):
+            panel.fill_between(edges, np.append(z < low, 0), step="post", color="0.9", linewidth=0, zorder=0.5,
+                               transform=panel.get_xaxis_transform(), label=label)
+        plot_lines(ax, gap, range(len(z)), {name: of["K_path"][:400, 0] for name, of in arrays.items()})
+        ax.set(ylabel="mean capital K (goods)", xlim=(0, max(len(z) - 1, 1)))
+        gap.set(ylabel="difference\n(goods)", xlabel="period")
+
+
+def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
+                 cfg: Config) -> None:
+    """Every picture of the output directory."""
+    (folder / "figures").mkdir()
+    draw, economy, of = folder / "figures", network.economy, figures["network"]
+    small, large = [f"N = {x['n_agents']}, {x['n_economies']} economies, {x['periods']} periods"
+                    for x in (of["small"], of["large"])]
+    title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
+    plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
+    plot_history(draw / "training_history.png", network.weights["history"])
+    K, k = of["limit"]["capital"]["mean"], arrays["large"]["network"]["k"]
+    solutions = {"network": network} | ({"grid": grid} if grid else {})
+    top = max(np.quantile(k, 0.9999), economy.k_min + 1)
+    plot_policies(draw / "policy_functions.png", solutions, K, top, economy)
+    plot_bellman_bins(draw / "bellman_errors.png", arrays["large"], economy.k_min, large)
+    paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
+    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], paths)
+    plot_capital_paths(draw / "capital_path.png", arrays["large"], economy.z_names, large)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -2321,78 +2310,62 @@ def flag(name: str) -> str:
 PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 
-def add_flag(section, item, prefix: str, presets: dict):
-    """One dataclass field as a flag. Its default stays out of argparse: the preset decides it."""
-    of_presets = {name: getattr(preset, item.name, item.default) for name, preset in presets.items()}
-    values = {"default": item.default} | ({} if prefix else of_presets)
-    shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
-    extra = {"help": f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")}
-    if isinstance(item.default, bool):
-        extra["action"] = argparse.BooleanOptionalAction
-    else:
-        extra |= {"type": type(item.default), "choices": item.metadata["choices"]}
-        extra["metavar"] = None if extra["choices"] else type(item.default).__name__.upper()
-    section.add_argument(flag(prefix + item.name), **extra)
-
-
 def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config = PRESETS["default"]) -> Settings:
     """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags;
-    config: its default preset."""
-    presets = PRESETS | {"default": config}
+    config: its default preset. Raises UserError."""
+    presets, fixed = PRESETS | {"default": config}, isinstance(economy, Economy)
     parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+                    argument_default=argparse.SUPPRESS)  # the preset decides the defaults
     parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
-    kinds = [Run, *([] if isinstance(economy, Economy) else [calibration]), Config, GridConfig]
-    for kind in kinds:
+    for kind in (Run, Config, GridConfig) if fixed else (Run, calibration, Config, GridConfig):
         section = parser.add_argument_group(kind.__name__, kind.__doc__)
         for item in dataclasses.fields(kind):
-            add_flag(section, item, PREFIX.get(kind, ""), presets)
+            of = presets if kind is Config else {"default": kind()}
+            values = {name: getattr(preset, item.name) for name, preset in of.items()}
+            shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
+            extra = {"help": f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")}
+            if isinstance(item.default, bool):
+                extra["action"] = argparse.BooleanOptionalAction
+            else:
+                choices, form = item.metadata["choices"], type(item.default)
+                extra |= {"type": form, "choices": choices, "metavar": None if choices else form.__name__.upper()}
+            section.add_argument(flag(PREFIX.get(kind, "") + item.name), **extra)
     given = vars(parser.parse_args(argv))
 
     def filled(base):
+        """base with the flags given. NaN and infinity lie in no interval that has an open end there."""
         prefix = PREFIX.get(type(base), "")
-        changed = {f.name: given[prefix + f.name] for f in dataclasses.fields(base) if prefix + f.name in given}
-        base = dataclasses.replace(base, **changed)
-        refuse_outside(base, prefix)
+        for item in dataclasses.fields(base):
+            value = given.get(prefix + item.name, getattr(base, item.name))
+            base, within = dataclasses.replace(base, **{item.name: value}), item.metadata["within"]
+            low, high = map(float, within[1:-1].split(","))
+            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
+            if isinstance(value, (int, float)) and not (at_end or low < value < high):
+                raise UserError(f"{flag(prefix + item.name)} {value}: give a value in {within}")
         return base
 
     run = filled(Run())
-    name = "" if economy is krusell_smith else Path(Interrupted.script).stem
-    usual = "/".join(["runs", *filter(None, (name, run.preset * (run.preset != "default")))])
-    usual = "." if usual == "runs" else usual
-    run = dataclasses.replace(run, output_dir=run.output_dir or usual)
-    check_run(run)
-    cal, cfg = None if isinstance(economy, Economy) else filled(calibration()), filled(presets[run.preset])
+    cal, cfg = None if fixed else filled(calibration()), filled(presets[run.preset])
     small = run.preset == "smoke" and run.grid == "converged"
     grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
-    check(cfg, grid)
-    economy = economy if cal is None else economy(cal)
+    check(cfg, grid, run)
+    parts = [Path(Interrupted.script).stem] * (economy is not krusell_smith) + [run.preset] * (run.preset != "default")
+    usual = "/".join(["runs", *parts]) if parts else "."
     decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
-    return Settings(dataclasses.replace(economy, **decided), {} if cal is None else dataclasses.asdict(cal), cfg,
-                    None if run.grid == "none" else grid, run)
+    economy = dataclasses.replace(economy if fixed else economy(cal), **decided)
+    return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg,
+                    None if run.grid == "none" else grid,
+                    dataclasses.replace(run, output_dir=run.output_dir or usual))
 
 
-def refuse_outside(settings, prefix: str = ""):
-    """NaN and infinity lie in no interval that has an open end there."""
-    for item in dataclasses.fields(settings):
-        value, within = getattr(settings, item.name), item.metadata["within"]
-        low, high = map(float, within[1:-1].split(","))
-        at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
-        if isinstance(value, (int, float)) and not (at_end or low < value < high):
-            raise UserError(f"{flag(prefix + item.name)} {value}: give a value in {within}")
-
-
-def check_run(run):
+def check(cfg: Config, grid: GridConfig, run: Run):
+    """Values that are possible one by one and impossible together or here."""
     if not run.output_dir.isprintable():
         raise UserError(f"--output-dir {run.output_dir!r}: name a directory without control characters")
     if run.evaluate and run.resume:
         raise UserError("--evaluate trains nothing and --resume goes on training; give one of the two")
     if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
-
-
-def check(cfg: Config, grid: GridConfig):
-    """Values that are possible one by one and impossible together."""
     if cfg.eval_drop > cfg.eval_periods - 3:
         raise UserError(f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
     if cfg.periods < cfg.horizon + 1:
@@ -2403,9 +2376,10 @@ def check(cfg: Config, grid: GridConfig):
                         "lower it")
 
 
-def departures(cfg, reference, name: str = "paper") -> List[str]:
+def departures(cfg, reference) -> List[str]:
+    """Where cfg is not the reference, which is the preset paper."""
     pairs = [(f.name, getattr(cfg, f.name), getattr(reference, f.name)) for f in dataclasses.fields(cfg)]
-    return [f"{field_name} {ours} ({name} {theirs})" for field_name, ours, theirs in pairs if ours != theirs]
+    return [f"{name} {ours} (paper {theirs})" for name, ours, theirs in pairs if ours != theirs]
 
 
 # ---------------------------------------------------------------------------------------------- run folder
@@ -2423,43 +2397,21 @@ def disk_errors(output_dir):
                         "see to space and permissions there, or name another directory") from error
 
 
-def check_writable(directory: Path):
-    """Refuse, before any work, a directory that cannot be made or written; leave no trace in it."""
-    with disk_errors(directory):
-        nearest = next(p for p in (directory, *directory.parents) if p.exists())
-        tempfile.TemporaryFile(dir=nearest).close()  # root passes os.access() on a read-only disk
-
-
-def tidy(output_dir: Path):
-    """What a killed run left: results that were being published are published, half-written files go."""
+def prepare(output_dir: Path):
+    """Before any work: refuse a directory that cannot be made or written, and leave no trace in it. What a killed run
+    left goes, but for results that were being published: these are published."""
     with disk_errors(output_dir):
+        nearest = next(p for p in (output_dir, *output_dir.parents) if p.exists())
+        tempfile.TemporaryFile(dir=nearest).close()  # root passes os.access() on a read-only disk
         if (output_dir / PUBLISHING).exists():
             finish_publishing(output_dir)
         for left in output_dir.glob(".deepham-*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def write_atomically(path: Path, data):
-    """path holds its old bytes or the new ones, never a part."""
-    partial = path.with_name(f".deepham-{path.name}")
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-
 def seal(data) -> bytes:
-    """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum.
-
-    torch.load checks none: from a damaged directory entry it returned uninitialised memory.
-    """
+    """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
+    checks none: from a damaged directory entry it returned uninitialised memory."""
     return (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
 
 
@@ -2471,7 +2423,19 @@ def packed(state: dict) -> bytes:
 
 
 def save_checkpoint(path: Path, state: dict):
-    write_atomically(path, packed({"format": FORMAT} | state))
+    """path holds its old bytes or the new ones, never a part."""
+    data, partial = packed({"format": FORMAT} | state), path.with_name(f".deepham-{path.name}")
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
     if Interrupted.pending:
         raise Interrupted(Interrupted.pending)
 
@@ -2489,16 +2453,16 @@ def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
     except Exception:  # sealed by someone, but of another make: code in it, say
         state = None
     if not isinstance(state, dict) or type(state.get("format")) is not int:
-        raise UserError(f"{asked}: {path} is damaged or no file of this script; "
-                        f"move it away and run without {asked}")
-    if state["format"] != FORMAT:
+        told = f"is damaged or no file of this script; move it away and run without {asked}"
+    elif state["format"] != FORMAT:
         age = "a newer" if state["format"] > FORMAT else "an older"
-        raise UserError(f"{asked}: {path} has format {state['format']}, of {age} deepham_ks.py; "
-                        f"use that one (this one reads {FORMAT}), or move the file away, run without {asked}")
-    if told := difference(state, like):
-        raise UserError(f"{asked}: {path} is of another run: {told}; "
-                        "give the flags of the run that wrote it, or another --output-dir")
-    return state
+        told = (f"has format {state['format']}, of {age} deepham_ks.py; use that one (this one reads {FORMAT}), "
+                f"or move the file away, run without {asked}")
+    elif differs := difference(state, like):
+        told = f"is of another run: {differs}; give the flags of the run that wrote it, or another --output-dir"
+    else:
+        return state
+    raise UserError(f"{asked}: {path} {told}")
 
 
 def difference(found, like, name: str = "") -> str:
@@ -2524,36 +2488,29 @@ def staged(output_dir: Path):
     """A hidden folder for the results; they replace the earlier ones together when all are written."""
     with disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".deepham-", dir=output_dir))
-        try:
-            (staging / "new").mkdir()
-            yield staging / "new"
+        with tempfile.TemporaryDirectory(prefix=".deepham-", dir=output_dir, ignore_cleanup_errors=True) as staging:
+            new = Path(staging, "new")
+            new.mkdir()
+            yield new
             os.replace(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
             finish_publishing(output_dir)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def finish_publishing(output_dir: Path):
-    """Move the files of PUBLISHING/new in, earlier ones aside; where a move fails, all go back.
-
-    File by file, so that what else a user keeps in figures/ or irf/ stays.
-    """
+    """Move the files of PUBLISHING/new in, earlier ones aside; where a move fails, all go back. File by file, so that
+    what else a user keeps in figures/ or irf/ stays."""
     new, old = output_dir / PUBLISHING / "new", output_dir / PUBLISHING / "old"
     names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    moves = [move for name in names for move in ((output_dir / name, old / name), (new / name, output_dir / name))]
     try:
-        for name in names:
-            (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            (old / name).parent.mkdir(parents=True, exist_ok=True)
-            if (output_dir / name).is_file():
-                os.replace(output_dir / name, old / name)
-            os.replace(new / name, output_dir / name)
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_file():
+                os.replace(source, target)
     except BaseException:
-        for name in names:  # which moves were made is read off the disk
-            if not (new / name).exists():
-                os.replace(output_dir / name, new / name)
-            if (old / name).exists():
-                os.replace(old / name, output_dir / name)
+        for source, target in reversed(moves):  # which were made is read off the disk
+            if target.exists() and not source.exists():
+                os.replace(target, source)
         raise
     shutil.rmtree(output_dir / PUBLISHING)
 
@@ -2569,11 +2526,6 @@ class Interrupted(BaseException):
     pending = 0  # the signal, if one came: Python drops what is raised inside a destructor or a callback
 
 
-def interrupt(signum, frame):
-    Interrupted.pending = signum
-    raise Interrupted(signum)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED",
              "Storage size calculation overflowed", "array is too big")
@@ -2582,12 +2534,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def exit_status(work, argv: list) -> int:
     """work(argv), where a user's error, a signal or too little memory ends in one line on stderr."""
+    def interrupt(signum, frame):
+        Interrupted.pending = signum
+        raise Interrupted(signum)
+
     before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
     Interrupted.iteration = Interrupted.pending = 0
+    status = 2
     try:
         return work(argv)
     except UserError as error:
-        line, status = f"error: {error}", 2
+        line = f"error: {error}"
     except Interrupted as stop:
         again = shlex.join(["--resume", *(a for a in argv if a != "--resume")])
         saved = stop.iteration or "--resume" in argv
@@ -2595,12 +2552,12 @@ def exit_status(work, argv: list) -> int:
         line = f"stopped by {signal.Signals(stop.args[0]).name} after iteration {stop.iteration}; {cure}"
         status = 128 + stop.args[0]
     except OSError as error:  # standard output is a closed pipe or on a full disk
-        line, status = f"error: {error}; results and checkpoint are as they were", 2
+        line = f"error: {error}; results and checkpoint are as they were"
     except (MemoryError, RuntimeError, ValueError) as error:
         if not is_out_of_memory(error):
             raise
-        line, status = "error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the " \
-                       "training --eval-agents-large, --eval-economies-large, --irf-agents or --irf-paths", 2
+        line = ("error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the training "
+                "--eval-agents-large, --eval-economies-large, --irf-agents or --irf-paths")
     finally:
         Interrupted.pending = 0
         for signum, handler in before.items():
@@ -2610,7 +2567,6 @@ def exit_status(work, argv: list) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- results
-
 
 JUDGE_SEED = 20_000  # shocks on which every run is judged: far from the seeds of training, the same for all
 WEIGHTS, CHECKPOINT = "NN_weights_biases.pth", "checkpoint.pt"
@@ -2624,8 +2580,8 @@ def as_economy(economy) -> Economy:
 
 def economy_dict(economy: Economy) -> dict:
     """The tables as files keep them."""
-    tables = {item.name: getattr(economy, item.name) for item in dataclasses.fields(economy)}
-    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables.items()}
+    tables = dataclasses.asdict(economy).items()
+    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables}
 
 
 def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
@@ -2637,69 +2593,53 @@ def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, 
             "history": {name: list(column) for name, column in state["history"].items()}}
 
 
-def read_weights(path: Path, settings: Settings | None = None) -> dict:
-    """The weights file, refused with a UserError if it is damaged or, where settings are given, of another economy or
-    width."""
-    like = {"config": {}, "calibration": {}, "economy": {}, "policy": {}, "value": {}, "seed": 0, "K_mean": 0.0,
-            "history": {}}
+def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None = None) -> Solution:
+    """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays.
+    Raises UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
+    like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
+    like |= {"seed": 0, "K_mean": 0.0}
     if settings:
         shapes = layer_shapes(n_inputs(settings.economy.tables()), settings.config.hidden)
         layers = {name: torch.zeros(shape) for name, shape in zip(LAYERS, shapes)}
         like |= {"config": {"hidden": settings.config.hidden}, "calibration": settings.calibration,
                  "economy": economy_dict(settings.economy), "policy": layers, "value": layers}
-    return load_checkpoint(path, like, "--evaluate")
-
-
-def load(path=WEIGHTS) -> Solution:
-    """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays.
-    Raises UserError when the file is missing or damaged."""
-    return Solution(read_weights(Path(path)))
+    weights = load_checkpoint(Path(path), like, "--evaluate")
+    return Solution(weights, choose_device(device), compile)
 
 
 def compare(network: Solution, grid: GridSolution | None, cfg: Config) -> Tuple[dict, dict]:
-    """Every accuracy figure of both on the same shocks, and the arrays behind the figures. Sizes: small, large, and
-    the limit of infinitely many households."""
+    """Every accuracy figure of both on the same shocks, by solution and size: small, large, and the limit of infinitely
+    many households; under comparison the distances between both. The arrays behind the pictures, by size and
+    solution."""
     econ, economy = network.econ, network.economy
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {}
-
-    def keep(size, judged):
-        for name in solutions:
-            figures[name][size], arrays[name, size] = judged[0][name], judged[1][name]
-
-    for size, B, N in (("small", cfg.eval_economies, cfg.eval_agents),
-                       ("large", cfg.eval_economies_large, cfg.eval_agents_large)):
-        keep(size, judge_panel(solutions, econ, cfg, B, N, JUDGE_SEED))
-    K_seen = np.concatenate([arrays[name, "small"]["K_path"].ravel() for name in solutions])
-    top = grid.k_max if grid else 4 * max(arrays["network", size]["k"].max() for size in ("small", "large"))
+    judged = {"small": judge_panel(solutions, econ, cfg, cfg.eval_economies, cfg.eval_agents, JUDGE_SEED),
+              "large": judge_panel(solutions, econ, cfg, cfg.eval_economies_large, cfg.eval_agents_large, JUDGE_SEED)}
+    K_seen = np.concatenate([of["K_path"].ravel() for of in judged["small"][1].values()])
+    top = grid.k_max if grid else 4 * max(arrays["network"]["k"].max() for _, arrays in judged.values())
     k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
     K = np.linspace(0.95 * K_seen.min(), 1.05 * K_seen.max(), GridConfig.n_K_fine)
-    keep("limit", judge_limit(solutions, economy, econ, cfg, k, K, JUDGE_SEED))
-    responses = impulse_responses(solutions, econ, cfg, JUDGE_SEED)
-    for name in solutions:
-        arrays[name, "irf"] = responses[name]
-    if grid:
-        figures["comparison"] = comparison(network, grid, arrays, figures, cfg)
-        figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
-                            "notes": list(grid.notes)}
-    return figures, arrays
-
-
-def comparison(network: Solution, grid: GridSolution, arrays: dict, figures: dict, cfg: Config) -> dict:
-    """Distances between network and grid."""
-    out = {}
-    for size in ("small", "large", "limit"):
-        k, weight = [[arrays[name, size][x] for name in ("network", "grid")] for x in ("k", "weight")]
-        std = [figures[name][size]["capital"]["std"] for name in ("network", "grid")]
-        out[size] = {"n_agents": figures["grid"][size]["n_agents"], "std_ratio": std[0] / std[1],
-                     "w1": scipy.stats.wasserstein_distance(*k, *weight)}
-    gaps = {}
+    judged["limit"] = judge_limit(solutions, economy, econ, cfg, k, K, JUDGE_SEED)
+    figures = {name: {size: of[name] for size, (of, _) in judged.items()} for name in solutions} | {"comparison": {}}
+    arrays = {size: of for size, (_, of) in judged.items()}
+    arrays["irf"] = impulse_responses(solutions, econ, cfg, JUDGE_SEED)
+    if not grid:
+        return figures, arrays
+    both, gaps = figures["comparison"], {}
+    for size, of in figures["grid"].items():
+        (k, weight), (k_grid, weight_grid) = [(x["k"], x["weight"]) for x in arrays[size].values()]
+        both[size] = {"n_agents": of["n_agents"],
+                      "std_ratio": figures["network"][size]["capital"]["std"] / of["capital"]["std"],
+                      "w1": scipy.stats.wasserstein_distance(k, k_grid, weight, weight_grid)}
     for series in SERIES[:4]:
-        points = series == "interest_rate"
-        net, reference = [impulse_response(*arrays[name, "irf"][series], points)[0] for name in ("network", "grid")]
-        gaps[series] = np.abs(net - reference).max()
-    return out | {"policy_distance": policy_distance(network, grid, network.economy, arrays),
-                  "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
+        ours, theirs = [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
+        gaps[series] = np.abs(ours - theirs).max()
+    at = {("grid", "limit"): arrays["limit"]["grid"]}
+    both |= {"policy_distance": policy_distance(network, grid, economy, at),
+             "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
+    figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
+                        "notes": list(grid.notes)}
+    return figures, arrays
 
 
 COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
@@ -2709,52 +2649,47 @@ def verdict(figures: dict, economy: Economy) -> list:
     """Rows of COLUMNS. In the default economy tolerances are absolute, and published stands for Maliar, Maliar & Valli
     (2010) as their stored policy does on this protocol (Bellman errors: Han, Yang & E 2021, first moment). In any other
     a figure is measured by the grid's of the same economy. Without a grid nothing passes or fails."""
-    net, grid, both = figures["network"], figures.get("grid"), figures["comparison"]
+    net, both, judged = figures["network"], figures["comparison"], "grid" in figures
+    grid = figures["grid"] if judged else net  # its numbers are then left out
     default = not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
-    rows, labels = [], {size: f"N={net[size]['n_agents'] or 'inf'}" for size in ("small", "large", "limit")}
+    rows, N = [], {size: f"N={net[size]['n_agents'] or 'inf'}" for size in ("small", "large", "limit")}
 
     def row(name, network, of_grid, published, absolute, relative=None, size=abs):
-        tolerance = absolute if default else relative
-        passed = None if tolerance is None or not grid else bool(size(network) <= tolerance)
-        rows.append((name, network, of_grid, published if default else None, tolerance if grid else None, passed))
+        tolerance = (absolute if default else relative) if judged else None
+        passed = None if tolerance is None else bool(size(network) <= tolerance)
+        rows.append((name, network, of_grid if judged else None, published if default else None, tolerance, passed))
 
-    if grid:
+    if judged:
         K = grid["limit"]["capital"]["mean"]
-        for size in ("small", "large", "limit"):
-            row(f"W1 of capital, {labels[size]}", both[size]["w1"], 0.0, 0.16, 0.15, 0.004 * K)
-            std = both[size]["std_ratio"] - 1
-            row(f"std of capital over the grid's - 1, {labels[size]}", std, 0.0, -0.005, 0.01, 0.01)
-        distance = both["policy_distance"]
-        row("|k' - k' grid|, mean", distance["mean"], 0.0, 0.006, 0.005, 0.00015 * K)
-        row("|k' - k' grid|, max", distance["max"], 0.0, 0.017, 0.03)
+        for size in N:
+            row(f"W1 of capital, {N[size]}", both[size]["w1"], 0.0, 0.16, 0.15, 0.004 * K)
+            row(f"std of capital over the grid's - 1, {N[size]}", both[size]["std_ratio"] - 1, 0.0, -0.005, 0.01, 0.01)
+        row("|k' - k' grid|, mean", both["policy_distance"]["mean"], 0.0, 0.006, 0.005, 0.00015 * K)
+        row("|k' - k' grid|, max", both["policy_distance"]["max"], 0.0, 0.017, 0.03)
     for size in ("large", "limit"):
         for name, published, absolute, slack in (("mean", -3.96, -4.0, 0.1), ("p99", -3.47, -3.4, 0.15),
                                                  ("max", -3.24, -2.0, None)):
-            of_grid = grid[size]["euler_log10"][name] if grid else None
-            relative = of_grid + slack if grid and slack and size == "large" else None
-            row(f"Euler error, log10 {name}, {labels[size]}", net[size]["euler_log10"][name], of_grid,
-                published if size == "large" else None, absolute, relative, float)
-    for size, absolute in (("small", 0.004), ("large", 0.001), ("limit", 0.001)):
-        for kind, name in (("bellman_own_c", "own c"), ("bellman_best_c", "best c")):
-            of_grid = grid[size][kind]["mean"] if grid else None
-            row(f"Bellman error, {name}, mean, {labels[size]}", net[size][kind]["mean"], of_grid,
-                0.0184 if size == "small" else None, absolute)
+            ours, of_grid = [x[size]["euler_log10"][name] for x in (net, grid)]
+            row(f"Euler error, log10 {name}, {N[size]}", ours, of_grid, published if size == "large" else None,
+                absolute, of_grid + slack if slack and size == "large" else None, float)
+    for size, published, absolute in (("small", 0.0184, 0.004), ("large", None, 0.001), ("limit", None, 0.001)):
+        for c in ("own", "best"):
+            ours, of_grid = [x[size][f"bellman_{c}_c"]["mean"] for x in (net, grid)]
+            row(f"Bellman error, {c} c, mean, {N[size]}", ours, of_grid, published, absolute)
     if not default:
-        ours, of_grid = [x and x["large"]["bellman_in_consumption"]["mean"] for x in (net, grid)]
-        row(f"Bellman error over u'(c) c, mean, {labels['large']}", ours, of_grid, None, None,
-            1.5 * of_grid + 1e-5 if grid else None)
-    if grid:
-        for series in ("output", "capital"):
-            row(f"response of {series}, gap (p.p.)", both["impulse_response_gap"][series], 0.0, None, 0.02, 0.02)
+        ours, of_grid = [x["large"]["bellman_in_consumption"]["mean"] for x in (net, grid)]
+        row(f"Bellman error over u'(c) c, mean, {N['large']}", ours, of_grid, None, None, 1.5 * of_grid + 1e-5)
+    for series in ("output", "capital") if judged else ():
+        row(f"response of {series}, gap (p.p.)", both["impulse_response_gap"][series], 0.0, None, 0.02, 0.02)
     return rows
 
 
 def print_verdict(rows: list) -> None:
-    print(f"\n{'figure':<44}{'network':>10}{'grid':>10}{'published':>11}{'tolerance':>11}  verdict")
+    line = "{:<44}{:>10}{:>10}{:>11}{:>11}  {}"
+    print("\n" + line.format(*COLUMNS[:-1], "verdict"))
     for name, *numbers, passed in rows:
-        network, grid, published, tolerance = ["-" if x is None else f"{x:.4g}" for x in numbers]
-        said = {True: "pass", False: "FAIL", None: "-"}[passed]
-        print(f"{name:<44}{network:>10}{grid:>10}{published:>11}{tolerance:>11}  {said}")
+        shown = ["-" if x is None else f"{x:.4g}" for x in numbers]
+        print(line.format(name, *shown, {True: "pass", False: "FAIL", None: "-"}[passed]))
 
 
 def write_results(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
@@ -2765,48 +2700,21 @@ def write_results(folder: Path, network: Solution, grid: GridSolution | None, fi
     header = [f"ergodic distribution of individual capital k (goods), policy network, N = {small['n_agents']}, "
               f"{small['n_economies']} economies, {small['periods']} periods, every {cfg.eval_every}th pooled, "
               f"seed {network.weights['seed']}"]
-    for size in ("small", "large"):
+    for of in (small, figures["network"]["large"]):
         for kind in ("bellman_own_c", "bellman_best_c"):
-            x = figures["network"][size][kind]
-            header.append(f"{kind} (utils), N = {figures['network'][size]['n_agents']}: mean {x['mean']:.6f} "
-                          f"rmse {x['rmse']:.6f} max {x['max']:.6f}")
-    k = arrays["network", "small"]["k"]
+            header.append(f"{kind} (utils), N = {of['n_agents']}: mean {of[kind]['mean']:.6f} "
+                          f"rmse {of[kind]['rmse']:.6f} max {of[kind]['max']:.6f}")
+    k = arrays["small"]["network"]["k"]
     np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header="\n".join(header))
     history = network.weights["history"]
     np.savetxt(folder / "training.csv", np.array(list(history.values())).T, delimiter=",", fmt="%.6g",
                header=",".join(history), comments="")
     (folder / "irf").mkdir()
-    for series, pair in arrays["network", "irf"].items():
+    for series, pair in arrays["irf"]["network"].items():
         for kind, paths in zip(("benchmark", "shocked"), pair):
-            form = "%d" if series == "shocks" else "%.6f"
-            np.savetxt(folder / "irf" / f"agg_{series}_{kind}.csv", paths, delimiter=",", fmt=form)
+            np.savetxt(folder / "irf" / f"agg_{series}_{kind}.csv", paths, delimiter=",",
+                       fmt="%d" if series == "shocks" else "%.6f")
     draw_figures(folder, network, grid, figures, arrays, cfg)
-
-
-def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
-                 cfg: Config) -> None:
-    (folder / "figures").mkdir()
-    draw, economy = folder / "figures", network.economy
-    solutions = {"network": network} | ({"grid": grid} if grid else {})
-    K = figures["network"]["limit"]["capital"]["mean"]
-    small, large = (f"N = {figures['network'][size]['n_agents']}, {figures['network'][size]['n_economies']} economies, "
-                    f"{figures['network'][size]['periods']} periods" for size in ("small", "large"))
-
-    def of(size, *names):
-        return {name: tuple(arrays[name, size][x] for x in names) for name in solutions}
-
-    w1 = figures["comparison"]["small"]["w1"] if grid else None
-    plot_distribution(folder / "distribution_validation.png", of("small", "k", "weight"), w1, small)
-    plot_history(draw / "training_history.png", network.weights["history"])
-    top = np.quantile(arrays["network", "large"]["k"], 0.9999)
-    next_capital = {name: solution.next_capital for name, solution in solutions.items()}
-    plot_policies(draw / "policy_functions.png", next_capital, K, top, economy)
-    plot_bellman_bins(draw / "bellman_errors.png", of("large", "sample_k", "bellman"), economy.k_min,
-                      "|Bellman error|, policy's own c (utils)", large)
-    plot_impulse_responses(draw / "impulse_responses.png", {name: arrays[name, "irf"] for name in solutions},
-                           f"{cfg.irf_paths} paths, N = {cfg.irf_agents}")
-    plot_capital_paths(draw / "capital_path.png", {name: x[0][:400, 0] for name, x in of("large", "K_path").items()},
-                       arrays["network", "large"]["z_path"][:400, 0], economy.z_names, large)
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -2846,22 +2754,13 @@ def peak_memory_gb(device: str) -> dict:
 def limit_memory() -> None:
     """On Linux: what is available now is the most this process may take, so that too large a size fails with an error
     to report, where the kernel would kill the run without a word."""
-    with contextlib.suppress(OSError, ValueError, ImportError, StopIteration):
+    with contextlib.suppress(OSError, ValueError, ImportError, IndexError):
         import resource
 
-        with open("/proc/meminfo") as meminfo:
-            available = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
+        available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, ((available + used) * 1024, most))
-
-
-def checkpoint_of(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int, rng) -> dict:
-    """The state and what it belongs to. A run may be resumed to more iterations, or judged at other sizes."""
-    free = ("iterations", "eval_", "irf_")
-    config = {name: value for name, value in dataclasses.asdict(cfg).items() if not name.startswith(free)}
-    of = {"calibration": calibration, "economy": economy_dict(economy), "config": config | {"seed": seed}}
-    return of | state | {"rng": rng.get_state()}
 
 
 def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str = "auto", compile: str = "torchscript",
@@ -2881,60 +2780,60 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
         torch.backends.cuda.preferred_linalg_library("cusolver")  # a Cholesky factor that can be captured
     rng.manual_seed(seed)
     state, path = initial_state(econ, config, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
+    free = ("iterations", "eval_", "irf_")  # a run may be resumed to more iterations, or judged at other sizes
+    fixed = {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith(free)}
+    of_run = {"calibration": calibration, "economy": economy_dict(economy), "config": fixed | {"seed": seed}}
     if resume:
-        like = checkpoint_of(state, economy, calibration, config, seed, rng)
-        del like["rng"]  # of another size on another kind of device
-        saved = load_checkpoint(path, like, "--resume")
-        if saved["rng"].shape == rng.get_state().shape:
+        saved = load_checkpoint(path, of_run | state, "--resume")
+        if saved["rng"].shape == rng.get_state().shape:  # of another size on another kind of device
             rng.set_state(saved["rng"])
         else:
             print("the checkpoint is of another kind of device: random numbers start anew, so not bit for bit")
             rng.manual_seed(seed + saved["iteration"])
-        for name, value in state.items():
-            state[name] = saved[name].to(device) if isinstance(value, Tensor) else saved[name]
-        state |= {name: value for name, value in saved.items() if name.startswith("adam_")}
+        state |= {name: x.to(device) if isinstance(x, Tensor) else x for name, x in saved.items()
+                  if name in state or name.startswith("adam_")}
         econ = econ._replace(K_mean=state["K_mean"], Delta_law=state["Delta_law"])
-    bar = tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it")
+    Interrupted.iteration = state["iteration"]
 
     def after_iteration(state: dict) -> None:
         if path:
             if state["iteration"] == 1 and path.exists():  # of an earlier run
                 with disk_errors(output_dir):
                     os.replace(path, path.with_name("checkpoint.previous.pt"))
-            save_checkpoint(path, checkpoint_of(state, economy, calibration, config, seed, rng))
+            save_checkpoint(path, of_run | state | {"rng": rng.get_state()})
         Interrupted.iteration = state["iteration"]
         last = {name: column[-1] for name, column in state["history"].items()}
-        shown = {name: f"{last[name]:.4g}" for name in ("mean_K", "value_residual", "policy_residual", "objective")}
-        bar.set_postfix(shown, refresh=False)
+        shown = ("mean_K", "value_residual", "policy_residual", "objective")
+        words = " ".join(f"{name} {last[name]:.4g}" for name in shown)
+        bar.set_postfix_str(words, refresh=False)
         bar.update()
         if bar.disable:
-            words = " ".join(f"{name} {value}" for name, value in shown.items())
             print(f"iteration {state['iteration']} {words} seconds {last['seconds']:.2f}", flush=True)
 
-    Interrupted.iteration = state["iteration"]
-    with bar:
+    with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it") as bar:
         train(state, econ, config, kernels, rng, cuda_graphs and device == "cuda", after_iteration)
     return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
 
 
 def work(settings: Settings) -> int:
+    """Train or read, judge, write and print."""
+    import matplotlib
+
     economy, calibration, cfg, grid_config, run = settings
     output_dir = Path(run.output_dir)
-    check_writable(output_dir)
-    tidy(output_dir)
-    weights = read_weights(output_dir / WEIGHTS, settings) if run.evaluate else None
+    prepare(output_dir)
     if run.device == "cpu" or not torch.cuda.is_available():
         limit_memory()
+    seconds = {}
+    if run.evaluate:
+        network = load(output_dir / WEIGHTS, run.device, run.compile, settings)
     if run.preset != "paper":
         print(f"preset {run.preset} departs from the authors' game_nn_n50:")
         print("  " + ", ".join(departures(cfg, PRESETS["paper"])))
-    seconds = {}
-    if weights is None:
+    if not run.evaluate:
         with stage(seconds, "training_with_checkpoints"):
             network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
                             cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
-    else:
-        network = Solution(weights, choose_device(run.device), run.compile)
     with stage(seconds, "grid"):
         grid = solve_grid(economy, grid_config, progress=True).to(network.device) if grid_config else None
     with stage(seconds, "accuracy"), torch.no_grad():
@@ -2945,11 +2844,14 @@ def work(settings: Settings) -> int:
             write_results(folder, network, grid, figures, arrays, cfg)
         seconds["training"] = sum(network.weights["history"]["seconds"])
         device = network.device.type
-        metrics = {**figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
-                   "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
-                   "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
-                   "device": device_name(device), "version": __version__, "versions": versions(), "seconds": seconds,
-                   "peak_memory_gb": peak_memory_gb(device)}
+        versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
+        metrics = {
+            **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
+            "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
+            "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
+            "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds,
+            "peak_memory_gb": peak_memory_gb(device)}
         (folder / "metrics.json").write_text(json.dumps(plain(metrics), indent=1, allow_nan=False) + "\n")
     for note in figures["grid"]["notes"] if grid else ():
         print(note)
@@ -2959,31 +2861,13 @@ def work(settings: Settings) -> int:
         print_verdict(rows)
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy"))
     print(f"\n{spent}; results in {output_dir.resolve()}: open distribution_validation.png first")
-    failed = run.preset != "smoke" and any(row[-1] is False for row in rows)
-    return 1 if run.evaluate and failed else 0
+    return int(run.evaluate and run.preset != "smoke" and any(row[-1] is False for row in rows))
 
 
 def plain(x):
     """Nested figures as JSON has them: arrays as lists, what is not finite as null."""
-    if isinstance(x, dict):
-        return {name: plain(value) for name, value in x.items()}
-    if isinstance(x, (np.ndarray, np.generic, Tensor)):
-        x = x.tolist()
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict:
-    import matplotlib
-    import scipy
-
-    modules = {"torch": torch, "numpy": np, "scipy": scipy, "matplotlib": matplotlib}
-    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+    text = json.dumps(x, default=lambda array: array.tolist())
+    return json.loads(text, parse_constant=lambda not_finite: None)
 
 
 def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration,
@@ -2992,8 +2876,8 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     dataclass whose fields, made by option(), become flags; config is its default preset. Returns 0 done, 1 an accuracy
     figure fails in --evaluate, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
-    argv = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda argv: work(parse(argv, economy, calibration, config)), argv)
+    return exit_status(lambda argv: work(parse(argv, economy, calibration, config)),
+                       sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,6 @@ def draw_time_to_accuracy(path, rows):
         ax.axhline(0.16, color="0.5", linewidth=0.8)
         ax.annotate("published grid solution, 0.16", (ax.get_xlim()[1], 0.16), ha="right", va="bottom", fontsize=7.5)
         ax.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="W1 (goods)")
-        dk.legend_above(fig, ax)
 
 
 # ---------------------------------------------------------------------------------------------- stages and scaling

@@ -74,12 +74,12 @@ def test_interchangeable(smoke_grid, network, econ):
     beside, arrays = dk.compare(network, smoke_grid, CFG)
     assert beside["comparison"]["small"]["w1"] > 0.1 and beside["comparison"]["policy_distance"]["mean"] > 0.01
     for size in SIZES:
-        assert np.array_equal(arrays["network", size]["z_path"], arrays["grid", size]["z_path"])
-        k, weight = ([arrays[name, size][x] for name in ("network", "grid")] for x in ("k", "weight"))
+        assert np.array_equal(arrays[size]["network"]["z_path"], arrays[size]["grid"]["z_path"])
+        k, weight = ([arrays[size][name][x] for name in ("network", "grid")] for x in ("k", "weight"))
         assert beside["comparison"][size]["w1"] == scipy.stats.wasserstein_distance(*k, *weight) > 0
         assert size == "limit" or repr(beside["grid"][size]) == repr(figures["grid"][size])
     for kind in (0, 1):
-        z_network, z_grid = (arrays[name, "irf"]["shocks"][kind] for name in ("network", "grid"))
+        z_network, z_grid = (arrays["irf"][name]["shocks"][kind] for name in ("network", "grid"))
         assert np.array_equal(z_network, z_grid)
 
 
@@ -90,7 +90,7 @@ def test_comparison_without_a_grid(network, smoke_grid):
     assert set(alone) == {"network", "comparison"} and not alone["comparison"]
     for size in ("small", "large"):
         assert repr(alone["network"][size]) == repr(beside["network"][size])
-    assert {name for name, _ in arrays} == {"network"}
+    assert set(arrays) == {*SIZES, "irf"} and all(set(of) == {"network"} for of in arrays.values())
 
 
 def test_comparison_in_another_economy(economies, toy_grid):

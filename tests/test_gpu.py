@@ -182,8 +182,7 @@ def test_solution_is_the_same_on_both_devices():
     """float64, k' and V at 10,000 states."""
     in_process("""
     import numpy as np
-    weights = dk.read_weights(dk.Path("NN_weights_biases.pth"))
-    cpu, gpu = dk.Solution(weights), dk.Solution(weights, "cuda")
+    cpu, gpu = dk.load("NN_weights_biases.pth"), dk.load("NN_weights_biases.pth", "cuda")
     g = np.random.default_rng(0)
     state = 150 * g.random(10_000), g.integers(0, 2, 10_000), 36 + 7 * g.random(10_000), g.integers(0, 2, 10_000)
     for name in ("next_capital", "value"):

@@ -157,7 +157,7 @@ def test_any_command_line_parses_or_is_refused(argv):
 def test_presets_are_possible_and_departures_are_listed():
     for cfg in dk.PRESETS.values():
         for grid in (dk.SMOKE_GRID, *dk.GRIDS.values()):
-            dk.check(cfg, grid)
+            dk.check(cfg, grid, dk.Run())
             assert all(type(getattr(x, f.name)) is type(f.default) for x in (cfg, grid) for f in fields(x))
     assert dk.departures(dk.Config(), dk.PRESETS["paper"])[0] == f"n_agents {dk.Config().n_agents} (paper 50)"
     assert dk.departures(dk.Config(), dk.Config()) == []
@@ -171,9 +171,9 @@ def test_output_directory_that_cannot_be_written_is_refused_and_untouched(tmp_pa
     taken = tmp_path / "file"
     for bad in (taken, taken / "deep" / "er", tmp_path / ("x" * 300), Path("/proc/nowhere")):
         with pytest.raises(dk.UserError, match="--output-dir"):
-            dk.check_writable(bad)
-    dk.check_writable(tmp_path / "a" / "b")
-    dk.check_writable(tmp_path)
+            dk.prepare(bad)
+    dk.prepare(tmp_path / "a" / "b")
+    dk.prepare(tmp_path)
     assert tree(tmp_path) == {"file": b"mine"} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -243,7 +243,7 @@ def test_stopped_at_any_moment_the_checkpoint_is_whole(tmp_path, signum):
         status = in_child(lambda: dk.exit_status(save_for_ever, []), stop)
         assert os.waitstatus_to_exitcode(status) == (-9 if signum == signal.SIGKILL else 128 + signum)
         assert dk.load_checkpoint(path, big, "--resume")["iteration"] == 1
-        dk.tidy(tmp_path)
+        dk.prepare(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -449,7 +449,7 @@ def test_a_stop_at_any_move_loses_nothing(tmp_path, kind, monkeypatch):
                 with pytest.raises(dk.UserError if kind == "error" else dk.Interrupted):
                     run()
                 assert {k: v for k, v in tree(out).items() if not k.startswith(".")} == OLD
-        dk.tidy(out)
+        dk.prepare(out)
         assert tree(out) == (OLD if nth == 1 else OLD | NEW)  # after the first move the new ones are safe
         assert not list(out.glob(".*"))
 
