@@ -1187,7 +1187,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         state[name].copy_(tensor)
     if econ.equilibrium == "planner":
         law, _ = regress_by_z(gains.double(), torch.log(state["K_path"].double()), state["z_path"], econ.TFP * 0)
-        econ.Delta_law.copy_(torch.where(law.isnan(), econ.Delta_law, law))
+        econ.Delta_law.add_(state["rates"][3] * torch.where(law.isnan(), 0.0, law - econ.Delta_law))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     recentre(state, econ, cfg)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
@@ -1235,7 +1235,7 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     """One policy and one value step on the same states; whether they were taken, (2,)."""
-    (policy_rate, value_rate, momentum), damping = state["rates"], state["damping"]
+    (policy_rate, value_rate, momentum, _), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels)
     value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
     policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
@@ -1300,7 +1300,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "policy": initial_parameters(n, cfg.hidden, math.log(share), seed).to(device),
         "value": initial_parameters(n, cfg.hidden, 0.0, seed + 1).to(device),
         "damping": torch.full((2,), 1e-2, device=device),
-        "rates": torch.zeros(3, device=device),  # of the policy step, the value step, and momentum
+        "rates": torch.zeros(4, device=device),  # of the policy step, the value step, momentum, the law of Delta
         "last_step": torch.zeros(sum(map(math.prod, layer_shapes(n, cfg.hidden))), device=device),
         "k_range": torch.stack([panel.k.min(), panel.k.max()]),
         "caution": 1.0,
@@ -1318,7 +1318,8 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
 def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     """Steps of full size up to decay_from, in the second half of that phase with momentum, which is for the last slow
     errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are smaller
-    for a while after an iteration that was taken back."""
+    for a while after an iteration that was taken back. The cross-section of a policy that is still far from its
+    first-order condition says nothing of the planner's Delta, which waits."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - cfg.decay_from, 0)
@@ -1326,6 +1327,7 @@ def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     state["rates"][0] = state["caution"] * (1 - momentum) * cfg.policy_rate / (1 if optimizers else fall)
     state["rates"][1] = state["caution"] / fall
     state["rates"][2] = momentum
+    state["rates"][3] = 0.2 * (min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05)
 
 
 def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | None:
@@ -2006,8 +2008,9 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
         figures[name] |= {"n_agents": None, "periods": len(kept), "capital": inequality(k, mean_mass),
                           "consumption": inequality(c, weight), "interest_rate_percent": 100 * (R.mean() - 1),
                           "welfare": ergodic_welfare(c, weight, econ),
-                          "Delta": None if states.Delta is None else float(states.Delta.mean()),
                           "law_of_motion": law_of_motion_figures(kept, z_kept, len(econ.TFP))}
+        if states.Delta is not None:
+            figures[name]["Delta"] = float(states.Delta.mean())
         arrays[name] |= {"k": k, "weight": mean_mass, "K_path": kept, "z_path": z_kept}
     return figures, arrays
 
@@ -2352,7 +2355,8 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
     parts = [Path(Interrupted.script).stem] * (economy is not krusell_smith) + [run.preset] * (run.preset != "default")
     usual = "/".join(["runs", *parts]) if parts else "."
     decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
-    economy = dataclasses.replace(economy if fixed else economy(cal), **decided)
+    economy = economy if fixed else economy(cal)
+    economy = dataclasses.replace(economy, **decided) if decided else economy
     return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg,
                     None if run.grid == "none" else grid,
                     dataclasses.replace(run, output_dir=run.output_dir or usual))
