@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.1.0"
+__version__ = "2.2.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -102,7 +102,7 @@ class Config:
     horizon: int = option(150, "T, periods of utility before the value network takes over", "[2, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
     states: int = option(6, "periods of a roll-out to learn from, close to each other at its start", "[1, 1e5]")
-    iterations: int = option(60, "outer iterations: policy step, value step, simulate, roll out", "[1, 1e6]")
+    iterations: int = option(120, "outer iterations at most: policy step, value step, simulate, roll out", "[1, 1e6]")
     hidden: int = option(32, "width of the two tanh layers of both networks", "[1, 1024]")
     optimizer: str = option(
         "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
@@ -112,10 +112,13 @@ class Config:
     value_rate: float = option(1e-3, "adam: rate of the value network", "(0, 1]")
     policy_steps: int = option(1, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(1, "adam: value steps an outer iteration", "[1, 1e6]")
-    decay_from: int = option(
-        30, "gauss-newton: outer iteration from which steps fall like 1 / (1 + decay n)", "[1, 1e6]"
+    settle: float = option(
+        1e-4, "gauss-newton: steps are full until savings have moved less than this share of K ten times", "(0, 1)"
     )
-    decay: float = option(0.25, "gauss-newton: how fast they fall: from there on they average noise out", "[0, 1e3]")
+    averaging: int = option(
+        26, "gauss-newton: iterations from there on, in which steps fall like 1 / (1 + decay n)", "[0, 1e6]"
+    )
+    decay: float = option(0.25, "gauss-newton: how fast they fall: in these they average noise out", "[0, 1e3]")
     damping: float = option(1e-4, "gauss-newton: least damping of the policy step, of the mean diagonal", "(0, 1e6]")
     slope_weight: float = option(
         1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]"
@@ -178,12 +181,12 @@ SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000,
 PRESETS = {
     "default": Config(),
     # game_nn_n50 of the authors' code, as far as this script has the choice
-    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, states=10_000, iterations=6, hidden=24,
-                    optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000, value_steps=2000,
+    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, states=10_000, iterations=6, averaging=0,
+                    hidden=24, optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000, value_steps=2000,
                     slope_weight=0.0, level_weight=1.0, K_spread=0.0, systematic=False, control_variate=False,
                     wide_share=0.0, even_share=0.0),
     "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, states=5, iterations=3, hidden=8,
-                    final_value_steps=1,
+                    averaging=1, final_value_steps=1,
                     eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
                     eval_every=5, eval_states=200, irf_paths=4, irf_agents=10, irf_periods=10, irf_burn=10),
 }
@@ -1145,19 +1148,45 @@ def thin(batch: Batch, cfg: Config) -> Batch:
     return Batch(*[path[taught(cfg)].flatten() for path in batch])
 
 
-HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "at_limit",
-           "policy_taken", "value_taken", "policy_damping", "value_damping", "rate")
+HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "at_limit", "euler",
+           "policy_taken", "value_taken", "policy_damping", "value_damping", "rate", "movement")
+WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mean capital at which savings are watched
+
+
+def watched_savings(state: dict, econ: Tables, cfg: Config) -> Tensor:
+    """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its mean: (10,)."""
+    Z, S = econ.shares.shape
+    device, K = econ.TFP.device, econ.K_mean
+    k = econ.k_min + torch.tensor(WATCHED, device=device).view(-1, 1, 1, 1) * (K - econ.k_min)
+    of_K = K * torch.tensor([0.97, 1.0, 1.03], device=device).view(-1, 1, 1)
+    at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
+    k_next = network_capital(unpack(state["policy"], cfg.hidden), *at, econ)  # (10, 3, Z, S)
+    return (k_next * econ.shares).sum((2, 3)).mean(1) / K
+
+
+def movement(watched: list) -> float:
+    """Mean change between two means of five iterations in a row of watched_savings(), which averages noise out."""
+    n = min(5, len(watched) // 2)
+    if n == 0:
+        return 1.0
+    means = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
+    return float(np.abs(means[1] - means[0]).mean())
 
 
 def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables, cfg: Config, taken) -> Tensor:
-    """The figures of HISTORY from mean_K to value_damping, on the device."""
+    """The figures of HISTORY from mean_K to value_damping and watched_savings(), on the device."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
     g, g_k = network_and_slope(unpack(state["value"], cfg.hidden), at.x, at.dx)
     free = batch.c < (at.m - econ.k_min) * (1 - 1e-6)
     at_limit = 1 - free.to(at.m.dtype).mean()
     first_order = torch.where(free, policy_residual(batch, econ), torch.zeros_like(at.m))
     rms = [x.square().mean().sqrt() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
-    return torch.stack([state["k"].mean(), objective, *rms, at_limit, *taken, *state["damping"]])
+    layers = unpack(state["policy"], cfg.hidden)
+    policy = functools.partial(network_capital, layers, econ=econ)
+    error, free = euler_residuals(policy, States.expected(batch, econ), econ)
+    euler = (error.abs() * free).sum() / free.sum()
+    figures = torch.stack([state["k"].mean(), objective, *rms, at_limit, euler, *taken, *state["damping"]])
+    return torch.cat([figures, watched_savings(state, econ, cfg)])
 
 
 def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator, optimizers) -> Tensor:
@@ -1244,9 +1273,20 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
     return torch.stack([taken, value_taken]).to(policy.dtype)
 
 
+def full_steps(state: dict, cfg: Config) -> int:
+    """Iterations with steps of full size: until savings have settled, or as many as there is room for."""
+    return state["settled"] or max(cfg.iterations - cfg.averaging - cfg.final_value_steps, 0)
+
+
+def last_iteration(state: dict, cfg: Config) -> int:
+    full = cfg.iterations if cfg.optimizer == "adam" else full_steps(state, cfg) + cfg.averaging + cfg.final_value_steps
+    return min(full, cfg.iterations)
+
+
 def value_only(state: dict, cfg: Config) -> bool:
     """The last outer iterations leave the policy alone and fit the value network to it."""
-    return cfg.optimizer == "gauss-newton" and state["iteration"] >= cfg.iterations - cfg.final_value_steps > 0
+    first = last_iteration(state, cfg) - cfg.final_value_steps
+    return cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0
 
 
 def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
@@ -1304,6 +1344,8 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "last_step": torch.zeros(sum(map(math.prod, layer_shapes(n, cfg.hidden))), device=device),
         "k_range": torch.stack([panel.k.min(), panel.k.max()]),
         "caution": 1.0,
+        "settled": 0,  # iteration at which savings had settled
+        "watched": [],  # the last ten of watched_savings()
         **panel._asdict(),
         "K_mean": econ.K_mean,
         "Delta_law": econ.Delta_law,
@@ -1316,18 +1358,17 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
 
 
 def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
-    """Steps of full size up to decay_from, in the second half of that phase with momentum, which is for the last slow
-    errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are smaller
-    for a while after an iteration that was taken back. The cross-section of a policy that is still far from its
-    first-order condition says nothing of the planner's Delta, which waits."""
+    """Steps of full size until savings have settled, near the end of that phase with momentum, which is for the last
+    slow errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are
+    smaller for a while after an iteration that was taken back. The cross-section of a policy that is still far from
+    its first-order condition says nothing of the planner's Delta, which waits."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
-    fall = 1 + cfg.decay * max(state["iteration"] - cfg.decay_from, 0)
-    momentum = cfg.momentum if state["iteration"] >= cfg.decay_from // 2 and not optimizers else 0.0
-    state["rates"][0] = state["caution"] * (1 - momentum) * cfg.policy_rate / (1 if optimizers else fall)
-    state["rates"][1] = state["caution"] / fall
-    state["rates"][2] = momentum
-    state["rates"][3] = 0.2 * (min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05)
+    fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
+    momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle else 0.0
+    near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
+    rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, state["caution"] / fall, momentum, 0.2 * near]
+    state["rates"].copy_(torch.tensor(rates))
 
 
 def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | None:
@@ -1364,7 +1405,7 @@ def unbounded_saving(state: dict, econ: Tables, cfg: Config) -> str:
 
 def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator, graphs: bool,
           after_iteration: Callable[[dict], None]) -> None:
-    """The outer loop, from state['iteration'] to cfg.iterations. An iteration that went wrong is taken back and
+    """The outer loop, from state['iteration'] to last_iteration(). An iteration that went wrong is taken back and
     tried again with new draws and half the step; three in a row raise UserError. One wait for the device an
     iteration: its figures."""
     optimizers = make_optimizers(state, cfg)
@@ -1373,7 +1414,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
             optimizer.load_state_dict(state[f"adam_{name}"])
     tensors = [value.detach() for value in state.values() if isinstance(value, Tensor)]
     graphs_of_phase, failures, unbounded = {}, 0, 0
-    while state["iteration"] < cfg.iterations:
+    while state["iteration"] < last_iteration(state, cfg):
         start, before = time.perf_counter(), [tensor.clone() for tensor in tensors]
         optimizers_before = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
         set_rates(state, cfg, optimizers)
@@ -1386,7 +1427,8 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
                 figures = graphs_of_phase[phase]()
             else:
                 figures = iterate(state, econ, cfg, kernels, rng, optimizers)
-        figures = dict(zip(HISTORY[1:], figures.tolist()))
+        *figures, watched = figures[: -len(WATCHED)].tolist() + [figures[-len(WATCHED) :].tolist()]
+        figures = dict(zip(HISTORY[1:], figures))
         residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
         trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
         if trouble:
@@ -1401,10 +1443,15 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
             state["caution"] /= 2
             continue
         failures, state["caution"] = 0, min(1.0, 1.5 * state["caution"])
-        figures.update(seconds=time.perf_counter() - start, rate=float(state["rates"][0]))
+        state["watched"] = [*state["watched"][-9:], watched]
+        figures.update(seconds=time.perf_counter() - start, rate=float(state["rates"][0]),
+                       movement=movement(state["watched"]))
         for name, column in state["history"].items():
             column.append(figures[name])
         state["iteration"] += 1
+        last_ten = state["history"]["movement"][-10:]
+        if state["settled"] == 0 and len(last_ten) == 10 and max(last_ten) < cfg.settle:
+            state["settled"] = state["iteration"]
         state.update({f"adam_{name}": optimizer.state_dict() for name, optimizer in optimizers.items()})
         after_iteration(state)
         if econ.equilibrium == "planner":
@@ -1833,6 +1880,13 @@ class States(NamedTuple):
     def at(self, index) -> States:
         return States(*[x if x is None else x[index] for x in self])
 
+    @staticmethod
+    def expected(batch: Batch, econ: Tables) -> States:
+        """Those of a batch, K' and the planner's Delta' as their laws of motion expect them."""
+        law = econ.Delta_law
+        ahead = law[:, 0] + law[:, 1] * torch.log(batch.K_next).unsqueeze(1)
+        return States(batch.k, batch.s, batch.K, batch.z, batch.K_next, None, ahead)
+
 
 def planner_Delta(solution, k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, K_next: Tensor, z: Tensor,
                   weight: Tensor | float, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -1899,20 +1953,25 @@ def bellman_errors(solution, states: States, econ: Tables) -> Tuple[Tensor, Tens
     return own - V, torch.maximum(torch.maximum(own, at_left), at_right) - V
 
 
-def euler_errors(solution, states: States, econ: Tables) -> Tensor:
-    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, where it does not
-    hold c = c~ there."""
+def euler_residuals(policy: Callable, states: States, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit; and where the
+    limit does not hold c = c~ there."""
     m, _ = cash_on_hand(*states.now(), econ)
-    k_next = solution.policy(*states.now())
+    k_next = policy(*states.now())
     nexts = successors(k_next, states.s, states.K_next, states.z, econ)
     m_next, R_next = cash_on_hand(*nexts, econ)
-    u_prime = marginal_utility(m_next - solution.policy(*nexts), econ)
+    u_prime = marginal_utility(m_next - policy(*nexts), econ)
     common = None if states.Delta_next is None else states.Delta_next.gather(1, nexts[3].T).T
     gain = Delta(u_prime, cash_of_K(*nexts, econ), common, econ)
     worth = econ.beta[states.s] * expected(R_next * u_prime + gain, states.s, states.z, econ)
     implied = torch.minimum(inverse_marginal_utility(worth.clamp(min=1e-30), econ), m - econ.k_min)
-    free = (k_next > econ.k_min) | (implied < m - econ.k_min)
-    return (1 - implied / (m - k_next))[free]
+    return 1 - implied / (m - k_next), (k_next > econ.k_min) | (implied < m - econ.k_min)
+
+
+def euler_errors(solution, states: States, econ: Tables) -> Tensor:
+    """euler_residuals() of a solution without the states where the limit holds."""
+    error, free = euler_residuals(solution.policy, states, econ)
+    return error[free]
 
 
 def inequality(x: np.ndarray, weight: np.ndarray | float = 1.0) -> dict:
@@ -2051,10 +2110,10 @@ def ergodic_welfare(c: np.ndarray, weight: np.ndarray, econ: Tables) -> float:
     return float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ))
 
 
-def policy_distance(network, grid, economy: Economy, arrays: dict) -> dict:
+def policy_distance(network, grid, economy: Economy, K_path: np.ndarray) -> dict:
     """Mean and largest |k' - k' of the grid| over k up to four times mean capital and K at the 2nd, 50th and 98th
-    percentile of its path in the limit, all (z, s)."""
-    K = np.percentile(arrays["grid", "limit"]["K_path"], (2, 50, 98))
+    percentile of a path, all (z, s)."""
+    K = np.percentile(K_path, (2, 50, 98))
     k = economy.k_min + (4.07 * K[1] - economy.k_min) * np.linspace(1 / 320, 1, 640)
     s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))
     states = np.meshgrid(k, s, K, z, indexing="ij")
@@ -2593,15 +2652,31 @@ def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, 
     networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in unpack(state[name], cfg.hidden))))
                 for name in ("policy", "value")}
     return {**networks, "economy": economy_dict(economy), "calibration": calibration, "K_mean": float(state["K_mean"]),
-            "config": dataclasses.asdict(cfg), "seed": seed,
+            "config": dataclasses.asdict(cfg), "seed": seed, "settled": state["settled"],
             "history": {name: list(column) for name, column in state["history"].items()}}
+
+
+def still_moving(weights: dict) -> str:
+    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of the last roll-outs, at
+    K' and Delta' as their laws expect them: noise-free but for the choice of states."""
+    cfg, history = Config(**weights["config"]), weights["history"]
+    if cfg.optimizer == "adam":
+        return ""
+    if not weights["settled"]:
+        return (f"savings moved by {history['movement'][-1]:.1e} of K in the last ten iterations (--settle "
+                f"{cfg.settle:g})")
+    euler = np.array(history["euler"][weights["settled"] : weights["settled"] + cfg.averaging])
+    n = len(euler) // 3
+    if n and euler[-n:].mean() < 0.8 * euler[-2 * n : -n].mean():
+        return f"Euler errors fell from {euler[-2 * n : -n].mean():.1e} to {euler[-n:].mean():.1e} in {n} iterations"
+    return ""
 
 
 def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None = None) -> Solution:
     """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays.
     Raises UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
     like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
-    like |= {"seed": 0, "K_mean": 0.0}
+    like |= {"seed": 0, "settled": 0, "K_mean": 0.0}
     if settings:
         shapes = layer_shapes(n_inputs(settings.economy.tables()), settings.config.hidden)
         layers = {name: torch.zeros(shape) for name, shape in zip(LAYERS, shapes)}
@@ -2638,10 +2713,10 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config) -> Tuple[
     for series in SERIES[:4]:
         ours, theirs = [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
         gaps[series] = np.abs(ours - theirs).max()
-    at = {("grid", "limit"): arrays["limit"]["grid"]}
-    both |= {"policy_distance": policy_distance(network, grid, economy, at),
+    both |= {"policy_distance": policy_distance(network, grid, economy, arrays["limit"]["grid"]["K_path"]),
              "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
     figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
+                        "Delta_law": {"coefficients": grid.econ.Delta_law, "r2": grid.Delta_r2},
                         "notes": list(grid.notes)}
     return figures, arrays
 
@@ -2846,13 +2921,17 @@ def work(settings: Settings) -> int:
     with staged(output_dir) as folder:
         with stage(seconds, "results"):
             write_results(folder, network, grid, figures, arrays, cfg)
-        seconds["training"] = sum(network.weights["history"]["seconds"])
+        history, moving = network.weights["history"], still_moving(network.weights)
+        seconds["training"] = sum(history["seconds"])
         device = network.device.type
         versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
         metrics = {
             **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
             "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
             "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
+            "convergence": {"converged": not moving, "still_moving": moving, "settled": network.weights["settled"],
+                            "iterations": len(history["seconds"]), "movement": history["movement"],
+                            "euler": history["euler"]},
             "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
             "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds,
             "peak_memory_gb": peak_memory_gb(device)}
@@ -2865,7 +2944,13 @@ def work(settings: Settings) -> int:
         print_verdict(rows)
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy"))
     print(f"\n{spent}; results in {output_dir.resolve()}: open distribution_validation.png first")
-    return int(run.evaluate and run.preset != "smoke" and any(row[-1] is False for row in rows))
+    if run.preset == "smoke":
+        return 0
+    if moving:
+        print(f"not converged: {moving}; go on with --resume --iterations {2 * len(history['seconds'])}")
+    else:
+        print(f"converged: savings had settled after {network.weights['settled']} outer iterations")
+    return int(any(row[-1] is False for row in rows) if run.evaluate else bool(moving))
 
 
 def plain(x):

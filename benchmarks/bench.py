@@ -78,7 +78,7 @@ def judge(cfg, device):
     mass = dk.dispersed_mass(k, grid.K_mean, z_path[0], ECONOMY)
     K_path, _ = dk.simulate_histogram(grid.table.numpy(), k, K, mass, z_path, ECONOMY)
     grid = grid.to(device)
-    return grid, pooled_capital(grid, cfg), {("grid", "limit"): {"K_path": K_path[cfg.eval_drop :]}}
+    return grid, pooled_capital(grid, cfg), K_path[cfg.eval_drop :]
 
 
 def time_to_accuracy(name, cfg, seed, device, grid, k_grid, of_grid, every, budget=float("inf")):

@@ -49,8 +49,8 @@ def summary(metrics: dict) -> dict:
             "euler_mean": net["euler_log10"]["mean"], "euler_mean_grid": grid["euler_log10"]["mean"],
             "euler_p99": net["euler_log10"]["p99"], "euler_p99_grid": grid["euler_log10"]["p99"],
             "bellman": net["bellman_in_consumption"]["mean"], "bellman_grid": grid["bellman_in_consumption"]["mean"],
-            "seconds": metrics["seconds"]["training"], "iterations": len(metrics["training_history"]["rate"]),
-            "converged": metrics["converged"], "version": metrics["version"]}
+            "seconds": metrics["seconds"]["training"], "iterations": metrics["convergence"]["iterations"],
+            "converged": metrics["convergence"]["converged"], "version": metrics["version"]}
 
 
 def misses(x: dict) -> list:

@@ -36,8 +36,8 @@ def economy(cal: Calibration) -> dk.Economy:
         z_names=["no aggregate shocks"] if len(TFP) == 1 else ["bad state", "good state"])
 
 
-# where few hold much, K and Delta have more sampling noise; the planner's Delta needs longer to settle
-CONFIG = dk.Config(n_agents=500, n_economies=8, iterations=80, decay_from=50)
+# where few households hold much, K and the planner's Delta have more sampling noise
+CONFIG = dk.Config(n_agents=500, n_economies=8)
 
 if __name__ == "__main__":
     sys.exit(dk.main(economy=economy, calibration=Calibration, config=CONFIG))

@@ -29,8 +29,8 @@ def economy(cal: dk.Calibration) -> dk.Economy:
         s_names=[f"beta {b:g}, {name}" for b in BETA for name in base.s_names], z_names=base.z_names)
 
 
-# where few households hold much, K has more sampling noise, and the patient need longer to settle
-CONFIG = dk.Config(n_agents=1000, n_economies=16, iterations=90, decay_from=50)
+# where few households hold much, K has more sampling noise
+CONFIG = dk.Config(n_agents=1000, n_economies=16)
 
 if __name__ == "__main__":
     sys.exit(dk.main(economy=economy, config=CONFIG))

@@ -422,7 +422,7 @@ def test_policy_distance(economies):
 
     zero = types.SimpleNamespace(next_capital=lambda k, s, K, z: np.zeros(np.shape(k)))
     path = np.interp(np.linspace(0, 100, 1001), (0, 2, 50, 98, 100), (36, 37, 39.5, 42, 50))
-    judged, economy = {("grid", "limit"): {"K_path": path[:, None]}}, economies["toy"]
+    judged, economy = path[:, None], economies["toy"]
     found = dk.policy_distance(types.SimpleNamespace(next_capital=other), zero, economy, judged)
     assert found == {"mean": pytest.approx(0.25 + 0.5 / 27), "max": pytest.approx(0.75)}
     assert economy.k_min < seen["k"].min() < economy.k_min + 0.6 and seen["k"].max() == pytest.approx(4.07 * 39.5)

@@ -1,0 +1,74 @@
+"""Market and planner of Davila et al. (2012), with and without TFP shocks, and the game of the default economy: runs
+what is not there yet, keeps each metrics.json in benchmarks/planner/, and draws benchmarks/planner.png. The table of
+README.md is made from the same files by tools/readme_tables.py.
+
+  python benchmarks/planner.py        # about 40 minutes on two cores
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT, RUNS = HERE.parent, HERE / "planner"
+sys.path.insert(0, str(ROOT))
+import deepham_ks as dk  # noqa: E402
+
+DAVILA, SHOCKS = ["examples/davila.py"], ["examples/davila.py", "--tfp-shock", "0.05"]
+PLANNER = ["--equilibrium", "planner"]
+COMMANDS = {
+    "market": DAVILA,
+    **{f"planner_seed{seed}": [*DAVILA, *PLANNER, "--seed", str(seed)] for seed in range(3)},
+    "planner_other_start": [*DAVILA, *PLANNER, "--start", "1"],
+    "market_shocks": SHOCKS,
+    "planner_shocks": [*SHOCKS, *PLANNER],
+    "game": ["deepham_ks.py", "--equilibrium", "game", "--n-agents", "50"],
+    "game_5000": ["deepham_ks.py", "--equilibrium", "game", "--players", "5000"],
+}
+
+
+def run(name: str, command: list) -> None:
+    """One run; its metrics.json, or the line in which it ended, into benchmarks/planner/."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *command, "--output-dir", folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if (metrics := Path(folder) / "metrics.json").exists():
+            shutil.copy(metrics, RUNS / f"{name}.json")
+        else:
+            (RUNS / f"{name}.json").write_text(json.dumps({"error": done.stderr.strip().splitlines()[-1]}) + "\n")
+
+
+def draw(path: Path) -> None:
+    """Who holds the capital and who consumes, market and planner, without shocks: Lorenz curves in the limit."""
+    found = {name: json.loads((RUNS / f"{file}.json").read_text())
+             for name, file in (("market", "market"), ("planner", "planner_seed0"))}
+    people = np.linspace(0, 100, 21)
+    with dk.figure(path, 3.4) as fig:
+        for ax, kind in zip(fig.subplots(1, 2), ("capital", "consumption")):
+            for (name, metrics), color in zip(found.items(), ("#0072B2", "#D55E00")):
+                for solution, style in (("network", {"linewidth": 2.8, "alpha": 0.5}), ("grid", {"linestyle": "--"})):
+                    x = metrics[solution]["limit"][kind]
+                    ax.plot(people, 100 * np.array(x["lorenz"]), color=color, **style,
+                            label=f"{name}, {solution}: mean {x['mean']:.2f}, Gini {x['gini']:.3f}")
+            ax.plot(people, people, color="0.8", linewidth=0.7)
+            ax.set(title=kind, xlabel="poorest share of households (%)", ylabel="what they have of it (%)",
+                   xlim=(0, 100), ylim=(0, 100))
+            ax.legend(fontsize=6.5)
+
+
+def main():
+    RUNS.mkdir(exist_ok=True)
+    for name, command in COMMANDS.items():
+        if not (RUNS / f"{name}.json").exists():
+            print(f"{name}: python {' '.join(command)}", flush=True)
+            run(name, command)
+    draw(HERE / "planner.png")
+
+
+if __name__ == "__main__":
+    main()
