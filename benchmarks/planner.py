@@ -6,7 +6,6 @@ README.md is made from the same files by tools/readme_tables.py.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,15 +31,25 @@ COMMANDS = {
 }
 
 
+def moved(game: dk.Solution) -> dict:
+    """How far k' of the game is from the market's: the network from the reference run's, the grid from the grid's."""
+    market, K_path = dk.solve_grid(), np.array([38.0, 39.4, 41.0])
+    players = dk.solve_grid(game.economy)
+    return {"network": dk.policy_distance(game, dk.load(ROOT / dk.WEIGHTS), game.economy, K_path),
+            "grid": dk.policy_distance(players, market, game.economy, K_path)}
+
+
 def run(name: str, command: list) -> None:
     """One run; its metrics.json, or the line in which it ended, into benchmarks/planner/."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *command, "--output-dir", folder]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if (metrics := Path(folder) / "metrics.json").exists():
-            shutil.copy(metrics, RUNS / f"{name}.json")
-        else:
-            (RUNS / f"{name}.json").write_text(json.dumps({"error": done.stderr.strip().splitlines()[-1]}) + "\n")
+        metrics = {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        if (path := Path(folder) / "metrics.json").exists():
+            metrics = json.loads(path.read_text())
+            if metrics["economy"]["equilibrium"] == "game":
+                metrics["moved"] = dk.plain(moved(dk.load(Path(folder) / dk.WEIGHTS)))
+        (RUNS / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def draw(path: Path) -> None:
@@ -54,20 +63,23 @@ def draw(path: Path) -> None:
                 for solution, style in (("network", {"linewidth": 2.8, "alpha": 0.5}), ("grid", {"linestyle": "--"})):
                     x = metrics[solution]["limit"][kind]
                     ax.plot(people, 100 * np.array(x["lorenz"]), color=color, **style,
-                            label=f"{name}, {solution}: mean {x['mean']:.2f}, Gini {x['gini']:.3f}")
+                            label=f"{name}, {solution}")
             ax.plot(people, people, color="0.8", linewidth=0.7)
             ax.set(title=kind, xlabel="poorest share of households (%)", ylabel="what they have of it (%)",
                    xlim=(0, 100), ylim=(0, 100))
-            ax.legend(fontsize=6.5)
 
 
 def main():
+    """Arguments, if any: the names in COMMANDS of the runs to make."""
     RUNS.mkdir(exist_ok=True)
     for name, command in COMMANDS.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         if not (RUNS / f"{name}.json").exists():
             print(f"{name}: python {' '.join(command)}", flush=True)
             run(name, command)
-    draw(HERE / "planner.png")
+    if (RUNS / "market.json").exists() and (RUNS / "planner_seed0.json").exists():
+        draw(HERE / "planner.png")
 
 
 if __name__ == "__main__":

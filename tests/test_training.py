@@ -195,3 +195,66 @@ def test_the_centre_follows_a_training(economies):
     assert abs(math.log(centre / economies["toy"].K_ss)) > 0.1 and abs(math.log(centre / K)) <= 0.1 + 1e-6
     network = dk.Solution(dk.weights_file(state, economies["toy"], {}, SMOKE, 0))
     assert network.econ.K_mean.item() == centre
+
+
+# ------------------------------------------------------------------------------------------------ convergence
+
+
+def test_movement_compares_means_of_five():
+    """Noise that alternates is averaged out; a drift of d an iteration is five of it between the two means."""
+    assert dk.movement([]) == dk.movement([[1.0]]) == 1.0
+    noise = [[1.0 + 0.1 * (-1) ** t] * 3 for t in range(10)]
+    assert dk.movement(noise) == pytest.approx(0.04)  # five of an alternating series: one is left over
+    assert dk.movement([[1.0 + 0.01 * t, 2.0 - 0.01 * t] for t in range(25)]) == pytest.approx(0.05)
+
+
+def test_watched_savings_are_those_of_the_policy(economy):
+    econ = economy.tables(dtype=torch.float32)
+    state = dk.initial_state(econ, SMOKE, 0, torch.Generator().manual_seed(0))
+    found = dk.watched_savings(state, econ, SMOKE)
+    K, layers = float(econ.K_mean), dk.unpack(state["policy"], SMOKE.hidden)
+    for i in (0, 4, 9):
+        k, total = economy.k_min + dk.WATCHED[i] * (K - economy.k_min), 0.0
+        for (z, s), share in np.ndenumerate(economy.shares):
+            for of_K in (0.97, 1.0, 1.03):
+                at = [torch.tensor(x) for x in (k, s, of_K * K, z)]
+                total += share / 3 * dk.network_capital(layers, *at, econ).item()
+        assert found[i].item() == pytest.approx(total / K, rel=1e-5)
+
+
+def test_a_run_ends_when_savings_have_settled():
+    """Steps are full until savings have moved less than --settle ten times in a row, then they fall."""
+    cfg = dataclasses.replace(SMOKE, iterations=40, averaging=3, final_value_steps=2, settle=0.9)
+    state, _ = run(cfg)
+    settled = state["settled"]
+    moved = state["history"]["movement"]
+    assert moved[0] == 1.0 and settled == 11 and max(moved[1:11]) < 0.9
+    assert state["iteration"] == settled + 5 < cfg.iterations
+    fall = np.array(state["history"]["rate"][settled:]) * (1 + cfg.decay * np.arange(5))
+    assert fall == pytest.approx(np.full(5, fall[0]), rel=1e-5)
+    never = dataclasses.replace(cfg, settle=1e-9, iterations=14)
+    state, _ = run(never)
+    assert state["settled"] == 0 and state["iteration"] == 14 and dk.full_steps(state, never) == 9
+
+
+@pytest.mark.parametrize("settled, euler, words", [
+    (0, [1e-3] * 9, "savings moved by 5.0e-05 of K in the last ten iterations"),
+    (2, [1.0, 1.0] + [1e-3] * 3 + [1e-4] * 3 + [9e-5] * 3, ""),
+    (2, [1.0, 1.0] + [1e-3] * 3 + [1e-4] * 3 + [7e-5] * 3, "Euler errors fell from 1.0e-04 to 7.0e-05 in 3 iterations"),
+])
+def test_what_is_still_moving(settled, euler, words):
+    cfg = dataclasses.replace(SMOKE, averaging=9)
+    weights = {"config": dataclasses.asdict(cfg), "settled": settled, "history": {"euler": euler, "movement": [5e-5]}}
+    assert dk.still_moving(weights).startswith(words) and bool(dk.still_moving(weights)) == bool(words)
+
+
+def test_euler_residuals_in_training_are_the_judges(economies):
+    """The column euler of the last iteration is the mean Euler error of the trained policy at the batch's states."""
+    economy = economies["toy"]
+    state, _ = run(SMOKE, economy=economy)
+    batch = dk.Batch(*[x.double() if x.is_floating_point() else x
+                       for x in (state[f"batch_{name}"] for name in dk.Batch._fields)])
+    network = dk.Solution(dk.weights_file(state, economy, {}, SMOKE, 0))
+    states = dk.States(batch.k, batch.s, batch.K, batch.z, batch.K_next)
+    error = dk.euler_errors(network, states, network.econ).abs().mean().item()
+    assert state["history"]["euler"][-1] == pytest.approx(error, rel=1e-3)

@@ -6,7 +6,8 @@
 NAME results: network, seeds, grid and published figures, from metrics.json (the reference run) and
 benchmarks/seeds/seed*.json (metrics.json of the other seeds). seeds: a row for each of the seeds 0 to 4.
 gamma2: network and grid at risk aversion 2, from benchmarks/gamma2.json. examples: a row for each script in examples/,
-from benchmarks/examples/*.json.
+from benchmarks/examples/*.json. planner and game: from benchmarks/planner/*.json. calibrations: from
+benchmarks/calibrations/*.json.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED_ROWS = (0, 1, 2, 3, 4)
-EXAMPLES = ("stochastic_beta", "davila")  # those with committed results
+EXAMPLES = ("stochastic_beta", "davila", "ar1")
 
 
 class BadInput(Exception):
@@ -216,7 +217,64 @@ def examples(root):
     return ("In the limit N = inf; network / grid where two numbers stand.\n\n" + table(header, rows))
 
 
-BLOCKS = {"results": results, "seeds": seeds, "gamma2": gamma2, "examples": examples}
+PLANNER = {"market": "market", "planner_seed0": "planner, seed 0", "planner_seed1": "planner, seed 1",
+           "planner_seed2": "planner, seed 2", "planner_other_start": "planner, `--start 1`",
+           "market_shocks": "market, TFP .95 / 1.05", "planner_shocks": "planner, TFP .95 / 1.05"}
+
+
+def planner(root):
+    """Market and planner of Davila et al. (2012), network / grid, in the limit N = infinity."""
+    command = "python benchmarks/planner.py"
+    pairs = [("capital mean", 2), ("interest_rate_percent", 3), ("capital gini", 4), ("consumption gini", 4),
+             ("welfare", 4), ("euler_log10 mean", 2)]
+    header = ["economy", "mean K", "r (%)", "Gini of wealth", "Gini of consumption", "welfare (goods)",
+              "Euler log10 mean", "W1 (goods)", "training (s)"]
+    rows = []
+    for file, name in PLANNER.items():
+        metrics = load(root, f"benchmarks/planner/{file}.json", command)
+        if "error" in metrics:
+            rows.append([name, metrics["error"].removeprefix("deepham_ks: ")] + [""] * (len(header) - 2))
+            continue
+        cells = [" / ".join(show(at(f"{solution} limit {path}")(metrics), digits) for solution in ("network", "grid"))
+                 for path, digits in pairs]
+        rows.append([name, *cells, show(at("comparison limit w1")(metrics), 3),
+                     show(at("seconds training")(metrics), 0)])
+    return (f"`{command}`. Network / grid, in the limit N = inf. Welfare: the constant consumption whose utility is "
+            "the mean of u(c).\n\n" + table(header, rows))
+
+
+def game(root):
+    """How far a player's k' is from a price-taker's, network and grid."""
+    command = "python benchmarks/planner.py"
+    rows = []
+    for file in ("game", "game_5000"):
+        metrics = load(root, f"benchmarks/planner/{file}.json", command)
+        moved = metrics["moved"]
+        rows.append([f"{metrics['economy']['players']:,}",
+                     *(f"{moved[who]['mean']:.4f} / {moved[who]['max']:.4f}" for who in ("network", "grid")),
+                     *(show(at(f"{solution} limit capital mean")(metrics), 3) for solution in ("network", "grid"))])
+    return table(["players", "\\|k' - market's k'\\| mean / max (goods), network", "grid", "mean K, network", "grid"],
+                 rows)
+
+
+def calibrations(root):
+    """How many of the runs of benchmarks/calibrations.py meet their goals, and those that do not."""
+    sys.path.insert(0, str(root / "benchmarks"))
+    import calibrations as runs
+
+    found = [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "calibrations").glob("*.json"))]
+    if not found:
+        raise BadInput("benchmarks/calibrations: no runs; make them with: python benchmarks/calibrations.py")
+    missed = {(x["flags"], x["seed"]): ["no solution"] if "error" in x else runs.misses(x) for x in found}
+    rows = [[f"`{flags}`", str(seed), ", ".join(names)] for (flags, seed), names in missed.items() if names]
+    met = len(found) - len(rows)
+    text = (f"`python benchmarks/calibrations.py`: {met} of {len(found)} runs meet every goal "
+            "(`benchmarks/calibrations.md`).")
+    return text if not rows else f"{text} The others:\n\n" + table(["flags", "seed", "misses"], rows)
+
+
+BLOCKS = {"results": results, "seeds": seeds, "gamma2": gamma2, "examples": examples, "planner": planner, "game": game,
+          "calibrations": calibrations}
 
 
 def rewritten(text, root):
