@@ -953,10 +953,10 @@ class Batch(NamedTuple):
     lam_next: Tensor  # lambda_{t+1}: what a unit of k' is worth
 
 
-def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, k_range: Tensor, econ: Tables, cfg: Config,
-                      rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Initial k (M,), paths s, K, z (T + 1, M) and E[K' | K, z] (T, M): windows of the simulated economies, s drawn
-    anew. A share of the households starts anywhere in the simulated range of k (2,) and a little beyond: the ergodic
+def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tensor, k_range: Tensor, econ: Tables,
+                      cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Initial k (M,), paths s, K, z (T + 1, M) and E[K' | K, z] (T, M): windows of the simulated economies (periods, B),
+    s drawn anew. A share of the households starts anywhere in the simulated range of k (2,) and a little beyond: the ergodic
     set of a wrong policy never visits the tails that decide the distribution."""
     M, device = cfg.batch, K_path.device
     economy = torch.randint(K_path.shape[1], (M,), generator=rng, device=device)
@@ -976,7 +976,7 @@ def sample_households(panel: Panel, K_path: Tensor, z_path: Tensor, k_range: Ten
     shocks = uniform(z.shape, rng, device)
     for t in range(cfg.horizon):
         s_path[t + 1] = draw_s(shocks[t], z[t], z[t + 1], s_path[t], econ)
-    return k, s_path, K, z, expected_capital(K_path, z_path, econ)[window[:-1], economy]
+    return k, s_path, K, z, K_next[window[:-1], economy]
 
 
 def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Tables, cfg: Config,
@@ -1217,6 +1217,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     if econ.equilibrium == "planner":
         law, _ = regress_by_z(gains.double(), torch.log(state["K_path"].double()), state["z_path"], econ.TFP * 0)
         econ.Delta_law.add_(state["rates"][3] * torch.where(law.isnan(), 0.0, law - econ.Delta_law))
+    state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     recentre(state, econ, cfg)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
@@ -1250,7 +1251,8 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
 def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> Batch:
     """Labels of freshly drawn households under the current networks."""
     panel = Panel(state["k"], state["s"], state["z"])
-    paths = sample_households(panel, state["K_path"], state["z_path"], state["k_range"], econ, cfg, rng)
+    of_state = [state[name] for name in ("K_path", "K_next", "z_path", "k_range")]
+    paths = sample_households(panel, *of_state, econ, cfg, rng)
     policy, value = [unpack(state[name], cfg.hidden) for name in ("policy", "value")]
     return roll_out_batch(policy, value, paths, econ, cfg, kernels)
 
@@ -1271,6 +1273,17 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
     state["last_step"].copy_(policy - state["policy"])
     state["policy"].copy_(policy)
     return torch.stack([taken, value_taken]).to(policy.dtype)
+
+
+def still_falls(series: list, n: int) -> bool:
+    """Whether the mean of the last n is less than four fifths of the mean of the n before."""
+    return n > 0 and float(np.mean(series[-n:])) < 0.8 * float(np.mean(series[-2 * n : -n]))
+
+
+def has_settled(history: dict, cfg: Config) -> bool:
+    """Savings moved little ten times in a row, and Euler errors no longer fall."""
+    moved = history["movement"][-10:]
+    return len(moved) == 10 and max(moved) < cfg.settle and not still_falls(history["euler"], 5)
 
 
 def full_steps(state: dict, cfg: Config) -> int:
@@ -1350,6 +1363,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "K_mean": econ.K_mean,
         "Delta_law": econ.Delta_law,
         "K_path": torch.zeros(cfg.periods, cfg.n_economies, device=device),
+        "K_next": torch.zeros(cfg.periods - 1, cfg.n_economies, device=device),  # E[K' | K, z]
         "z_path": torch.zeros(cfg.periods, cfg.n_economies, device=device, dtype=torch.int64),
         **{f"batch_{name}": torch.zeros(n_states, device=device, dtype=torch.int64 if name in ("s", "z") else None)
            for name in Batch._fields},
@@ -1449,8 +1463,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         for name, column in state["history"].items():
             column.append(figures[name])
         state["iteration"] += 1
-        last_ten = state["history"]["movement"][-10:]
-        if state["settled"] == 0 and len(last_ten) == 10 and max(last_ten) < cfg.settle:
+        if state["settled"] == 0 and has_settled(state["history"], cfg):
             state["settled"] = state["iteration"]
         state.update({f"adam_{name}": optimizer.state_dict() for name, optimizer in optimizers.items()})
         after_iteration(state)
@@ -2657,18 +2670,18 @@ def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, 
 
 
 def still_moving(weights: dict) -> str:
-    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of the last roll-outs, at
-    K' and Delta' as their laws expect them: noise-free but for the choice of states."""
-    cfg, history = Config(**weights["config"]), weights["history"]
+    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of fresh roll-outs, at K' and
+    Delta' as their laws expect them: noise-free but for the choice of states."""
+    cfg, history, settled = Config(**weights["config"]), weights["history"], weights["settled"]
     if cfg.optimizer == "adam":
         return ""
-    if not weights["settled"]:
-        return (f"savings moved by {history['movement'][-1]:.1e} of K in the last ten iterations (--settle "
-                f"{cfg.settle:g})")
-    euler = np.array(history["euler"][weights["settled"] : weights["settled"] + cfg.averaging])
-    n = len(euler) // 3
-    if n and euler[-n:].mean() < 0.8 * euler[-2 * n : -n].mean():
-        return f"Euler errors fell from {euler[-2 * n : -n].mean():.1e} to {euler[-n:].mean():.1e} in {n} iterations"
+    euler = history["euler"][settled : settled + cfg.averaging] if settled else history["euler"]
+    n = min(len(euler) // 3, 10)
+    if still_falls(euler, n):
+        last, before = np.mean(euler[-n:]), np.mean(euler[-2 * n : -n])
+        return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
+    if not settled:
+        return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
     return ""
 
 

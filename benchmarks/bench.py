@@ -138,7 +138,9 @@ def stages(cfg, device):
             z.append(z_t[:, 0])
         return torch.stack(K), torch.stack(z)
 
-    paths = dk.sample_households(panel, *simulate(), state["k_range"], econ, cfg, rng)
+    K_path, z_path = simulate()
+    K_next = dk.expected_capital(K_path, z_path, econ)
+    paths = dk.sample_households(panel, K_path, K_next, z_path, state["k_range"], econ, cfg, rng)
     batch = dk.roll_out_batch(policy, value, paths, econ, cfg, kernels)
     states = dk.thin(batch, cfg)
     steps = (state["rates"], state["damping"], states, econ, cfg, kernels)

@@ -363,8 +363,8 @@ def test_sampled_households(economy, tables, rng):
     K_path, z_path = (torch.stack(x) for x in zip(*[(paths[0][1][:, 0], z[:, 0]) for _, z, paths in simulated]))
     K_path = K_path + torch.arange(30).unsqueeze(1)  # every (period, economy) its own number
     k_range = torch.stack([panel.k.min(), panel.k.max()])
-    k, s, K, z, K_next = dk.sample_households(panel, K_path, z_path, k_range, tables, cfg, rng)
     expected = dk.expected_capital(K_path, z_path, tables)
+    k, s, K, z, K_next = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, cfg, rng)
     assert K_next.shape == (5, 4000)
     assert k.shape == (4000,) and s.shape == K.shape == z.shape == (6, 4000)
     starts = set()
@@ -389,7 +389,7 @@ def test_sampled_households(economy, tables, rng):
     household = (panel.k.flatten().unsqueeze(1) == k[on_panel]).int().argmax(0)
     assert torch.equal(s[0, on_panel], panel.s.flatten()[household])
     evenly = dataclasses.replace(cfg, even_share=1.0)
-    even = dk.sample_households(panel, K_path, z_path, k_range, tables, evenly, rng)[1][0]
+    even = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, evenly, rng)[1][0]
     for state in range(S):
         assert (even == state).double().mean() == pytest.approx(1 / S, abs=4 * 0.5 / 4000**0.5)
 

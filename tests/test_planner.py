@@ -195,3 +195,15 @@ def test_bad_input(changes, words):
     with pytest.raises(dk.UserError) as error:
         dataclasses.replace(toy(), **changes)
     assert words in str(error.value)
+
+
+def test_a_planner_without_a_stationary_answer(tmp_path, capsys):
+    """Krusell & Smith's economy: beta R is nearly one, so the rich save without bound; one sentence says so, and the
+    checkpoint stays."""
+    sizes = {"n-agents": 60, "n-economies": 6, "periods": 120, "horizon": 60, "batch": 256, "hidden": 12}
+    flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    argv = ["--preset", "smoke", "--equilibrium", "planner", "--iterations", "80", "--output-dir", str(tmp_path)]
+    assert dk.main(argv + flags) == 2
+    error = capsys.readouterr().err
+    assert "--equilibrium planner: no stationary answer: at R = 1.0" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [dk.CHECKPOINT]

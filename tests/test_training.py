@@ -226,9 +226,9 @@ def test_a_run_ends_when_savings_have_settled():
     """Steps are full until savings have moved less than --settle ten times in a row, then they fall."""
     cfg = dataclasses.replace(SMOKE, iterations=40, averaging=3, final_value_steps=2, settle=0.9)
     state, _ = run(cfg)
-    settled = state["settled"]
-    moved = state["history"]["movement"]
-    assert moved[0] == 1.0 and settled == 11 and max(moved[1:11]) < 0.9
+    settled, moved, euler = state["settled"], state["history"]["movement"], np.array(state["history"]["euler"])
+    falls = [euler[t - 5 : t].mean() < 0.8 * euler[t - 10 : t - 5].mean() for t in range(11, settled + 1)]
+    assert moved[0] == 1.0 and max(moved[1:]) < 0.9 and settled >= 11 and falls == [True] * (settled - 11) + [False]
     assert state["iteration"] == settled + 5 < cfg.iterations
     fall = np.array(state["history"]["rate"][settled:]) * (1 + cfg.decay * np.arange(5))
     assert fall == pytest.approx(np.full(5, fall[0]), rel=1e-5)
@@ -238,9 +238,10 @@ def test_a_run_ends_when_savings_have_settled():
 
 
 @pytest.mark.parametrize("settled, euler, words", [
-    (0, [1e-3] * 9, "savings moved by 5.0e-05 of K in the last ten iterations"),
+    (0, [1e-3] * 9, "savings moved by 5.0e-05 of K in ten iterations (--settle 0.0001)"),
     (2, [1.0, 1.0] + [1e-3] * 3 + [1e-4] * 3 + [9e-5] * 3, ""),
-    (2, [1.0, 1.0] + [1e-3] * 3 + [1e-4] * 3 + [7e-5] * 3, "Euler errors fell from 1.0e-04 to 7.0e-05 in 3 iterations"),
+    (2, [1.0, 1.0] + [1e-3] * 3 + [1e-4] * 3 + [7e-5] * 3,
+     "Euler errors fell to 7.0e-05 in 3 iterations, from 1.0e-04"),
 ])
 def test_what_is_still_moving(settled, euler, words):
     cfg = dataclasses.replace(SMOKE, averaging=9)
