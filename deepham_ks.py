@@ -136,7 +136,7 @@ class Config:
         1.0, "share of roll-outs that start in any s alike: rare states hold most of the error", "[0, 1]"
     )
     K_spread: float = option(
-        0.02, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
+        0.1, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
     )
     eval_agents: int = option(50, "households an economy when the solution is judged, small", "[2, 1e7]")
     eval_economies: int = option(64, "economies when the solution is judged, small", "[1, 1e6]")
@@ -955,9 +955,9 @@ class Batch(NamedTuple):
 
 def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tensor, k_range: Tensor, econ: Tables,
                       cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Initial k (M,), paths s, K, z (T + 1, M) and E[K' | K, z] (T, M): windows of the simulated economies (periods, B),
-    s drawn anew. A share of the households starts anywhere in the simulated range of k (2,) and a little beyond: the ergodic
-    set of a wrong policy never visits the tails that decide the distribution."""
+    """Initial k (M,), paths s, K, z (T + 1, M) and E[K' | K, z] (T, M): windows of the simulated economies
+    (periods, B), s drawn anew. A share of the households starts anywhere in the simulated range of k (2,) and a little
+    beyond: the ergodic set of a wrong policy never visits the tails that decide the distribution."""
     M, device = cfg.batch, K_path.device
     economy = torch.randint(K_path.shape[1], (M,), generator=rng, device=device)
     start = torch.randint(K_path.shape[0] - cfg.horizon, (M,), generator=rng, device=device)
@@ -1275,15 +1275,15 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
     return torch.stack([taken, value_taken]).to(policy.dtype)
 
 
-def still_falls(series: list, n: int) -> bool:
-    """Whether the mean of the last n is less than four fifths of the mean of the n before."""
-    return n > 0 and float(np.mean(series[-n:])) < 0.8 * float(np.mean(series[-2 * n : -n]))
+def change_of(series: list, n: int) -> float:
+    """Mean of the last n over the mean of the n before."""
+    return float(np.mean(series[-n:]) / np.mean(series[-2 * n : -n]))
 
 
 def has_settled(history: dict, cfg: Config) -> bool:
-    """Savings moved little ten times in a row, and Euler errors no longer fall."""
+    """Savings moved little ten times in a row, and Euler errors neither fall nor rise."""
     moved = history["movement"][-10:]
-    return len(moved) == 10 and max(moved) < cfg.settle and not still_falls(history["euler"], 5)
+    return len(moved) == 10 and max(moved) < cfg.settle and 0.8 < change_of(history["euler"], 5) < 1.25
 
 
 def full_steps(state: dict, cfg: Config) -> int:
@@ -2677,7 +2677,7 @@ def still_moving(weights: dict) -> str:
         return ""
     euler = history["euler"][settled : settled + cfg.averaging] if settled else history["euler"]
     n = min(len(euler) // 3, 10)
-    if still_falls(euler, n):
+    if n and change_of(euler, n) < 0.8:
         last, before = np.mean(euler[-n:]), np.mean(euler[-2 * n : -n])
         return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
     if not settled:
