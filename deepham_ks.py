@@ -390,7 +390,7 @@ class Economy:
         """What the planner's Delta would be if the representative household kept K where solutions start: u'(c) =
         beta (R u'(c) + Delta)."""
         K = self.K_start
-        c = max(output(K, 0, self.representative) - self.delta * K, 0.1 * self.c_ss)
+        c = np.maximum(output(K, 0, self.representative) - self.delta * K, 0.1 * self.c_ss)
         return float((self.R_ss - prices(K, 0, self.representative)[0]) * marginal_utility(c, self))
 
     @property
@@ -1661,7 +1661,7 @@ def euler_step(c: np.ndarray, nodes: Nodes, ahead: Forecast, econ: Economy):
     if econ.equilibrium != "market":
         worth += Delta(u_prime, ahead.m_K, ahead.Delta[:, :, None, :, None], econ)
     worth = expected_on_grid(worth, econ)
-    least = marginal_utility(C_MAX * econ.c_ss, econ)
+    least = marginal_utility(np.float64(C_MAX * econ.c_ss), econ)
     c = inverse_marginal_utility(np.maximum(worth, least), econ)
     return (c + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None], (worth < least).mean()
 
@@ -2729,8 +2729,9 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config) -> Tuple[
     both |= {"policy_distance": policy_distance(network, grid, economy, arrays["limit"]["grid"]["K_path"]),
              "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
     figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
-                        "Delta_law": {"coefficients": grid.econ.Delta_law, "r2": grid.Delta_r2},
                         "notes": list(grid.notes)}
+    if economy.equilibrium == "planner":
+        figures["grid"]["Delta_law"] = {"coefficients": grid.econ.Delta_law, "r2": grid.Delta_r2}
     return figures, arrays
 
 

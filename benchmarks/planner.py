@@ -23,7 +23,7 @@ PLANNER = ["--equilibrium", "planner"]
 COMMANDS = {
     "market": DAVILA,
     **{f"planner_seed{seed}": [*DAVILA, *PLANNER, "--seed", str(seed)] for seed in range(3)},
-    "planner_other_start": [*DAVILA, *PLANNER, "--start", "1"],
+    "planner_other_start": [*DAVILA, *PLANNER, "--start", "3"],
     "market_shocks": SHOCKS,
     "planner_shocks": [*SHOCKS, *PLANNER],
     "game": ["deepham_ks.py", "--equilibrium", "game", "--n-agents", "50"],

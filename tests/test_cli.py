@@ -235,13 +235,14 @@ SMALL = [*as_flags(SMOKE, dk.Config()), *as_flags(dk.SMOKE_GRID, dk.GridConfig()
 
 
 def test_evaluate_exits_1_when_a_figure_fails(tmp_path, capsys, undrawn):
-    """The default preset at the sizes of smoke, whose network is nowhere near the grid; a finished run of the same ends
-    with 0. Nothing passes or fails without a grid."""
+    """The default preset at the sizes of smoke, whose network is nowhere near the grid. The run itself ends with 1 too,
+    as it did not converge, and says so. Nothing passes or fails without a grid."""
     argv = ["--device", "cpu", "--compile", "none", "--output-dir", str(tmp_path), *SMALL]
-    for flags, status in (([], 0), (["--evaluate"], 1), (["--evaluate", "--grid", "none"], 0)):
+    for flags, status in (([], 1), (["--evaluate"], 1), (["--evaluate", "--grid", "none"], 0)):
         assert dk.main([*argv, *flags]) == status
         (out, err), rows = capsys.readouterr(), strict_json(tmp_path / "metrics.json")["verdict"]
         passed = [row["passed"] for row in rows]
+        assert "not converged: " in out and "go on with --resume --iterations 6" in out
         table = out[out.index("\nfigure") :]
         assert not err and table.count("pass") == passed.count(True) and table.count("FAIL") == passed.count(False)
         if "none" in flags:

@@ -213,6 +213,19 @@ def project(smoke_run, tmp_path):
     (tmp_path / "benchmarks" / "examples").mkdir()
     for example in TOOL["EXAMPLES"]:
         write(f"benchmarks/examples/{example}.json", verdict=unpublished)
+    for folder in ("planner", "calibrations"):
+        (tmp_path / "benchmarks" / folder).mkdir()
+    for file in TOOL["PLANNER"]:
+        write(f"benchmarks/planner/{file}.json", verdict=unpublished)
+    moved = {"network": {"mean": 0.0123, "max": 0.4}, "grid": {"mean": 0.0112, "max": 0.3}}
+    for file in ("game", "game_5000"):
+        write(f"benchmarks/planner/{file}.json", moved=moved)
+    good = {"flags": "--gamma 3", "seed": 0, "w1_percent": 0.1, "std_percent": -0.5, "policy_percent": 0.01,
+            "euler_mean": -4.0, "euler_mean_grid": -4.05, "euler_p99": -3.0, "euler_p99_grid": -3.1, "bellman": 1e-4,
+            "bellman_grid": 1e-4, "seconds": 100.0, "iterations": 60, "converged": True}
+    for i, changes in enumerate(({}, {"seed": 1, "std_percent": 1.5, "bellman": 2e-4}, {"flags": "--mu 0.9"})):
+        (tmp_path / f"benchmarks/calibrations/{i}.json").write_text(json.dumps(good | changes))
+    (tmp_path / "benchmarks/calibrations/3.json").write_text(json.dumps({"flags": "--mu 1", "seed": 0, "error": "no"}))
     blocks = [f"text before\n<!-- {name}:start -->\nto be written\n<!-- {name}:end -->\n" for name in TOOL["BLOCKS"]]
     (tmp_path / "README.md").write_text("".join(blocks) + "text after\n")
     return tmp_path, metrics, write
@@ -268,6 +281,20 @@ def test_a_row_for_each_example(project):
                              for x in (network, grid)]
     assert rows[1][11] == f"{metrics['comparison']['limit']['w1']:.3f}"
     assert rows[1][12].removesuffix(" |") == pair(lambda x: x["euler_log10"]["mean"], 2)
+
+
+def test_rows_of_planner_game_and_calibrations(project):
+    root, metrics, write = project
+    (root / "benchmarks/planner/planner_other_start.json").write_text('{"error": "deepham_ks: error: no answer"}')
+    assert TOOL["main"]([], root) == 0
+    rows = [line.split(" | ") for line in block(root, "planner").splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == [f"| {name}" for name in TOOL["PLANNER"].values()]
+    welfare = [metrics[solution]["limit"]["welfare"] for solution in ("network", "grid")]
+    assert rows[0][5] == f"{welfare[0]:.4f} / {welfare[1]:.4f}" and rows[4][1] == "error: no answer"
+    assert "| 50 | 0.0123 / 0.4000 | 0.0112 / 0.3000 |" in block(root, "game")
+    found = block(root, "calibrations")
+    assert "2 of 4 runs meet every goal" in found and "| `--gamma 3` | 1 | std, Bellman |" in found
+    assert "| `--mu 1` | 0 | no solution |" in found and "--mu 0.9" not in found
 
 
 def test_published_numbers_are_the_default_economys(project):

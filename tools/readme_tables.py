@@ -218,7 +218,7 @@ def examples(root):
 
 
 PLANNER = {"market": "market", "planner_seed0": "planner, seed 0", "planner_seed1": "planner, seed 1",
-           "planner_seed2": "planner, seed 2", "planner_other_start": "planner, `--start 1`",
+           "planner_seed2": "planner, seed 2", "planner_other_start": "planner, `--start 3`",
            "market_shocks": "market, TFP .95 / 1.05", "planner_shocks": "planner, TFP .95 / 1.05"}
 
 
@@ -259,7 +259,7 @@ def game(root):
 
 def calibrations(root):
     """How many of the runs of benchmarks/calibrations.py meet their goals, and those that do not."""
-    sys.path.insert(0, str(root / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     import calibrations as runs
 
     found = [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "calibrations").glob("*.json"))]
