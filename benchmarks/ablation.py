@@ -23,7 +23,8 @@ VARIANTS = {
     "roll-outs start on the panel only": ["--wide-share", "0"],
     "roll-outs start in s as it comes": ["--even-share", "0"],
     "least damping times ten": ["--damping", f"{10 * CFG.damping:g}"],
-    "no last value steps": ["--final-value-steps", "0", "--iterations", f"{CFG.iterations - CFG.final_value_steps}"],
+    "no last value steps": ["--final-value-steps", "0"],
+    "no momentum": ["--momentum", "0"],
 }
 
 
@@ -32,9 +33,8 @@ def figures(flags):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE.parent / "deepham_ks.py"), "--output-dir", folder, *SHORT, *flags]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return done.stderr.strip().splitlines()[-1]
-        return json.loads((Path(folder) / "metrics.json").read_text())
+        metrics = Path(folder) / "metrics.json"
+        return json.loads(metrics.read_text()) if metrics.exists() else done.stderr.strip().splitlines()[-1]
 
 
 def row(name, flags, metrics):
