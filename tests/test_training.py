@@ -237,6 +237,10 @@ def test_a_run_ends_when_savings_have_settled():
     never = dataclasses.replace(cfg, settle=1e-9, iterations=14)
     state, _ = run(never)
     assert state["settled"] == 0 and state["iteration"] == 14 and dk.full_steps(state, never) == 9
+    longer, econ = dataclasses.replace(never, iterations=20), dk.krusell_smith().tables(dtype=torch.float32)
+    econ = econ._replace(K_mean=state["K_mean"], Delta_law=state["Delta_law"])
+    dk.train(state, econ, longer, dk.compile_kernels("none"), torch.Generator().manual_seed(1), False, lambda state: None)
+    assert state["iteration"] == 20 and state["history"]["rate"][14] == pytest.approx(0.3)  # full steps again
 
 
 @pytest.mark.parametrize("settled, euler, words", [
