@@ -239,7 +239,8 @@ def test_a_run_ends_when_savings_have_settled():
     assert state["settled"] == 0 and state["iteration"] == 14 and dk.full_steps(state, never) == 9
     longer, econ = dataclasses.replace(never, iterations=20), dk.krusell_smith().tables(dtype=torch.float32)
     econ = econ._replace(K_mean=state["K_mean"], Delta_law=state["Delta_law"])
-    dk.train(state, econ, longer, dk.compile_kernels("none"), torch.Generator().manual_seed(1), False, lambda state: None)
+    rng, kernels = torch.Generator().manual_seed(1), dk.compile_kernels("none")
+    dk.train(state, econ, longer, kernels, rng, False, lambda state: None)
     assert state["iteration"] == 20 and state["history"]["rate"][14] == pytest.approx(0.3)  # full steps again
 
 
