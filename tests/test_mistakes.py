@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING = (f"tests/test_{name}.py" for name in (
-    "economy", "networks", "accuracy", "grid", "training"))
+ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING, PLANNER = (f"tests/test_{name}.py" for name in (
+    "economy", "networks", "accuracy", "grid", "training", "planner"))
 
 # what: (the line as it is, as it is mistaken, where it is noticed)
 MISTAKES = {
@@ -34,7 +34,8 @@ MISTAKES = {
     "control variate takes K' as it came for what was expected": (
         "successors(k_came, s_t, K_next[t:last], z_t, econ)", "successors(k_came, s_t, K_came, z_t, econ)", NETWORKS),
     "costates with one discount factor": (
-        "marginal_utility(c, econ), econ.beta[s]\n", "marginal_utility(c, econ), econ.beta[0] + 0 * c\n", NETWORKS),
+        "marginal_utility(c, econ) * dc + Delta, econ.beta[s]\n",
+        "marginal_utility(c, econ) * dc + Delta, econ.beta[0] + 0 * c\n", NETWORKS),
     "first-order condition with one discount factor": (
         "    return econ.beta[batch.s] * batch.lam_next / marginal_utility(batch.c, econ)",
         "    return econ.beta[0] * batch.lam_next / marginal_utility(batch.c, econ)", NETWORKS),
@@ -50,8 +51,14 @@ MISTAKES = {
     "Euler errors with one discount factor": (
         "worth = econ.beta[states.s] * expected(R_next", "worth = econ.beta[0] * expected(R_next", ACCURACY),
     "Bellman errors with one discount factor": (
-        "above, beta, V = m - econ.k_min, econ.beta[states.s], ",
-        "above, beta, V = m - econ.k_min, econ.beta[0], ", ACCURACY),
+        "above, beta, k_next = m - econ.k_min, econ.beta[states.s], ",
+        "above, beta, k_next = m - econ.k_min, econ.beta[0], ", ACCURACY),
+    "planner's Delta left out of the costates": (
+        "marginal_utility(c, econ) * dc + Delta, econ.beta[s]",
+        "marginal_utility(c, econ) * dc, econ.beta[s]", PLANNER),
+    "planner's Delta' over everybody's states alike": (
+        "    p = weight * econ.probability[joint(s, z, econ)].movedim(-1, 0)\n",
+        "    p = weight * (econ.probability[joint(s, z, econ)].movedim(-1, 0) > 0)\n", PLANNER),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),
