@@ -1288,12 +1288,13 @@ def has_settled(history: dict, cfg: Config) -> bool:
 
 def full_steps(state: dict, cfg: Config) -> int:
     """Iterations with steps of full size: until savings have settled, or as many as there is room for."""
+    if cfg.optimizer == "adam":
+        return cfg.iterations
     return state["settled"] or max(cfg.iterations - cfg.averaging - cfg.final_value_steps, 0)
 
 
 def last_iteration(state: dict, cfg: Config) -> int:
-    full = cfg.iterations if cfg.optimizer == "adam" else full_steps(state, cfg) + cfg.averaging + cfg.final_value_steps
-    return min(full, cfg.iterations)
+    return min(full_steps(state, cfg) + cfg.averaging + cfg.final_value_steps, cfg.iterations)
 
 
 def value_only(state: dict, cfg: Config) -> bool:
