@@ -1380,7 +1380,7 @@ def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
-    momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle else 0.0
+    momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle and not optimizers else 0.0
     near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
     rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, state["caution"] / fall, momentum, 0.2 * near]
     state["rates"].copy_(torch.tensor(rates))
@@ -2944,7 +2944,7 @@ def work(settings: Settings) -> int:
             **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
             "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
             "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
-            "convergence": {"converged": not moving, "still_moving": moving, "settled": network.weights["settled"],
+            "convergence": {"converged": None if cfg.optimizer == "adam" else not moving, "still_moving": moving, "settled": network.weights["settled"],
                             "iterations": len(history["seconds"]), "movement": history["movement"],
                             "euler": history["euler"]},
             "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -2961,7 +2961,9 @@ def work(settings: Settings) -> int:
     print(f"\n{spent}; results in {output_dir.resolve()}: open distribution_validation.png first")
     if run.preset == "smoke":
         return 0
-    if moving:
+    if cfg.optimizer == "adam":
+        print("whether adam has converged is not known: look at figures/training_history.png")
+    elif moving:
         print(f"not converged: {moving}; go on with --resume --iterations {2 * len(history['seconds'])}")
     else:
         print(f"converged: savings had settled after {network.weights['settled']} outer iterations")
