@@ -2944,9 +2944,9 @@ def work(settings: Settings) -> int:
             **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
             "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
             "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
-            "convergence": {"converged": None if cfg.optimizer == "adam" else not moving, "still_moving": moving, "settled": network.weights["settled"],
-                            "iterations": len(history["seconds"]), "movement": history["movement"],
-                            "euler": history["euler"]},
+            "convergence": {"converged": None if cfg.optimizer == "adam" else not moving, "still_moving": moving,
+                            "settled": network.weights["settled"], "iterations": len(history["seconds"]),
+                            "movement": history["movement"], "euler": history["euler"]},
             "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
             "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds,
             "peak_memory_gb": peak_memory_gb(device)}
