@@ -25,7 +25,7 @@ def untrained(economy):
     policy, value = (dk.initial_parameters(dk.n_inputs(econ), 6, bias, seed) for bias, seed in ((share, 0), (0.0, 1)))
     for theta in (policy, value):
         theta[-7:-1] = 0.01 * torch.randn(6, generator=torch.Generator().manual_seed(2))
-    state = {"policy": policy, "value": value, "K_mean": economy.K_ss, "history": {}}
+    state = {"policy": policy, "value": value, "K_mean": economy.K_ss, "settled": 0, "history": {}}
     return dk.Solution(dk.weights_file(state, economy, {}, CFG, 0))
 
 
