@@ -624,12 +624,16 @@ def gain_from_K(k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, z: Tensor, econ
     return marginal_utility(m - k_next, econ) * cash_of_K(k, s, K, z, econ)
 
 
+def by_law(law: Tensor, ln_K: Tensor) -> Tensor:
+    """a + b ln K of coefficients law (..., 2): what is expected of ln K', or of a planner's Delta."""
+    return law[..., 0] + law[..., 1] * ln_K
+
+
 def expected_Delta(u_prime: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
     """Delta where only K and z are known of the cross-section: the planner's by its law, in each z linear in ln K."""
     if econ.equilibrium == "market":
         return 0.0 * u_prime
-    law = econ.Delta_law[z]
-    return Delta(u_prime, cash_of_K(k, s, K, z, econ), law[..., 0] + law[..., 1] * torch.log(K), econ)
+    return Delta(u_prime, cash_of_K(k, s, K, z, econ), by_law(econ.Delta_law[z], torch.log(K)), econ)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -850,8 +854,7 @@ def expected_capital(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
     """E[K' | K, z] at all but the last date of simulated paths (periods, B); realised K' also has the sampling noise of
     N households in it."""
     alm, _ = law_of_motion(K_path, z_path, torch.zeros_like(econ.TFP))
-    a, b = alm[z_path[:-1]].unbind(-1)
-    return torch.exp(a + b * torch.log(K_path[:-1].double())).to(K_path.dtype)
+    return torch.exp(by_law(alm[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- learning
@@ -1061,41 +1064,55 @@ def value_targets(batch: Batch, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
     return g, batch.lam / V_g, V_g / marginal_utility(batch.c, econ)
 
 
-def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-               kernels: Kernels, bellman: bool = False):
-    """Gauss-Newton on the value network's level and slope together (Huge & Savine 2020: fit the slopes too). The slope
-    goes to the costate; the level to realised utility or, with bellman, to the exact sum u(c) + Delta k + beta E V(s')
-    of the policy as it is for ever: nothing to average, but 1 - beta small, so by 1 / (1 - beta) heavier."""
-    at, layers = inputs_of(batch, econ), unpack(theta, cfg.hidden)
-    g_target, g_k_target, unit = value_targets(batch, econ)
-    level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
+def utility_level(layers: List[Tensor], at: Inputs, batch: Batch, econ: Tables, kernels: Kernels):
+    """How far g is from realised utility, a function of layers and g, and minus its derivative, of a slice."""
+    g_target, _, _ = value_targets(batch, econ)
+    return lambda _, g: g_target - g, lambda part: kernels.network_jacobian(layers, at.x[part])
+
+
+def bellman_level(layers: List[Tensor], at: Inputs, batch: Batch, econ: Tables, kernels: Kernels):
+    """The same of the Bellman residual u(c) + Delta k + beta E V(s') - V(s) of the policy as it is for ever: an exact
+    sum, with nothing to average, but 1 - beta small, so by 1 / (1 - beta) heavier."""
     here, beta = joint(batch.s, batch.z, econ), econ.beta[batch.s]
     u_prime = marginal_utility(batch.c, econ)
     flow = utility(batch.c, econ) + expected_Delta(u_prime, batch.k, batch.s, batch.K, batch.z, econ) * batch.k
     k1, s1, K1, z1 = successors(at.m - batch.c, batch.s, batch.K_next, batch.z, econ)
     x1 = features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ)
     V_g = value_of(network(layers, at.x), batch.s, batch.z, econ)[1]
-    unit_V = econ.annuity[here] / V_g
+    unit = econ.annuity[here] / V_g
+    P = econ.probability[here].T * beta * unit * value_of(network(layers, x1), s1, z1, econ)[1]
+
+    def gap(layers, g):
+        V1 = value_of(network(layers, x1), s1, z1, econ)[0]
+        return unit * (flow + beta * expected(V1, batch.s, batch.z, econ) - value_of(g, batch.s, batch.z, econ)[0])
+
+    def jacobian(part):
+        out = (unit * V_g)[part].unsqueeze(1) * kernels.network_jacobian(layers, at.x[part])
+        for j in range(len(P)):
+            out -= P[j, part].unsqueeze(1) * kernels.network_jacobian(layers, x1[j, part])
+        return out
+
+    return gap, jacobian
+
+
+def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
+               kernels: Kernels, bellman: bool = False):
+    """Gauss-Newton on the value network's level and slope together (Huge & Savine 2020: fit the slopes too): the slope
+    goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says."""
+    at, layers = inputs_of(batch, econ), unpack(theta, cfg.hidden)
+    _, g_k_target, unit = value_targets(batch, econ)
+    level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
+    gap, jacobian = (bellman_level if bellman else utility_level)(layers, at, batch, econ, kernels)
 
     def residuals(theta):
         layers = unpack(theta, cfg.hidden)
         g, g_k = network_and_slope(layers, at.x, at.dx)
-        gap = g_target - g
-        if bellman:
-            V1 = value_of(network(layers, x1), s1, z1, econ)[0]
-            gap = unit_V * (flow + beta * expected(V1, batch.s, batch.z, econ) - value_of(g, batch.s, batch.z, econ)[0])
-        return torch.stack([level * gap, slope * (g_k_target - g_k)])
+        return torch.stack([level * gap(layers, g), slope * (g_k_target - g_k)])
 
     now = residuals(theta)
-    P = econ.probability[here].T * beta * unit_V * value_of(network(layers, x1), s1, z1, econ)[1]
 
     def rows(part):
-        jacobian = kernels.network_jacobian(layers, at.x[part])
-        if bellman:
-            jacobian = (unit_V * V_g)[part].unsqueeze(1) * jacobian
-            for j in range(len(P)):
-                jacobian -= P[j, part].unsqueeze(1) * kernels.network_jacobian(layers, x1[j, part])
-        yield now[0, part], level[part].unsqueeze(1) * jacobian
+        yield now[0, part], level[part].unsqueeze(1) * jacobian(part)
         yield now[1, part], kernels.slope_jacobian(layers, at.x[part], at.dx[part] * slope[part].unsqueeze(1))
 
     return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping / 10,
@@ -1183,8 +1200,8 @@ def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables
     rms = [x.square().mean().sqrt() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
     layers = unpack(state["policy"], cfg.hidden)
     policy = functools.partial(network_capital, layers, econ=econ)
-    error, free = euler_residuals(policy, States.expected(batch, econ), econ)
-    euler = (error.abs() * free).sum() / free.sum()
+    error, counts = euler_residuals(policy, States.expected(batch, econ), econ)
+    euler = (error.abs() * counts).sum() / counts.sum()
     figures = torch.stack([state["k"].mean(), objective, *rms, at_limit, euler, *taken, *state["damping"]])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
@@ -1339,7 +1356,7 @@ def make_optimizers(state: dict, cfg: Config) -> dict:
 def resting_share(econ: Tables) -> float:
     """Consumption as a share of cash on hand above the limit at which the representative household keeps K_mean."""
     of_z, K = econ.shares.sum(1), econ.K_mean
-    Y = (of_z @ econ.TFP) * K**econ.alpha * (of_z @ econ.L) ** (1 - econ.alpha)
+    Y = output(K, 0, econ._replace(TFP=[of_z @ econ.TFP], L=[of_z @ econ.L]))
     return float((Y - econ.delta * K) / (Y + (1 - econ.delta) * K - econ.k_min))
 
 
@@ -1360,6 +1377,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "caution": 1.0,
         "settled": 0,  # iteration at which savings had settled
         "watched": [],  # the last ten of watched_savings()
+        "unbounded": 0,  # iterations in a row in which a planner's households saved without bound
         **panel._asdict(),
         "K_mean": econ.K_mean,
         "Delta_law": econ.Delta_law,
@@ -1428,7 +1446,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         if f"adam_{name}" in state:
             optimizer.load_state_dict(state[f"adam_{name}"])
     tensors = [value.detach() for value in state.values() if isinstance(value, Tensor)]
-    graphs_of_phase, failures, unbounded = {}, 0, 0
+    graphs_of_phase, failures = {}, 0
     while state["iteration"] < last_iteration(state, cfg):
         start, before = time.perf_counter(), [tensor.clone() for tensor in tensors]
         optimizers_before = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
@@ -1467,12 +1485,11 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         if state["settled"] == 0 and has_settled(state["history"], cfg):
             state["settled"] = state["iteration"]
         state.update({f"adam_{name}": optimizer.state_dict() for name, optimizer in optimizers.items()})
+        why = unbounded_saving(state, econ, cfg) if econ.equilibrium == "planner" else ""
+        state["unbounded"] = state["unbounded"] + 1 if why else 0
         after_iteration(state)
-        if econ.equilibrium == "planner":
-            why = unbounded_saving(state, econ, cfg)
-            unbounded = unbounded + 1 if why else 0
-            if unbounded >= 10 and state["iteration"] >= 25:  # before, no policy is near a solution
-                raise UserError(why)
+        if state["unbounded"] >= 10 and state["iteration"] >= 25:  # before, no policy is near a solution
+            raise UserError(why)
 
 
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
@@ -1637,13 +1654,13 @@ class Forecast(NamedTuple):
 
 def forecast(alm: np.ndarray, Delta_law: np.ndarray, nodes: Nodes, econ: Economy) -> Forecast:
     """By the laws of motion ln K' = a(z) + b(z) ln K and Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each."""
-    K_next = np.exp(alm[:, :1] + alm[:, 1:] * np.log(nodes.K))  # (z, n_K)
+    K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))  # (z, n_K)
     m_K = np.zeros((1, 1, 1, 1, 1))
     if econ.equilibrium == "game":
         m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
     return Forecast(scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next),
                     prices(K_next[:, None], np.arange(len(alm))[:, None], econ)[0], m_K,
-                    Delta_law[:, :1] + Delta_law[:, 1:] * np.log(K_next)[:, None])
+                    by_law(Delta_law[:, None], np.log(K_next)[:, None]))
 
 
 def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
@@ -1897,8 +1914,7 @@ class States(NamedTuple):
     @staticmethod
     def expected(batch: Batch, econ: Tables) -> States:
         """Those of a batch, K' and the planner's Delta' as their laws of motion expect them."""
-        law = econ.Delta_law
-        ahead = law[:, 0] + law[:, 1] * torch.log(batch.K_next).unsqueeze(1)
+        ahead = by_law(econ.Delta_law, torch.log(batch.K_next).unsqueeze(1))
         return States(batch.k, batch.s, batch.K, batch.z, batch.K_next, None, ahead)
 
 
@@ -2013,7 +2029,7 @@ def law_of_motion_figures(K_path: np.ndarray, z_path: np.ndarray, Z: int) -> dic
     ln_K = np.log(K_path)
     forecast = ln_K.copy()
     for t in range(len(ln_K) - 1):
-        forecast[t + 1] = alm[z_path[t], 0] + alm[z_path[t], 1] * forecast[t]
+        forecast[t + 1] = by_law(alm[z_path[t]], forecast[t])
     error = 100 * np.abs(forecast - ln_K)
     return {"coefficients": alm, "r2": r2, "den_haan_max_percent": error.max(), "den_haan_mean_percent": error.mean()}
 

@@ -88,7 +88,7 @@ def time_to_accuracy(name, cfg, seed, device, grid, k_grid, of_grid, every, budg
 
     def after(state):
         seconds = sum(state["history"]["seconds"])
-        if state["iteration"] % every == 0 or state["iteration"] == cfg.iterations or seconds > budget:
+        if state["iteration"] % every == 0 or state["iteration"] == dk.last_iteration(state, cfg) or seconds > budget:
             network = dk.Solution(dk.weights_file(state, ECONOMY, {}, cfg, seed), device, "torchscript")
             w1 = scipy.stats.wasserstein_distance(pooled_capital(network, dk.PRESETS["default"]), k_grid)
             gap = dk.policy_distance(network, grid, ECONOMY, of_grid)["mean"]

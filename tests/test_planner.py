@@ -207,3 +207,8 @@ def test_a_planner_without_a_stationary_answer(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--equilibrium planner: no stationary answer: at R = 1.0" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [dk.CHECKPOINT]
+    stopped = torch.load(tmp_path / dk.CHECKPOINT, weights_only=True)
+    assert stopped["unbounded"] == 10 or (stopped["iteration"] == 25 and stopped["unbounded"] > 10)
+    assert dk.main([*argv, *flags, "--resume"]) == 2  # the count is part of the checkpoint: one iteration more
+    assert "no stationary answer" in capsys.readouterr().err
+    assert torch.load(tmp_path / dk.CHECKPOINT, weights_only=True)["iteration"] == stopped["iteration"] + 1
