@@ -104,6 +104,8 @@ class Config:
     states: int = option(6, "periods of a roll-out to learn from, close to each other at its start", "[1, 1e5]")
     iterations: int = option(120, "outer iterations at most: policy step, value step, simulate, roll out", "[1, 1e6]")
     hidden: int = option(32, "width of the two tanh layers of both networks", "[1, 1024]")
+    moments: str = option("", "moments of the distribution, beside K, that the networks see: names of MOMENTS")
+    learnt_moments: int = option(0, "moments that are learnt, functions of (k, s) averaged over households", "[0, 8]")
     optimizer: str = option(
         "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
     )
@@ -128,7 +130,7 @@ class Config:
     )
     control_variate: bool = option(True, "take out of the labels the surprises whose mean is exactly zero")
     final_value_steps: int = option(
-        4, "gauss-newton: last iterations, in which V is fitted to the final policy by its Bellman residual", "[0, 1e6]"
+        12, "gauss-newton: last iterations, in which V is fitted to the policy by its Bellman residual", "[0, 1e6]"
     )
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
     wide_top: float = option(1.5, "upper end of these, in multiples of the largest simulated k", "(0, 100]")
@@ -240,6 +242,7 @@ class Economy:
     sees_s: np.ndarray | None = None  # (S, F) what the networks see of s; without it one 0/1 input for each s
     sees_z: np.ndarray | None = None  # (Z, G) and of z; without it evenly spaced from -1 to 1
     weight: np.ndarray | float = 1.0  # (S,) of s in the least-squares problems
+    group: np.ndarray | int = 0  # (S,) the group 0, 1, ... that s belongs to, for the moments by group
     s_names: tuple = ()  # for legends
     z_names: tuple = ()
     equilibrium: str = "market"  # or "game", "planner": see Delta()
@@ -263,7 +266,7 @@ class Economy:
         except (IndexError, TypeError, ValueError):
             raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
         shapes = {"TFP": (Z,), "P_z": (Z, Z), "Pi": (Z, Z, S, S), "beta": (S,), "income": (Z, S), "weight": (S,),
-                  "L": (Z,), "shares": (Z, S), "sees_s": (S, -1), "sees_z": (Z, -1)}
+                  "group": (S,), "L": (Z,), "shares": (Z, S), "sees_s": (S, -1), "sees_z": (Z, -1)}
         even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
         defaults = {"sees_s": np.eye(S), "sees_z": even}
         for name, shape in shapes.items():
@@ -297,6 +300,8 @@ class Economy:
         for name, (low, high) in bounds.items():
             if not low < getattr(self, name) < high:
                 raise UserError(f"{name}: {getattr(self, name)} is not in ({low:g}, {high:g})")
+        if set(self.group) != set(range(len(set(self.group)))):
+            raise UserError("group: give groups 0, 1, 2, ... without a gap")
         if (self.income < 0).any():
             raise UserError("income: give shares of the wage of at least 0")
         for name in ("P_z", "Pi"):
@@ -408,14 +413,17 @@ class Economy:
         reach, possible = padded([np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
         own = np.take_along_axis(self.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
         sees = np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1)
+        members = self.group[:, None] == np.arange(self.group.max() + 1)  # (S, groups)
         integers = {"next_s": successors % S, "next_z": successors // S, "reach": reach}
         real_tables = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
                        "cum_z": self.P_z.cumsum(1)[:, :-1],
                        "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1),
                        "probability": np.take_along_axis(P, successors, 1) * real,
                        "annuity": self.annuity.reshape(-1), "sees": sees, "root_weight": np.sqrt(self.weight),
-                       "shares": self.shares, "K_mean": np.array(self.K_start),
-                       "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1))}
+                       "shares": self.shares, "of_group": members / (self.shares.sum(0) @ members),
+                       "lowest": self.income[0] == self.income[0].min(), "K_mean": np.array(self.K_start),
+                       "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1)),
+                       "M_mean": np.zeros((1, 0)), "M_std": np.ones((1, 0))}
         tensors = {name: torch.tensor(table, device=device, dtype=dtype) for name, table in real_tables.items()}
         tensors |= {name: torch.tensor(table, device=device) for name, table in integers.items()}
         numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1, self.players)
@@ -456,8 +464,12 @@ class Tables(NamedTuple):
     sees: Tensor  # (Z S, F + G)
     root_weight: Tensor  # (S,)
     shares: Tensor  # (Z, S)
+    of_group: Tensor  # (S, groups) 1 / share of the group that s is of, 0 elsewhere
+    lowest: Tensor  # (S,) 1 where income is lowest
     K_mean: Tensor  # () centre of the input ln K; follows the simulation while training, and so does
     Delta_law: Tensor  # (Z, 2) the planner's Delta on (1, ln K) by z
+    M_mean: Tensor  # (V, n) centre and
+    M_std: Tensor  # (V, n) unit of the moments, see moments_of()
 
 
 def tables_on(econ: Tables, device) -> Tables:
@@ -521,6 +533,13 @@ def draw_s(u: Tensor, z: Tensor, z_next: Tensor, s: Tensor, econ: Tables) -> Ten
     """s' given z and z', from uniform numbers u of s's shape; z, z' broadcast against it."""
     row = joint(s, z * econ.TFP.shape[0] + z_next, econ)
     return econ.reach[s, draw(u, econ.cum_s[row])]
+
+
+def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
+    """P(s' | z, z', s) of the states s' that s can reach, reach[s]: (...) -> (..., n)."""
+    cumulative = econ.cum_s[joint(s, z * econ.TFP.shape[0] + z_next, econ)]
+    ends = torch.zeros_like(cumulative[..., :1]), torch.ones_like(cumulative[..., :1])
+    return torch.diff(torch.cat([ends[0], cumulative, ends[1]], -1))
 
 
 def successors(k_next: Tensor, s: Tensor, K_next: Tensor, z: Tensor,
@@ -643,25 +662,35 @@ def expected_Delta(u_prime: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor, 
 K_INPUT, N_OWN = 3, 4  # column of ln K among the inputs, and how many inputs stand before what is seen of s and z
 
 
-def features(k: Tensor, s: Tensor, m: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """Inputs of both networks, (...) -> (..., N_OWN + F + G). Log cash on hand carries the curvature, log capital what
-    is left of it where the limit is near and cash hardly moves with k; the third is bounded."""
-    above, rest = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss), (k - econ.k_min).clamp(min=0.0)
-    own = [torch.log(above / (econ.K_ss + econ.c_ss)), torch.log(rest / econ.c_ss + 0.1) / 3, rest / (rest + econ.K_ss),
+def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """Two functions of k of order one."""
+    rest = (k - econ.k_min).clamp(min=0.0)
+    return torch.log(rest / econ.c_ss + 0.1) / 3, rest / (rest + econ.K_ss)
+
+
+def features(k: Tensor, s: Tensor, m: Tensor, K: Tensor, z: Tensor, econ: Tables,
+             M: Tensor | None = None) -> Tensor:
+    """Inputs of both networks, (...) -> (..., N_OWN + F + G + n). Log cash on hand carries the curvature, log capital
+    what is left of it where the limit is near and cash hardly moves with k; the third is bounded. M (..., n): the
+    moments that this network sees, if there are any."""
+    above = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss)
+    own = [torch.log(above / (econ.K_ss + econ.c_ss)), *capital_inputs(k, econ),
            (econ.K_scale * torch.log(K / econ.K_mean)).expand_as(k)]
-    return torch.cat([torch.stack(own, -1), econ.sees[joint(s, z, econ)]], -1)
+    x = torch.cat([torch.stack(own, -1), econ.sees[joint(s, z, econ)]], -1)
+    return x if M is None else torch.cat([x, M.expand(x.shape[:-1] + M.shape[-1:])], -1)
 
 
 def feature_slopes(k: Tensor, m: Tensor, R: Tensor, econ: Tables) -> Tensor:
-    """d features / dk: (...) -> (..., N_OWN + F + G)."""
+    """d features / dk: (...) -> (..., N_OWN + F + G + n). One household's k does not move the moments."""
     above, rest = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss), (k - econ.k_min).clamp(min=0.0)
     own = [R / above, 1 / (rest + 0.1 * econ.c_ss) / 3, econ.K_ss / (rest + econ.K_ss) ** 2, torch.zeros_like(k)]
-    zeros = torch.zeros(k.shape + econ.sees.shape[1:], dtype=k.dtype, device=k.device)
+    others = [econ.sees.shape[1] + econ.M_mean.shape[1]]
+    zeros = torch.zeros(list(k.shape) + others, dtype=k.dtype, device=k.device)
     return torch.cat([torch.stack(own, -1), zeros], -1)
 
 
 def n_inputs(econ: Tables) -> int:
-    return N_OWN + econ.sees.shape[1]
+    return N_OWN + econ.sees.shape[1] + econ.M_mean.shape[1]
 
 
 def layer_shapes(n: int, H: int) -> List[tuple]:
@@ -669,9 +698,11 @@ def layer_shapes(n: int, H: int) -> List[tuple]:
     return [(H, n), (H,), (H, H), (H,), (H,), ()]
 
 
-def unpack(theta: Tensor, H: int) -> List[Tensor]:
-    """Layers W1 (H, n), b1, W2 (H, H), b2, w3 (H,), b3 as views of the parameter vector theta (P,)."""
-    shapes = layer_shapes((theta.numel() - 1) // H - H - 3, H)
+def unpack(theta: Tensor, H: int, more=()) -> List[Tensor]:
+    """Layers W1 (H, n), b1, W2 (H, H), b2, w3 (H,), b3 as views of the parameter vector theta (P,), and those of the
+    shapes more that follow them."""
+    main = theta.numel() - sum(map(math.prod, more))
+    shapes = [*layer_shapes((main - 1) // H - H - 3, H), *more]
     parts = torch.split(theta, [math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes)]
 
@@ -729,29 +760,46 @@ def initial_parameters(n: int, H: int, output_bias: float, seed: int) -> Tensor:
     return torch.cat([W1.flatten(), b1, W2.flatten(), b2, torch.zeros(H), torch.tensor([output_bias])])
 
 
+def initial_learnt(econ: Tables, cfg: Config, seed: int) -> Tensor:
+    """Random parameters of Q."""
+    rng = torch.Generator().manual_seed(seed + 2)
+    parts = [torch.randn(shape, generator=rng) / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
+    return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
+
+
 def saved_share(f: Tensor) -> Tensor:
     """1 - min(1, exp f): nothing is saved, k' = k_min, exactly where the network is positive."""
     return 1 - torch.exp(f.clamp(max=0.0))
 
 
-def network_capital(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """k' of the policy network; K and z broadcast against k and s."""
+def network_capital(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
+                    M: Tensor | None = None) -> Tensor:
+    """k' of the policy network; K and z broadcast against k and s, M against k with one dimension more."""
     m, _ = cash_on_hand(k, s, K, z, econ)
-    return econ.k_min + saved_share(network(policy, features(k, s, m, K, z, econ))) * (m - econ.k_min)
+    return econ.k_min + saved_share(network(policy, features(k, s, m, K, z, econ, M))) * (m - econ.k_min)
 
 
-def consumption_and_slope(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-                          econ: Tables) -> Tuple[Tensor, Tensor]:
-    """c and dc/dk of the policy network at the states of a path, (T, M); a few periods at a time stay in the cache."""
+def consumption_and_slope(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
+                          M: Tensor | None = None, at: Tensor | None = None) -> Tuple[Tensor, Tensor]:
+    """c and dc/dk of the policy network at the states of a path, (T, M); a few periods at a time stay in the cache.
+    The moments of the states are the rows at (T, M) of M (dates, V, n)."""
     c, dc = torch.empty_like(k), torch.empty_like(k)
     chunk = 4
     for t in range(0, k.shape[0], chunk):
         k_t, s_t, K_t, z_t = k[t : t + chunk], s[t : t + chunk], K[t : t + chunk], z[t : t + chunk]
+        M_t = policy_view(M, at, t, t + chunk)
         m, R = cash_on_hand(k_t, s_t, K_t, z_t, econ)
-        f, f_k = network_and_slope(policy, features(k_t, s_t, m, K_t, z_t, econ), feature_slopes(k_t, m, R, econ))
+        f, f_k = network_and_slope(policy, features(k_t, s_t, m, K_t, z_t, econ, M_t), feature_slopes(k_t, m, R, econ))
         share, above = 1 - saved_share(f), m - econ.k_min
         c[t : t + chunk], dc[t : t + chunk] = share * above, torch.where(f < 0, share * (R + above * f_k), R)
     return c, dc
+
+
+def policy_view(M: Tensor | None, at: Tensor | None, first: int, last: int) -> Tensor | None:
+    """The policy's moments at the dates first to last of paths at, (last - first, M, n)."""
+    if M is None or at is None:
+        return None
+    return M[at[first:last], 0]
 
 
 def utility_ss(econ: Tables) -> float:
@@ -777,13 +825,176 @@ def equivalent_of(V: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return torch.log(inverse_utility(per_period, econ) / econ.c_ss) / econ.value_unit
 
 
-def network_value(value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-                  econ: Tables) -> Tuple[Tensor, Tensor]:
+def network_value(value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
+                  M: Tensor | None = None) -> Tuple[Tensor, Tensor]:
     """(V, V_k) of the value network, utility in the units of utility()."""
     m, R = cash_on_hand(k, s, K, z, econ)
-    g, g_k = network_and_slope(value, features(k, s, m, K, z, econ), feature_slopes(k, m, R, econ))
+    g, g_k = network_and_slope(value, features(k, s, m, K, z, econ, M), feature_slopes(k, m, R, econ))
     V, V_g = value_of(g, s, z, econ)
     return V, V_g * g_k
+
+
+# ---------------------------------------------------------------------------------------------- moments
+# Beside K and z the networks may see moments M of the cross-section: means over households of given functions of
+# (k, s) and of learnt ones, Q(k, s; theta), small networks whose parameters stand at the end of theta. Policy and value
+# network have their own Q, so M is (..., V, n): V = 2 views where anything is learnt, one for both where nothing is.
+
+# name -> (k, s, econ) -> (..., n), of which a moment is the mean over households: a line more is a moment more
+MOMENTS = {
+    "mean": lambda k, s, econ: k.unsqueeze(-1),
+    "variance": lambda k, s, econ: ((k / econ.K_ss - 1) ** 2).unsqueeze(-1),
+    "unemployment": lambda k, s, econ: econ.lowest[s].unsqueeze(-1),  # the share of s with the lowest income
+    "limit": lambda k, s, econ: (k <= econ.k_min).to(k.dtype).unsqueeze(-1),
+    "groups": lambda k, s, econ: k.unsqueeze(-1) * econ.of_group[s],  # mean capital of each Economy.group
+}
+Q_HIDDEN = 12  # width of the two tanh layers of Q, as in the authors' code
+
+
+def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
+    """V1, c1, V2, c2, V3, c3 of Q, with one linear output for each learnt moment; none where nothing is learnt."""
+    n, p, H = 2 + econ.sees.shape[1], cfg.learnt_moments, Q_HIDDEN
+    return [(H, n), (H,), (H, H), (H,), (p, H), (p,)] if p else []
+
+
+def layers_of(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
+    """The six layers of a network, and after them the six of its Q."""
+    return unpack(theta, cfg.hidden, learnt_shapes(econ, cfg))
+
+
+def with_units(econ: Tables, cfg: Config) -> Tables:
+    """Tables with a centre and a unit for each moment that the networks see; UserError for a name that is none."""
+    for name in filter(None, cfg.moments.split(",")):
+        if name not in MOMENTS:
+            raise UserError(f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
+    anybody = torch.zeros(1, 1, dtype=econ.beta.dtype, device=econ.beta.device)
+    given = [MOMENTS[name](anybody, anybody.long(), econ) for name in cfg.moments.split(",") if name]
+    n, V = sum(x.shape[-1] for x in given) + cfg.learnt_moments, 2 if cfg.learnt_moments else 1
+    if 2 * n > cfg.n_agents:
+        raise UserError(f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise --n-agents "
+                        "or take fewer")
+    return econ._replace(M_mean=anybody.new_zeros(V, n), M_std=anybody.new_ones(V, n))
+
+
+def learnt_inputs(k: Tensor, s: Tensor, econ: Tables) -> Tensor:
+    """What Q sees of a household, (...) -> (..., 2 + F + G)."""
+    return torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[s]], -1)
+
+
+def Q(layers: List[Tensor], x: Tensor) -> Tensor:
+    """(..., 2 + F + G) -> (..., p)."""
+    h = torch.tanh(linear(x, layers[6], layers[7]))
+    h = torch.tanh(linear(h, layers[8], layers[9]))
+    return linear(h, layers[10], layers[11])
+
+
+def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
+    """d (mean of Q over the households of a cross-section) / d its parameters: k, s (n, N) -> (n, p, parameters)."""
+    x, N = learnt_inputs(k, s, econ), k.shape[1]
+    h = torch.tanh(linear(x, layers[6], layers[7]))
+    h2 = torch.tanh(linear(h, layers[8], layers[9]))
+    one_of_p, columns = torch.eye(len(layers[11]), dtype=k.dtype, device=k.device), []
+    for of_output, row in zip(one_of_p, layers[10]):
+        d2 = (1 - h2 * h2) * row / N
+        d1 = (1 - h * h) * torch.matmul(d2, layers[8])
+        V3 = of_output.unsqueeze(1) * h2.mean(1).unsqueeze(1)
+        parts = (d1.mT @ x, d1.sum(1), d2.mT @ h, d2.sum(1), V3, of_output.expand(len(k), -1))
+        columns.append(torch.cat([part.flatten(1) for part in parts], 1))
+    return torch.stack(columns, 1)
+
+
+def contributions(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> Tensor:
+    """What households add to the moments that networks (lists of layers) see: (...) -> (..., V, n)."""
+    given = [MOMENTS[name](k, s, econ) for name in cfg.moments.split(",") if name]
+    if not cfg.learnt_moments:
+        return torch.cat(given, -1).unsqueeze(-2)
+    x = learnt_inputs(k, s, econ)
+    return torch.stack([torch.cat([*given, Q(layers, x)], -1) for layers in networks], -2)
+
+
+def standard(M: Tensor, econ: Tables) -> Tensor:
+    """Moments (..., V, n), or the policy's alone (..., 1, n), as inputs of order one."""
+    V = M.shape[-2]
+    return (M - econ.M_mean[:V]) / econ.M_std[:V]
+
+
+def moments_of(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config,
+               weight: Tensor | float = 1.0) -> Tensor:
+    """Moments of cross-sections k, s (B, N) -> (B, V, n); weight (B, N) of households, whose mean is one."""
+    q = contributions(networks, k, s, econ, cfg)
+    return standard((q if isinstance(weight, float) else weight[..., None, None] * q).mean(1), econ)
+
+
+def next_moments(networks: list, k_next: Tensor, s: Tensor, z: Tensor, econ: Tables, cfg: Config,
+                 weight: Tensor | float = 1.0) -> Tensor:
+    """E[M' | z'] for each z', everybody's s' in expectation, an exact sum: k', s (B, N), z (B, 1) -> (B, Z, V, n).
+    weight (B, N) of households whose mean is one."""
+    s_next = econ.reach[s]  # (B, N, reachable)
+    q = contributions(networks, k_next.unsqueeze(-1).expand(s_next.shape), s_next, econ, cfg)
+    of_z = []
+    for z_next in range(len(econ.TFP)):
+        p = own_transition(s, z, z_next, econ) * (weight if isinstance(weight, float) else weight.unsqueeze(-1))
+        of_z.append(torch.einsum("bni,bnivm->bvm", p, q) / k_next.shape[1])
+    return standard(torch.stack(of_z, 1), econ)
+
+
+def path_moments(networks: list, k: Tensor, s: Tensor, z: Tensor, econ: Tables, cfg: Config) -> Tuple[Tensor, Tensor]:
+    """M and E[M' | z'] at the dates of simulated economies k, s (periods, B, N), z (periods, B): (periods B, V, n) and
+    (periods B, Z, V, n), of which the last period of the second is not known, and zero."""
+    chunk, M, M_next = max(1, 2**16 // k[0].numel()), [], []
+    for t in range(0, len(k), chunk):
+        some = slice(t, min(t + chunk, len(k) - 1))
+        M.append(moments_of(networks, k[t : t + chunk].flatten(0, 1), s[t : t + chunk].flatten(0, 1), econ, cfg))
+        k_next = k[some.start + 1 : some.stop + 1].flatten(0, 1)
+        M_next.append(next_moments(networks, k_next, s[some].flatten(0, 1), z[some].flatten().unsqueeze(1), econ, cfg))
+    M_next.append(torch.zeros_like(M_next[0][: k.shape[1]]))
+    return torch.cat(M), torch.cat(M_next)
+
+
+class Seen(NamedTuple):
+    """What one network sees of the cross-sections at the n states of a batch."""
+
+    M: Tensor  # (n, n_m) moments as they were simulated
+    k: Tensor  # (n, N) the cross-sections, where moments are learnt
+    s: Tensor
+    unit: Tensor  # (p,) unit and
+    centre: Tensor  # (p,) centre of the learnt moments
+
+
+def seen_by(view: int, state: dict, at: Tensor, econ: Tables, cfg: Config) -> Seen | None:
+    """view 0: the policy network, -1: the value network; at (n,) the dates of the states."""
+    if not econ.M_mean.numel():
+        return None
+    p = cfg.learnt_moments
+    of_view = state["M"][at, view], state["k_panel"][at], state["s_panel"][at]
+    return Seen(*of_view, econ.M_std[view, -p:], econ.M_mean[view, -p:])
+
+
+def with_moments(x: Tensor, layers: List[Tensor], seen: Seen | None, econ: Tables) -> Tensor:
+    """Inputs x (n, inputs) and the moments of the states, the learnt ones by the Q of these layers."""
+    if seen is None:
+        return x
+    if len(layers) == 6:
+        return torch.cat([x, seen.M], -1)
+    learnt = Q(layers, learnt_inputs(seen.k, seen.s.long(), econ)).mean(-2)
+    return torch.cat([x, seen.M[..., : -len(seen.unit)], (learnt - seen.centre) / seen.unit], -1)
+
+
+def learnt_slopes(layers: List[Tensor], seen: Seen | None, econ: Tables) -> Tensor | None:
+    """d moment / d parameters of Q at the states, (n, p, parameters)."""
+    if seen is None or len(layers) == 6:
+        return None
+    size = max(1, 2**18 // seen.k.shape[1])
+    parts = [Q_jacobian(layers, k, s.long(), econ) for k, s in zip(seen.k.split(size), seen.s.split(size))]
+    return torch.cat(parts) / seen.unit.unsqueeze(1)
+
+
+def with_learnt(jacobian: Tensor, layers: List[Tensor], slopes: Tensor | None) -> Tensor:
+    """A jacobian (n, P) with the columns of Q beside it: moments enter where b1 does, through W1."""
+    if slopes is None:
+        return jacobian
+    H, n = layers[0].shape
+    by_moment = jacobian[:, H * n : H * n + H] @ layers[0][:, -slopes.shape[1] :]
+    return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)
 
 
 # ---------------------------------------------------------------------------------------------- simulation
@@ -852,7 +1063,9 @@ def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor
 
 def expected_capital(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
     """E[K' | K, z] at all but the last date of simulated paths (periods, B); realised K' also has the sampling noise of
-    N households in it."""
+    N households in it. Where networks see moments it is K' itself, which these are there to tell."""
+    if econ.M_mean.numel():
+        return K_path[1:]
     alm, _ = law_of_motion(K_path, z_path, torch.zeros_like(econ.TFP))
     return torch.exp(by_law(alm[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
 
@@ -860,30 +1073,36 @@ def expected_capital(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
 # ---------------------------------------------------------------------------------------------- learning
 
 
-def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """k (T + 1, M) of M price-taking households along given paths s, K, z (T + 1, M), from k (M,)."""
+def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
+             M: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    """k (T + 1, M) of M price-taking households along given paths s, K, z (T + 1, M), from k (M,); the moments are
+    the rows at (T + 1, M) of M (dates, V, n)."""
     path = torch.empty_like(K)
     path[0] = k
     for t in range(K.shape[0] - 1):
-        path[t + 1] = network_capital(policy, path[t], s[t], K[t], z[t], econ)
+        M_t = policy_view(M, at, t, t + 1)
+        path[t + 1] = network_capital(policy, path[t], s[t], K[t], z[t], econ, None if M_t is None else M_t[0])
     return path
 
 
 def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-                      econ: Tables) -> Tuple[Tensor, Tensor]:
+                      econ: Tables, M: Tensor | None = None) -> Tuple[Tensor, Tensor]:
     """V of the value network and, by the envelope condition, V_k = R u'(c) + Delta of the policy network: sharper than
     the slope of V, as the policy network has the kink of the borrowing limit."""
     m, R = cash_on_hand(k, s, K, z, econ)
-    x = features(k, s, m, K, z, econ)
+    x = features(k, s, m, K, z, econ, None if M is None else M[..., 0, :])
+    x_value = x if M is None or M.shape[-2] == 1 else features(k, s, m, K, z, econ, M[..., 1, :])
     u_prime = marginal_utility((1 - saved_share(network(policy, x))) * (m - econ.k_min), econ)
-    return value_of(network(value, x), s, z, econ)[0], R * u_prime + expected_Delta(u_prime, k, s, K, z, econ)
+    return value_of(network(value, x_value), s, z, econ)[0], R * u_prime + expected_Delta(u_prime, k, s, K, z, econ)
 
 
 def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-              K_next: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+              K_next: Tensor, econ: Tables, M: Tensor | None = None, M_next: Tensor | None = None,
+              at: Tensor | None = None) -> Tuple[Tensor, Tensor]:
     """Control variates, (T, M) from paths (T + 1, M) and K_next = E[K' | K, z] (T, M): V(k', s', K', z') as it came
     less its expectation, and the same of V_k. Their mean is zero, and they carry nearly all the noise of the realised
-    utility and of the costate: that of s' and z', and that of K', which N households leave."""
+    utility and of the costate: that of s' and z', and that of K', which N households leave. Moments: rows at (T + 1, M)
+    of M (dates, V, n), and of M_next (dates, Z, V, n), which is E[M' | z']."""
     T = k.shape[0] - 1
     surprise, surprise_k = torch.empty_like(k[:T]), torch.empty_like(k[:T])
     chunk = 2  # periods at a time: memory on a GPU, cache on a CPU
@@ -893,8 +1112,12 @@ def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K
         k_came, K_came = k[t + 1 : last + 1], K[t + 1 : last + 1]
         s_came, z_came = s[t + 1 : last + 1], z[t + 1 : last + 1]
         k1, s1, K1, z1 = successors(k_came, s_t, K_next[t:last], z_t, econ)
-        V, V_k = value_and_costate(policy, value, k1, s1, K1, z1, econ)
-        V_came, V_k_came = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ)
+        M_came: Tensor | None = None
+        M1: Tensor | None = None
+        if M is not None and M_next is not None and at is not None:
+            M_came, M1 = M[at[t + 1 : last + 1]], M_next[at[t:last].expand(z1.shape), z1]
+        V, V_k = value_and_costate(policy, value, k1, s1, K1, z1, econ, M1)
+        V_came, V_k_came = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ, M_came)
         surprise[t:last] = V_came - expected(V, s_t, z_t, econ)
         surprise_k[t:last] = V_k_came - expected(V_k, s_t, z_t, econ)
     return surprise, surprise_k
@@ -954,13 +1177,15 @@ class Batch(NamedTuple):
     U: Tensor  # realised utility, then V
     lam: Tensor  # its derivative, a sample of V_k
     lam_next: Tensor  # lambda_{t+1}: what a unit of k' is worth
+    at: Tensor  # date and economy, a row of the state's moments
 
 
 def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tensor, k_range: Tensor, econ: Tables,
-                      cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Initial k (M,), paths s, K, z (T + 1, M) and E[K' | K, z] (T, M): windows of the simulated economies
-    (periods, B), s drawn anew. A share of the households starts anywhere in the simulated range of k (2,) and a little
-    beyond: the ergodic set of a wrong policy never visits the tails that decide the distribution."""
+                      cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Initial k (M,), paths s, K, z (T + 1, M), E[K' | K, z] (T, M) and the rows of their dates (T + 1, M): windows of
+    the simulated economies (periods, B), s drawn anew. A share of the households starts anywhere in the simulated
+    range of k (2,) and a little beyond: the ergodic set of a wrong policy never visits the tails that decide the
+    distribution."""
     M, device = cfg.batch, K_path.device
     economy = torch.randint(K_path.shape[1], (M,), generator=rng, device=device)
     start = torch.randint(K_path.shape[0] - cfg.horizon, (M,), generator=rng, device=device)
@@ -979,24 +1204,25 @@ def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tens
     shocks = uniform(z.shape, rng, device)
     for t in range(cfg.horizon):
         s_path[t + 1] = draw_s(shocks[t], z[t], z[t + 1], s_path[t], econ)
-    return k, s_path, K, z, K_next[window[:-1], economy]
+    return k, s_path, K, z, K_next[window[:-1], economy], window * K_path.shape[1] + economy
 
 
 def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Tables, cfg: Config,
-                   kernels: Kernels) -> Batch:
-    """Forward along the paths, backward with utilities and costates."""
-    k0, s, K, z, K_next = paths
-    k = kernels.roll_out(policy, k0, s, K, z, econ)
-    c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ)
-    V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ)
+                   kernels: Kernels, M: Tensor | None = None, M_next: Tensor | None = None) -> Batch:
+    """Forward along the paths, backward with utilities and costates. M and M_next as path_moments() has them."""
+    k0, s, K, z, K_next, at = paths
+    k = kernels.roll_out(policy, k0, s, K, z, econ, M, at)
+    c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ, M, at[:-1])
+    M_T = None if M is None else M[at[-1], -1]
+    V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ, M_T)
     surprise = torch.zeros_like(c), torch.zeros_like(c)
     if cfg.control_variate:
-        surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ)
+        surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ, M, M_next, at)
     k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
     R, _ = prices(K, z, econ)
     Delta = expected_Delta(marginal_utility(c, econ), k, s, K, z, econ)
     labels = kernels.costates(c, dc, k, s, R, Delta, V_T, V_k_T, *surprise, econ)
-    return Batch(k, s, K, z, K_next, c, *labels)
+    return Batch(k, s, K, z, K_next, c, *labels, at[:-1])
 
 
 def worth_of_saving(batch: Batch, econ: Tables) -> Tensor:
@@ -1046,7 +1272,7 @@ class Inputs(NamedTuple):
     """The states of a batch as both networks and all three least-squares problems see them."""
 
     m: Tensor  # (n,)
-    x: Tensor  # (n, inputs)
+    x: Tensor  # (n, inputs without moments)
     dx: Tensor  # (n, inputs)
     weight: Tensor  # (n,) square root of the weight
 
@@ -1064,21 +1290,23 @@ def value_targets(batch: Batch, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
     return g, batch.lam / V_g, V_g / marginal_utility(batch.c, econ)
 
 
-def utility_level(layers: List[Tensor], at: Inputs, batch: Batch, econ: Tables, kernels: Kernels):
+def utility_level(layers: List[Tensor], x: Tensor, at: Inputs, batch: Batch, econ: Tables, kernels: Kernels):
     """How far g is from realised utility, a function of layers and g, and minus its derivative, of a slice."""
     g_target, _, _ = value_targets(batch, econ)
-    return lambda _, g: g_target - g, lambda part: kernels.network_jacobian(layers, at.x[part])
+    return lambda _, g: g_target - g, lambda part: kernels.network_jacobian(layers, x[part])
 
 
-def bellman_level(layers: List[Tensor], at: Inputs, batch: Batch, econ: Tables, kernels: Kernels):
+def bellman_level(layers: List[Tensor], x: Tensor, at: Inputs, batch: Batch, econ: Tables, kernels: Kernels,
+                  M_next: Tensor | None = None):
     """The same of the Bellman residual u(c) + Delta k + beta E V(s') - V(s) of the policy as it is for ever: an exact
     sum, with nothing to average, but 1 - beta small, so by 1 / (1 - beta) heavier."""
     here, beta = joint(batch.s, batch.z, econ), econ.beta[batch.s]
     u_prime = marginal_utility(batch.c, econ)
     flow = utility(batch.c, econ) + expected_Delta(u_prime, batch.k, batch.s, batch.K, batch.z, econ) * batch.k
     k1, s1, K1, z1 = successors(at.m - batch.c, batch.s, batch.K_next, batch.z, econ)
-    x1 = features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ)
-    V_g = value_of(network(layers, at.x), batch.s, batch.z, econ)[1]
+    M1 = None if M_next is None else M_next[batch.at.expand(z1.shape), z1][..., -1, :]
+    x1 = features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ, M1)
+    V_g = value_of(network(layers, x), batch.s, batch.z, econ)[1]
     unit = econ.annuity[here] / V_g
     P = econ.probability[here].T * beta * unit * value_of(network(layers, x1), s1, z1, econ)[1]
 
@@ -1087,7 +1315,7 @@ def bellman_level(layers: List[Tensor], at: Inputs, batch: Batch, econ: Tables, 
         return unit * (flow + beta * expected(V1, batch.s, batch.z, econ) - value_of(g, batch.s, batch.z, econ)[0])
 
     def jacobian(part):
-        out = (unit * V_g)[part].unsqueeze(1) * kernels.network_jacobian(layers, at.x[part])
+        out = (unit * V_g)[part].unsqueeze(1) * kernels.network_jacobian(layers, x[part])
         for j in range(len(P)):
             out -= P[j, part].unsqueeze(1) * kernels.network_jacobian(layers, x1[j, part])
         return out
@@ -1096,58 +1324,71 @@ def bellman_level(layers: List[Tensor], at: Inputs, batch: Batch, econ: Tables, 
 
 
 def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-               kernels: Kernels, bellman: bool = False):
+               kernels: Kernels, bellman: bool = False, seen: Seen | None = None, M_next: Tensor | None = None):
     """Gauss-Newton on the value network's level and slope together (Huge & Savine 2020: fit the slopes too): the slope
-    goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says."""
-    at, layers = inputs_of(batch, econ), unpack(theta, cfg.hidden)
+    goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says; learnt
+    moments then stay as they are, since next period's are not seen."""
+    at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
+    x, slopes = with_moments(at.x, layers, seen, econ), learnt_slopes(layers, seen, econ)
     _, g_k_target, unit = value_targets(batch, econ)
     level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
-    gap, jacobian = (bellman_level if bellman else utility_level)(layers, at, batch, econ, kernels)
+    if bellman:
+        gap, jacobian = bellman_level(layers, x, at, batch, econ, kernels, M_next)
+        slopes = None if slopes is None else 0 * slopes
+    else:
+        gap, jacobian = utility_level(layers, x, at, batch, econ, kernels)
 
     def residuals(theta):
-        layers = unpack(theta, cfg.hidden)
-        g, g_k = network_and_slope(layers, at.x, at.dx)
+        layers = layers_of(theta, econ, cfg)
+        g, g_k = network_and_slope(layers, with_moments(at.x, layers, seen, econ), at.dx)
         return torch.stack([level * gap(layers, g), slope * (g_k_target - g_k)])
 
     now = residuals(theta)
 
     def rows(part):
-        yield now[0, part], level[part].unsqueeze(1) * jacobian(part)
-        yield now[1, part], kernels.slope_jacobian(layers, at.x[part], at.dx[part] * slope[part].unsqueeze(1))
+        of_part = None if slopes is None else slopes[part]
+        yield now[0, part], with_learnt(level[part].unsqueeze(1) * jacobian(part), layers, of_part)
+        slope_rows = kernels.slope_jacobian(layers, x[part], at.dx[part] * slope[part].unsqueeze(1))
+        yield now[1, part], with_learnt(slope_rows, layers, of_part)
 
     return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping / 10,
                              lambda theta: residuals(theta).square().sum())
 
 
 def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-                kernels: Kernels):
+                kernels: Kernels, seen: Seen | None = None):
     """Gauss-Newton on the utility objective: move log c to its first-order condition, wherever the borrowing limit
     leaves room."""
-    at, layers = inputs_of(batch, econ), unpack(theta, cfg.hidden)
-    f, newton = network(layers, at.x), policy_residual(batch, econ)
+    at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
+    x, slopes = with_moments(at.x, layers, seen, econ), learnt_slopes(layers, seen, econ)
+    f, newton = network(layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (newton < 0)) * at.weight
 
     def rows(part):
-        yield newton[part] * free[part], kernels.network_jacobian(layers, at.x[part]) * free[part].unsqueeze(1)
+        jacobian = kernels.network_jacobian(layers, x[part]) * free[part].unsqueeze(1)
+        yield newton[part] * free[part], with_learnt(jacobian, layers, None if slopes is None else slopes[part])
 
     def loss(theta):
-        return ((f + newton - network(unpack(theta, cfg.hidden), at.x)) * free).square().sum()
+        layers = layers_of(theta, econ, cfg)
+        return ((f + newton - network(layers, with_moments(at.x, layers, seen, econ))) * free).square().sum()
 
     return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping, loss)
 
 
-def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config) -> Tensor:
+def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: Seen | None = None) -> Tensor:
     """Half the mean squared error of g, and of its slope, for Adam."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
-    g, g_k = network_and_slope(unpack(theta, cfg.hidden), at.x, at.dx)
+    layers = layers_of(theta, econ, cfg)
+    g, g_k = network_and_slope(layers, with_moments(at.x, layers, seen, econ), at.dx)
     level, slope = cfg.level_weight * (g_target - g), cfg.slope_weight * unit * (g_k_target - g_k)
     return (level.square() + slope.square()).mean() / 2
 
 
-def policy_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config) -> Tensor:
+def policy_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: Seen | None = None) -> Tensor:
     """Minus the utility objective up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
     back-propagation through time without the graph through time."""
-    f = network(unpack(theta, cfg.hidden), inputs_of(batch, econ).x).clamp(max=0.0)
+    layers = layers_of(theta, econ, cfg)
+    f = network(layers, with_moments(inputs_of(batch, econ).x, layers, seen, econ)).clamp(max=0.0)
     first_order = (1 - worth_of_saving(batch, econ)) * marginal_utility(batch.c, econ) * batch.c
     discount = econ.beta[batch.s].cumprod(0) / econ.beta[batch.s]
     return -(discount * first_order * f).sum(0).mean()
@@ -1177,7 +1418,8 @@ def watched_savings(state: dict, econ: Tables, cfg: Config) -> Tensor:
     k = econ.k_min + torch.tensor(WATCHED, device=device).view(-1, 1, 1, 1) * (K - econ.k_min)
     of_K = K * torch.tensor([0.97, 1.0, 1.03], device=device).view(-1, 1, 1)
     at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
-    k_next = network_capital(unpack(state["policy"], cfg.hidden), *at, econ)  # (10, 3, Z, S)
+    M = torch.zeros_like(econ.M_mean[0]) if econ.M_mean.numel() else None  # moments at their means
+    k_next = network_capital(layers_of(state["policy"], econ, cfg), *at, econ, M)  # (10, 3, Z, S)
     return (k_next * econ.shares).sum((2, 3)).mean(1) / K
 
 
@@ -1193,14 +1435,20 @@ def movement(watched: list) -> float:
 def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables, cfg: Config, taken) -> Tensor:
     """The figures of HISTORY from mean_K to value_damping and watched_savings(), on the device."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
-    g, g_k = network_and_slope(unpack(state["value"], cfg.hidden), at.x, at.dx)
+    value, M = layers_of(state["value"], econ, cfg), state.get("M")
+    g, g_k = network_and_slope(value, at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1), at.dx)
     free = batch.c < (at.m - econ.k_min) * (1 - 1e-6)
     at_limit = 1 - free.to(at.m.dtype).mean()
     first_order = torch.where(free, policy_residual(batch, econ), torch.zeros_like(at.m))
     rms = [x.square().mean().sqrt() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
-    layers = unpack(state["policy"], cfg.hidden)
-    policy = functools.partial(network_capital, layers, econ=econ)
-    error, counts = euler_residuals(policy, States.expected(batch, econ), econ)
+    layers, states = layers_of(state["policy"], econ, cfg), States.expected(batch, econ)
+    if M is not None:
+        states = states._replace(M=M[batch.at], M_next=state["M_next"][batch.at])
+
+    def policy(k, s, K, z, M=None):
+        return network_capital(layers, k, s, K, z, econ, None if M is None else M[..., 0, :])
+
+    error, counts = euler_residuals(policy, states, econ)
     euler = (error.abs() * counts).sum() / counts.sum()
     figures = torch.stack([state["k"].mean(), objective, *rms, at_limit, euler, *taken, *state["damping"]])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
@@ -1216,16 +1464,21 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         taken = update(state, states, econ, cfg, kernels)
     if cfg.optimizer == "adam":
         taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
-    layers = unpack(state["policy"], cfg.hidden)
+    networks = [layers_of(state[name], econ, cfg) for name in ("policy", "value")]
 
     def policy(k, s, K, z):
-        return kernels.network_capital(layers, k, s, K, z, econ)
+        M = moments_of(networks[:1], k, s, econ, cfg) if econ.M_mean.numel() else None
+        return kernels.network_capital(networks[0], k, s, K, z, econ, M)
 
     scale = 1 + cfg.K_spread * (2 * uniform(state["z"].shape, rng, state["z"].device) - 1)
     panel = Panel(econ.k_min + (state["k"] - econ.k_min) * scale, state["s"], state["z"])
-    gains = torch.zeros_like(state["K_path"])
-    for t, (s, z, [(k, K, k_next)]) in enumerate(simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic)):
+    gains, k_path, s_path = torch.zeros_like(state["K_path"]), [], []
+    economies = simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic and not needs_noise(cfg))
+    for t, (s, z, [(k, K, k_next)]) in enumerate(economies):
         state["K_path"][t], state["z_path"][t] = K[:, 0], z[:, 0]
+        if econ.M_mean.numel():
+            k_path.append(k)
+            s_path.append(s)
         if econ.equilibrium == "planner":
             gains[t] = gain_from_K(k, s, k_next, K, z, econ).mean(1)
         panel = Panel(k, s, z)
@@ -1236,6 +1489,8 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         econ.Delta_law.add_(state["rates"][3] * torch.where(law.isnan(), 0.0, law - econ.Delta_law))
     state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
+    if k_path:
+        keep_moments(state, networks, torch.stack(k_path), torch.stack(s_path), econ, cfg)
     recentre(state, econ, cfg)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     for name, tensor in zip(Batch._fields, thin(batch, cfg)):
@@ -1261,8 +1516,37 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     shift = torch.where(shift.abs() > 0.1, shift, torch.zeros_like(shift))
     econ.K_mean.mul_(torch.exp(shift))
     for name in ("policy", "value"):
-        W1, b1 = unpack(state[name].detach(), cfg.hidden)[:2]
+        W1, b1 = layers_of(state[name].detach(), econ, cfg)[:2]
         b1.add_(econ.K_scale * shift * W1[:, K_INPUT])
+    if not econ.M_mean.numel():
+        return
+    M, n = state["M"], econ.M_mean.shape[1]
+    shift, unit = M.mean(0), M.std(0)  # (V, n)
+    moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
+    shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
+    for name, view in (("policy", 0), ("value", -1)):
+        W1, b1 = layers_of(state[name].detach(), econ, cfg)[:2]
+        b1.add_(W1[:, -n:] @ shift[view])
+        W1[:, -n:].mul_(unit[view])
+    econ.M_mean.add_(econ.M_std * shift)
+    econ.M_std.mul_(unit)
+    for name in ("M", "M_next"):
+        state[name].sub_(shift).div_(unit)
+
+
+def needs_noise(cfg: Config) -> bool:
+    """Whether the networks see who is in which s: then economies must differ in it as finite ones do."""
+    return cfg.learnt_moments > 0 or "unemployment" in cfg.moments.split(",")
+
+
+def keep_moments(state: dict, networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> None:
+    """Moments at all dates of the simulation k, s (periods, B, N) and, where they are learnt, the cross-sections."""
+    M, M_next = path_moments(networks, k, s, state["z_path"], econ, cfg)
+    state["M"].copy_(M)
+    state["M_next"].copy_(M_next)
+    if cfg.learnt_moments:
+        state["k_panel"].copy_(k.flatten(0, 1))
+        state["s_panel"].copy_(s.flatten(0, 1))
 
 
 def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> Batch:
@@ -1270,13 +1554,14 @@ def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rn
     panel = Panel(state["k"], state["s"], state["z"])
     of_state = [state[name] for name in ("K_path", "K_next", "z_path", "k_range")]
     paths = sample_households(panel, *of_state, econ, cfg, rng)
-    policy, value = [unpack(state[name], cfg.hidden) for name in ("policy", "value")]
-    return roll_out_batch(policy, value, paths, econ, cfg, kernels)
+    policy, value = [layers_of(state[name], econ, cfg) for name in ("policy", "value")]
+    return roll_out_batch(policy, value, paths, econ, cfg, kernels, state.get("M"), state.get("M_next"))
 
 
 def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels, bellman: bool = False):
-    damping = state["damping"]
-    value, damping[1], taken = value_step(state["value"], rate, damping[1], states, econ, cfg, kernels, bellman)
+    damping, seen = state["damping"], seen_by(-1, state, states.at, econ, cfg)
+    value, damping[1], taken = value_step(state["value"], rate, damping[1], states, econ, cfg, kernels, bellman, seen,
+                                          state.get("M_next"))
     state["value"].copy_(value)
     return taken
 
@@ -1284,7 +1569,8 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     """One policy and one value step on the same states; whether they were taken, (2,)."""
     (policy_rate, value_rate, momentum, _), damping = state["rates"], state["damping"]
-    policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels)
+    policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
+                                            seen_by(0, state, states.at, econ, cfg))
     value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
     policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
     state["last_step"].copy_(policy - state["policy"])
@@ -1321,9 +1607,8 @@ def value_only(state: dict, cfg: Config) -> bool:
 
 
 def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
-    one = torch.ones_like(state["rates"][1])
-    taken = value_update(state, states, one, econ, cfg, kernels, bellman=True)
-    return torch.stack([torch.zeros_like(taken), taken]).to(one.dtype)
+    taken = value_update(state, states, state["rates"][1], econ, cfg, kernels, bellman=True)
+    return torch.stack([torch.zeros_like(taken), taken]).to(state["rates"].dtype)
 
 
 def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
@@ -1338,10 +1623,12 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
     if state["iteration"] > 0:  # before, there is no simulated path
         states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
         for _ in range(cfg.value_steps):
-            descend("value", lambda theta: value_loss(theta, states, econ, cfg))
+            seen = seen_by(-1, state, states.at, econ, cfg)
+            descend("value", lambda theta, seen=seen: value_loss(theta, states, econ, cfg, seen))
         for _ in range(cfg.policy_steps):
             batch = roll_out_sample(state, econ, cfg, kernels, rng)
-            descend("policy", lambda theta, batch=batch: policy_loss(theta, batch, econ, cfg))
+            seen = seen_by(0, state, batch.at, econ, cfg)
+            descend("policy", lambda theta, batch=batch, seen=seen: policy_loss(theta, batch, econ, cfg, seen))
     return torch.ones_like(state["damping"])
 
 
@@ -1365,14 +1652,23 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
     device, n = econ.TFP.device, n_inputs(econ)
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
     n_states = cfg.batch * len(taught(cfg))
-    share = resting_share(econ)
+    networks = {}
+    for name, bias, seed_of in (("policy", math.log(resting_share(econ)), seed), ("value", 0.0, seed + 1)):
+        main = initial_parameters(n, cfg.hidden, bias, seed_of)
+        networks[name] = torch.cat([main, initial_learnt(econ, cfg, seed_of)]).to(device)
+    dates, moments = cfg.periods * cfg.n_economies, {}
+    if econ.M_mean.numel():
+        moments = {"M_mean": econ.M_mean, "M_std": econ.M_std,
+                   "M": torch.zeros(dates, *econ.M_mean.shape, device=device),
+                   "M_next": torch.zeros(dates, len(econ.TFP), *econ.M_mean.shape, device=device),
+                   "k_panel": torch.zeros(dates, cfg.n_agents if cfg.learnt_moments else 0, device=device)}
+        moments["s_panel"] = moments["k_panel"].to(torch.int16)
     return {
         "iteration": 0,
-        "policy": initial_parameters(n, cfg.hidden, math.log(share), seed).to(device),
-        "value": initial_parameters(n, cfg.hidden, 0.0, seed + 1).to(device),
+        **networks,
         "damping": torch.full((2,), 1e-2, device=device),
         "rates": torch.zeros(4, device=device),  # of the policy step, the value step, momentum, the law of Delta
-        "last_step": torch.zeros(sum(map(math.prod, layer_shapes(n, cfg.hidden))), device=device),
+        "last_step": torch.zeros_like(networks["policy"]),
         "k_range": torch.stack([panel.k.min(), panel.k.max()]),
         "caution": 1.0,
         "settled": 0,  # iteration at which savings had settled
@@ -1384,7 +1680,9 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "K_path": torch.zeros(cfg.periods, cfg.n_economies, device=device),
         "K_next": torch.zeros(cfg.periods - 1, cfg.n_economies, device=device),  # E[K' | K, z]
         "z_path": torch.zeros(cfg.periods, cfg.n_economies, device=device, dtype=torch.int64),
-        **{f"batch_{name}": torch.zeros(n_states, device=device, dtype=torch.int64 if name in ("s", "z") else None)
+        **moments,
+        **{f"batch_{name}": torch.zeros(n_states, device=device,
+                                        dtype=torch.int64 if name in ("s", "z", "at") else None)
            for name in Batch._fields},
         "history": {name: [] for name in HISTORY},
     }
@@ -1392,15 +1690,18 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
 
 def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     """Steps of full size until savings have settled, near the end of that phase with momentum, which is for the last
-    slow errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are
+    slow errors; then falling like 1 / n: from there on they average the noise out, and so again when V is fitted to its
+    Bellman residual. Adam keeps its rates. All are
     smaller for a while after an iteration that was taken back. The cross-section of a policy that is still far from
     its first-order condition says nothing of the planner's Delta, which waits."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
     momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle and not optimizers else 0.0
+    n = state["iteration"] - last_iteration(state, cfg) + cfg.final_value_steps
+    value_rate = state["caution"] / (1 + cfg.decay * n if value_only(state, cfg) else fall)
     near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
-    rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, state["caution"] / fall, momentum, 0.2 * near]
+    rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, value_rate, momentum, 0.2 * near]
     state["rates"].copy_(torch.tensor(rates))
 
 
@@ -1423,7 +1724,9 @@ def unbounded_saving(state: dict, econ: Tables, cfg: Config) -> str:
     saves more and more; what bounds its wealth is R < 1 alone."""
     k, s, z = state["k"], state["s"], state["z"]
     K = k.mean(1, keepdim=True)
-    k_next = network_capital(unpack(state["policy"], cfg.hidden), k, s, K, z, econ)
+    networks = [layers_of(state["policy"], econ, cfg)]
+    M = moments_of(networks, k, s, econ, cfg) if econ.M_mean.numel() else None
+    k_next = network_capital(networks[0], k, s, K, z, econ, M)
     m, R = cash_on_hand(k, s, K, z, econ)
     richest, R = k.argmax(), float(R.mean())
     u_prime = marginal_utility((m - k_next).flatten()[richest], econ)
@@ -1527,9 +1830,21 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
 class Policy:
     """What the network's and the grid's solution share: a policy and a value, on tensors and on numpy arrays."""
 
+    def in_panel(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
+        """k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
+        return self.policy(k, s, K, z)
+
+    def moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor, weight: Tensor | float = 1.0) -> tuple:
+        """(M, E[M' | z']) of cross-sections (B, N), z (B, 1), or nothing where only K is seen of them."""
+        return ()
+
+    def of_mass(self, k: np.ndarray) -> Callable | None:
+        """For a policy that sees moments: k' (s, n) at nodes k as a function of the mass (s, n), K and z."""
+        return None
+
     def next_capital(self, k, s, K, z) -> np.ndarray:
-        """k' for numbers or arrays that broadcast: k, K real (goods), s and z indices. ValueError where s or z is
-        none."""
+        """k' for numbers or arrays that broadcast: k, K real (goods), s and z indices; moments, if there are any, as
+        usual at K and z. ValueError where s or z is none."""
         return on_arrays(self.policy, self.states, self.device, k, s, K, z)
 
     def value(self, k, s, K, z) -> np.ndarray:
@@ -1560,23 +1875,70 @@ class Solution(Policy):
         self.weights, self.config = weights, Config(**weights["config"])
         tables = weights["economy"].items()
         self.economy = Economy(**{name: x.numpy() if isinstance(x, Tensor) else x for name, x in tables})
-        K_mean = torch.tensor(weights["K_mean"], device=device, dtype=torch.float64)
-        self.econ = self.economy.tables(device)._replace(K_mean=K_mean)
-        self.layers = {name: [weights[name][layer].to(device, torch.float64) for layer in LAYERS]
-                       for name in ("policy", "value")}
-        self.single = [layer.float() for layer in self.layers["policy"]], \
-            self.economy.tables(device, torch.float32)._replace(K_mean=K_mean.float())
+        self.econ, self.layers = self.on(device, torch.float64)
+        self.single = self.on(device, torch.float32)
+        self.usual_moments = weights["M_law"].to(device)
         self.kernels = compile_kernels(mode)
 
-    def policy(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """k' for tensors that broadcast against k, float64, or float32 as long simulations have them."""
-        layers, econ = self.single if k.dtype == torch.float32 else (self.layers["policy"], self.econ)
-        return self.kernels.network_capital(layers, k, s, K, z, econ)
+    def on(self, device, dtype) -> Tuple[Tables, dict]:
+        """Tables and layers in a precision."""
+        units = {name: torch.as_tensor(self.weights[name]).to(device, dtype) for name in ("K_mean", "M_mean", "M_std")}
+        layers = {name: [layer.to(device, dtype) for layer in self.weights[name].values()]
+                  for name in ("policy", "value")}
+        return self.economy.tables(device, dtype)._replace(**units), layers
 
-    def values(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """V in the units of utility(), float64 tensors of one shape."""
+    def policy(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor, M: Tensor | None = None) -> Tensor:
+        """k' for tensors that broadcast against k, float64, or float32 as long simulations have them; M (..., V, n)
+        the moments where the networks see any, without which they are as usual at K and z."""
+        econ, layers = self.single if k.dtype == torch.float32 else (self.econ, self.layers)
+        M = self.usual(K, z) if M is None and self.sees_moments else M
+        return self.kernels.network_capital(layers["policy"], k, s, K, z, econ, None if M is None else M[..., 0, :])
+
+    def values(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor, M: Tensor | None = None) -> Tensor:
+        """V in the units of utility(), float64 tensors of one shape, and M as in policy()."""
         m, _ = cash_on_hand(k, s, K, z, self.econ)
-        return value_of(network(self.layers["value"], features(k, s, m, K, z, self.econ)), s, z, self.econ)[0]
+        M = self.usual(K, z) if M is None and self.sees_moments else M
+        x = features(k, s, m, K, z, self.econ, None if M is None else M[..., -1, :])
+        return value_of(network(self.layers["value"], x), s, z, self.econ)[0]
+
+    @property
+    def sees_moments(self) -> bool:
+        return self.econ.M_mean.numel() > 0
+
+    def usual(self, K: Tensor, z: Tensor) -> Tensor:
+        """What is expected of the moments given K and z, (...) -> (..., V, n)."""
+        return by_law(self.usual_moments[z], torch.log(K)[..., None, None])
+
+    def in_panel(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
+        if not self.sees_moments:
+            return self.policy(k, s, K, z)
+        econ, layers = self.single if k.dtype == torch.float32 else (self.econ, self.layers)
+        return self.policy(k, s, K, z, moments_of(list(layers.values()), k, s, econ, self.config).unsqueeze(1))
+
+    def moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor, weight: Tensor | float = 1.0) -> tuple:
+        if not self.sees_moments:
+            return ()
+        networks = list(self.layers.values())
+        return moments_of(networks, k, s, self.econ, self.config, weight), \
+            next_moments(networks, k_next, s, z, self.econ, self.config, weight)
+
+    def of_mass(self, k: np.ndarray) -> Callable | None:
+        if not self.sees_moments:
+            return None
+        (econ, layers), S = self.single, len(self.economy.beta)
+        nodes = np.append(k[:-1:5], k[-1])  # k' is interpolated in between
+        of_all, of_nodes = [torch.tensor(x, dtype=torch.float32, device=self.device).expand(S, -1) for x in (k, nodes)]
+        s = torch.arange(S, device=self.device).unsqueeze(1)
+        q = contributions(list(layers.values()), of_all, s.expand_as(of_all), econ, self.config).flatten(0, 1)
+
+        def rule(mass, K, z):
+            mass = torch.tensor(mass / mass.sum(), dtype=torch.float32, device=self.device).flatten()
+            M = standard(torch.tensordot(mass, q, 1), econ)
+            K, z = torch.tensor(K, dtype=torch.float32, device=self.device), torch.tensor(z, device=self.device)
+            k_next = self.policy(of_nodes, s.expand_as(of_nodes), K.expand(1, 1), z.expand(1, 1), M).cpu().numpy()
+            return np.array([np.interp(k, nodes, row) for row in k_next])
+
+        return rule
 
     def save(self, path) -> None:
         save_checkpoint(Path(path), self.weights)
@@ -1699,14 +2061,17 @@ def solve_household(c: np.ndarray, ahead: Forecast, nodes: Nodes, econ: Economy,
 def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray,
                        econ: Economy, keep: Callable = lambda t, mass, k_next: None):
     """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
-    two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,). Returns K (periods,)
-    and the last mass; keep(t, mass, k') sees every period."""
+    two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,), or a function of (mass,
+    K, z). Returns K (periods,) and the last mass; keep(t, mass, k') sees every period."""
     K_path, n = np.empty(len(z_path)), len(k)
     for t, z in enumerate(z_path):
         K_path[t] = mass.sum(0) @ k
-        position = (K_path[t] - K[0]) / (K[1] - K[0])
-        j = min(max(int(position), 0), len(K) - 2)
-        k_next = table[z, :, j] + (position - j) * (table[z, :, j + 1] - table[z, :, j])  # (s, n)
+        if callable(table):
+            k_next = table(mass, K_path[t], z)  # (s, n)
+        else:
+            position = (K_path[t] - K[0]) / (K[1] - K[0])
+            j = min(max(int(position), 0), len(K) - 2)
+            k_next = table[z, :, j] + (position - j) * (table[z, :, j + 1] - table[z, :, j])
         keep(t, mass, k_next)
         position = np.interp(k_next, k, np.arange(n))
         i = np.minimum(position.astype(int), n - 2)
@@ -1904,12 +2269,20 @@ class States(NamedTuple):
     K_next: Tensor
     Delta: Tensor | None = None  # the planner's, read off the cross-section
     Delta_next: Tensor | None = None  # (n, Z) next period's for each z', everybody's s' in expectation
+    M: Tensor | None = None  # (n, V, n_m) moments, and
+    M_next: Tensor | None = None  # (n, Z, V, n_m) next period's for each z', everybody's s' in expectation
 
     def now(self) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.k, self.s, self.K, self.z
 
     def at(self, index) -> States:
         return States(*[x if x is None else x[index] for x in self])
+
+    def moments(self, z_next: Tensor | None = None) -> tuple:
+        """What policies and values take beside (k, s, K, z): the moments now, or at z' (J, n); nothing if none."""
+        if self.M is None:
+            return ()
+        return (self.M,) if z_next is None else (self.M_next[torch.arange(len(self.k), device=z_next.device), z_next],)
 
     @staticmethod
     def expected(batch: Batch, econ: Tables) -> States:
@@ -1925,19 +2298,19 @@ def planner_Delta(solution, k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, K_n
     weight = weight * torch.ones_like(k)
     now = (weight * gain_from_K(k, s, k_next, K, z, econ)).sum(1) / weight.sum(1)
     nexts = successors(k_next, s, K_next, z, econ)
-    gain = gain_from_K(nexts[0], nexts[1], solution.policy(*nexts), nexts[2], nexts[3], econ)
+    gain = gain_from_K(nexts[0], nexts[1], solution.policy(*nexts), nexts[2], nexts[3], econ)  # moments as usual
     p = weight * econ.probability[joint(s, z, econ)].movedim(-1, 0)
     to = [p * (nexts[3] == z_next) for z_next in range(len(econ.TFP))]
     return now, torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1)
 
 
 def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int):
-    """Simulate solutions on the same shocks from the same dispersed panel: name -> (pooled States, K_path (periods,
-    B)), and z_path (periods, B)."""
+    """Simulate solutions on the same shocks from the same dispersed panel: name -> (cross-sections of the pooled
+    periods, a dict of tensors (D, B, ...), K_path (periods, B)), and z_path (periods, B)."""
     rng = torch.Generator().manual_seed(seed)  # on the CPU: the same shocks on every device
     panel = initial_panel(B, N, econ, rng)
     pooled, K_path, z_path = {name: [] for name in solutions}, {name: [] for name in solutions}, []
-    periods = simulate([solution.policy for solution in solutions.values()], panel, cfg.eval_periods, econ, rng)
+    periods = simulate([solution.in_panel for solution in solutions.values()], panel, cfg.eval_periods, econ, rng)
     periods = tqdm(periods, f"simulation, N = {N}", cfg.eval_periods, leave=False, disable=None)
     for t, (s, z, paths) in enumerate(periods):
         if t < cfg.eval_drop:
@@ -1946,27 +2319,44 @@ def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, s
         for name, (k, K, k_next) in zip(solutions, paths):
             K_path[name].append(K[:, 0].double())
             if (t - cfg.eval_drop) % cfg.eval_every == 0:
-                k, K, k_next = k.double(), K.double(), k_next.double()
-                now = [k, s, K, z, k_next.mean(1, keepdim=True)]
-                if econ.equilibrium == "planner":
-                    here, ahead = planner_Delta(solutions[name], k, s, k_next, K, now[-1], z, 1.0, econ)
-                    now += [here[:, None], ahead[:, None]]
-                pooled[name].append([x.expand(*k.shape, *x.shape[2:]).flatten(0, 1) for x in now])
-    return {name: (States(*map(torch.cat, zip(*pooled[name]))), torch.stack(K_path[name])) for name in solutions}, \
-        torch.stack(z_path)
+                pooled[name].append(cross_section(solutions[name], k.double(), s, K.double(), z, k_next.double(), econ))
+    stacked = {name: {part: torch.stack([x[part] for x in of]) for part in of[0]} for name, of in pooled.items()}
+    return {name: (stacked[name], torch.stack(K_path[name])) for name in solutions}, torch.stack(z_path)
+
+
+def cross_section(solution, k: Tensor, s: Tensor, K: Tensor, z: Tensor, k_next: Tensor, econ: Tables,
+                  weight: Tensor | float = 1.0) -> dict:
+    """The fields of States: k, s (B, N), and what all households of an economy share, (B, ...). weight (B, N) of
+    households, whose mean is one."""
+    now = {"k": k, "s": s, "K": K[:, 0], "z": z[:, 0], "K_next": (weight * k_next).mean(1)}
+    now |= zip(("M", "M_next"), solution.moments(k, s, k_next, z, weight))
+    if econ.equilibrium == "planner":
+        of_all = planner_Delta(solution, k, s, k_next, K, now["K_next"].unsqueeze(1), z, weight, econ)
+        now |= zip(("Delta", "Delta_next"), of_all)
+    return now
+
+
+def states_of(pooled: dict, some: Tensor) -> States:
+    """The households some of all in pooled cross-sections."""
+    N = pooled["k"].shape[-1]
+    of_household = {name: pooled[name].flatten()[some] for name in ("k", "s")}
+    return States(**of_household, **{name: x.flatten(0, 1)[some // N] for name, x in pooled.items()
+                                     if name not in of_household})
 
 
 def bellman_errors(solution, states: States, econ: Tables) -> Tuple[Tensor, Tensor]:
     """u(c) + Delta k + beta E V(s') - V(s), Delta given, at the policy's own c and at the best one (golden-section
     search), in the units of utility(): the Bellman error of Han, Yang & E (2021) is the second."""
     m, _ = cash_on_hand(*states.now(), econ)
-    above, beta, k_next = m - econ.k_min, econ.beta[states.s], solution.policy(*states.now())
+    above, beta = m - econ.k_min, econ.beta[states.s]
+    k_next = solution.policy(*states.now(), *states.moments())
     gain = Delta(marginal_utility(m - k_next, econ), cash_of_K(*states.now(), econ), states.Delta, econ)
-    V = solution.values(*states.now()) - gain * states.k
+    V = solution.values(*states.now(), *states.moments()) - gain * states.k
 
     def objective(share):
         nexts = successors(econ.k_min + (1 - share) * above, states.s, states.K_next, states.z, econ)
-        return utility(share * above, econ) + beta * expected(solution.values(*nexts), states.s, states.z, econ)
+        V = solution.values(*nexts, *states.moments(nexts[3]))
+        return utility(share * above, econ) + beta * expected(V, states.s, states.z, econ)
 
     own_share = 1 - (k_next - econ.k_min) / above
     own, golden = objective(own_share), (math.sqrt(5) - 1) / 2
@@ -1987,10 +2377,10 @@ def euler_residuals(policy: Callable, states: States, econ: Tables) -> Tuple[Ten
     """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit; and where the
     limit does not hold c = c~ there."""
     m, _ = cash_on_hand(*states.now(), econ)
-    k_next = policy(*states.now())
+    k_next = policy(*states.now(), *states.moments())
     nexts = successors(k_next, states.s, states.K_next, states.z, econ)
     m_next, R_next = cash_on_hand(*nexts, econ)
-    u_prime = marginal_utility(m_next - policy(*nexts), econ)
+    u_prime = marginal_utility(m_next - policy(*nexts, *states.moments(nexts[3])), econ)
     common = None if states.Delta_next is None else states.Delta_next.gather(1, nexts[3].T).T
     gain = Delta(u_prime, cash_of_K(*nexts, econ), common, econ)
     worth = econ.beta[states.s] * expected(R_next * u_prime + gain, states.s, states.z, econ)
@@ -2038,7 +2428,7 @@ def errors_at(solution, states: States, econ: Tables) -> Tuple[dict, dict]:
     """Bellman errors (utils, and as a share of consumption) and Euler errors at given states, and the arrays."""
     own, best = bellman_errors(solution, states, econ)
     m, _ = cash_on_hand(states.k, states.s, states.K, states.z, econ)
-    c = m - solution.policy(*states.now())
+    c = m - solution.policy(*states.now(), *states.moments())
     in_consumption = (own / (marginal_utility(c, econ) * c)).cpu().numpy()
     utils = econ.c_ss ** (1 - econ.gamma)
     own, best = [utils * x.cpu().numpy() for x in (own, best)]
@@ -2059,10 +2449,10 @@ def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed
     """All figures of solutions at one N on the same shocks, and the arrays behind them: name -> dict."""
     simulated, z_path = ergodic_states(solutions, econ, cfg, B, N, seed)
     figures, arrays, z_path = {}, {}, z_path.cpu().numpy()
-    for name, (states, K_path) in simulated.items():
-        some = torch.randperm(len(states.k), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
-        figures[name], arrays[name] = errors_at(solutions[name], states.at(some.to(states.k.device)), econ)
-        k, K_path = states.k.cpu().numpy(), K_path.cpu().numpy()
+    for name, (pooled, K_path) in simulated.items():
+        some = torch.randperm(pooled["k"].numel(), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
+        figures[name], arrays[name] = errors_at(solutions[name], states_of(pooled, some.to(econ.TFP.device)), econ)
+        k, K_path = pooled["k"].flatten().cpu().numpy(), K_path.cpu().numpy()
         figures[name] |= {"n_agents": N, "n_economies": B, "periods": cfg.eval_periods - cfg.eval_drop,
                           "capital": inequality(k),
                           "law_of_motion": law_of_motion_figures(K_path, z_path, len(econ.TFP))}
@@ -2072,14 +2462,16 @@ def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed
 
 def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k: np.ndarray, K: np.ndarray,
                 seed: int) -> Tuple[dict, dict]:
-    """The same in the limit N = infinity, where sampling noise hides nothing: both policies, tabulated at nodes k and
-    K, through the same histogram on the same path of z, once for its start and once to be judged."""
+    """The same in the limit N = infinity, where sampling noise hides nothing: both policies, tabulated at nodes k and K
+    unless they see moments, through the same histogram on the same path of z, once for its start and once to be
+    judged."""
     z_path, figures, arrays = draw_z_path(cfg.eval_periods, economy, np.random.default_rng(seed)), {}, {}
     at = [x.to(econ.TFP.device) for x in on_grid(k, K, econ)]
     for name, solution in solutions.items():
-        rows = [[solution.policy(*[x[z, s] for x in at]).cpu().numpy() for s in range(at[0].shape[1])]
-                for z in range(at[0].shape[0])]
-        table, pooled = np.array(rows), []
+        table, pooled = solution.of_mass(k), []
+        if table is None:
+            table = np.array([[solution.policy(*[x[z, s] for x in at]).cpu().numpy() for s in range(at[0].shape[1])]
+                              for z in range(at[0].shape[0])])
 
         def keep(t, mass, k_next, pooled=pooled):
             if t >= cfg.eval_drop and (t - cfg.eval_drop) % cfg.eval_every == 0 and t + 1 < len(z_path):
@@ -2105,22 +2497,18 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
 
 
 def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables, n: int,
-                     solution=None) -> States:
+                     solution) -> States:
     """About n States, spread evenly over the mass (s, n_k) of each pooled period."""
-    each, device = max(1, n // len(pooled)), econ.TFP.device
-    columns = []
+    each, device, columns = max(1, n // len(pooled)), econ.TFP.device, []
     for t, mass, k_next in pooled:
         at = np.searchsorted(mass.cumsum(), (np.arange(each) + 0.5) / each * mass.sum() * (1 - 1e-12))
-        s, i = np.unravel_index(at, mass.shape)
-        now = [k[i], s, np.full(each, K_path[t]), np.full(each, z_path[t]), np.full(each, K_path[t + 1])]
-        if econ.equilibrium == "planner":
-            everybody = np.broadcast_to(k, mass.shape), np.indices(mass.shape)[0], k_next, mass
-            k_all, s_all, next_all, weight = [torch.tensor(x, device=device).reshape(1, -1) for x in everybody]
-            K, K_next, z = [torch.tensor(x, device=device).view(1, 1) for x in (K_path[t], K_path[t + 1], z_path[t])]
-            here, ahead = planner_Delta(solution, k_all, s_all, next_all, K, K_next, z, weight, econ)
-            now += [here.expand(each).cpu().numpy(), ahead.expand(each, -1).cpu().numpy()]
-        columns.append(now)
-    return States(*[torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*columns)])
+        everybody = np.broadcast_to(k, mass.shape), np.indices(mass.shape)[0], k_next, mass * mass.size / mass.sum()
+        k_all, s, next_all, weight = [torch.tensor(x, device=device).reshape(1, -1) for x in everybody]
+        K, z = [torch.tensor(x, device=device).view(1, 1) for x in (K_path[t], z_path[t])]
+        section = cross_section(solution, k_all, s, K, z, next_all, econ, weight)
+        one_period = {name: x.unsqueeze(0) for name, x in section.items()}
+        columns.append(states_of(one_period, torch.from_numpy(at).to(device)))
+    return States(*[None if x[0] is None else torch.cat(x) for x in zip(*columns)])
 
 
 def consumption_distribution(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables):
@@ -2162,7 +2550,7 @@ def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int) -> 
     the solution and the state at 0."""
     rng = torch.Generator().manual_seed(seed)
     panel = initial_panel(cfg.irf_paths, cfg.irf_agents, econ, rng)
-    names, policies = list(solutions), [solution.policy for solution in solutions.values()]
+    names, policies = list(solutions), [solution.in_panel for solution in solutions.values()]
     burn = simulate(policies, panel, cfg.irf_burn, econ, rng)
     for s, z, paths in tqdm(burn, "impulse responses", cfg.irf_burn, leave=False, disable=None):
         pass
@@ -2477,7 +2865,7 @@ def departures(cfg, reference) -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 4  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 5  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 
@@ -2663,7 +3051,7 @@ def exit_status(work, argv: list) -> int:
 
 JUDGE_SEED = 20_000  # shocks on which every run is judged: far from the seeds of training, the same for all
 WEIGHTS, CHECKPOINT = "NN_weights_biases.pth", "checkpoint.pt"
-LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3")
+LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
 
 
 def as_economy(economy) -> Economy:
@@ -2677,11 +3065,20 @@ def economy_dict(economy: Economy) -> dict:
     return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables}
 
 
-def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
-    """Everything needed to use the networks: layers, tables, configuration and what ln K is centred on."""
-    networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in unpack(state[name], cfg.hidden))))
+def weights_file(state: dict, econ: Tables, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
+    """Everything needed to use the networks: layers, tables, configuration, what ln K and the moments are centred on,
+    and what is usual of the moments at (1, ln K) in each z: M_law (Z, V, n, 2)."""
+    networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in layers_of(state[name], econ, cfg))))
                 for name in ("policy", "value")}
-    return {**networks, "economy": economy_dict(economy), "calibration": calibration, "K_mean": float(state["K_mean"]),
+    V, n = econ.M_mean.shape
+    laws = torch.zeros(len(econ.TFP), V, n, 2, dtype=torch.float64)
+    for v, i in np.ndindex(V, n):
+        path = state["M"][:, v, i].view(state["K_path"].shape).double()
+        law, _ = regress_by_z(path, torch.log(state["K_path"].double()), state["z_path"], 0 * econ.TFP)
+        laws[:, v, i] = law.nan_to_num().cpu()
+    units = {name: getattr(econ, name).cpu().clone() for name in ("M_mean", "M_std")}
+    return {**networks, **units, "M_law": laws, "economy": economy_dict(economy), "calibration": calibration,
+            "K_mean": float(state["K_mean"]),
             "config": dataclasses.asdict(cfg), "seed": seed, "settled": state["settled"],
             "history": {name: list(column) for name, column in state["history"].items()}}
 
@@ -2708,9 +3105,12 @@ def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None =
     like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
     like |= {"seed": 0, "settled": 0, "K_mean": 0.0}
     if settings:
-        shapes = layer_shapes(n_inputs(settings.economy.tables()), settings.config.hidden)
+        cfg = settings.config
+        econ = with_units(settings.economy.tables(), cfg)
+        shapes = layer_shapes(n_inputs(econ), cfg.hidden) + learnt_shapes(econ, cfg)
         layers = {name: torch.zeros(shape) for name, shape in zip(LAYERS, shapes)}
-        like |= {"config": {"hidden": settings.config.hidden}, "calibration": settings.calibration,
+        asked = {name: getattr(cfg, name) for name in ("hidden", "moments", "learnt_moments")}
+        like |= {"config": asked, "calibration": settings.calibration,
                  "economy": economy_dict(settings.economy), "policy": layers, "value": layers}
     weights = load_checkpoint(Path(path), like, "--evaluate")
     return Solution(weights, choose_device(device), compile)
@@ -2881,7 +3281,7 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
     calibration = dataclasses.asdict(economy) if isinstance(economy, Calibration) else calibration or {}
     economy, device = as_economy(economy), choose_device(device)
     torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
-    econ, kernels = economy.tables(device, torch.float32), compile_kernels(compile)
+    econ, kernels = with_units(economy.tables(device, torch.float32), config), compile_kernels(compile)
     rng = torch.Generator()
     if device == "cuda":
         torch.cuda.init()
@@ -2902,7 +3302,8 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
             rng.manual_seed(seed + saved["iteration"])
         state |= {name: x.to(device) if isinstance(x, Tensor) else x for name, x in saved.items()
                   if name in state or name.startswith("adam_")}
-        econ = econ._replace(K_mean=state["K_mean"], Delta_law=state["Delta_law"])
+        follow = ("K_mean", "Delta_law", "M_mean", "M_std")
+        econ = econ._replace(**{name: state[name] for name in follow if name in state})
     Interrupted.iteration = state["iteration"]
 
     def after_iteration(state: dict) -> None:
@@ -2922,7 +3323,7 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
 
     with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it") as bar:
         train(state, econ, config, kernels, rng, cuda_graphs and device == "cuda", after_iteration)
-    return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
+    return Solution(weights_file(state, econ, economy, calibration, config, seed), device, compile)
 
 
 def work(settings: Settings) -> int:
