@@ -621,7 +621,7 @@ def test_consumption_closes_the_budget(smoke_grid, econ):
 
 
 def verdict(network, grid, economy):
-    return {row[0]: row for row in dk.verdict(dk.compare(network, grid, CFG)[0], economy)}
+    return {row[0]: row for row in dk.verdict(dk.compare(network, grid, CFG)[0], economy, CFG)}
 
 
 def check_rows(rows):
