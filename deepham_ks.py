@@ -3100,18 +3100,19 @@ def economy_dict(economy: Economy) -> dict:
     return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables}
 
 
-def weights_file(state: dict, econ: Tables, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
+def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
     """Everything needed to use the networks: layers, tables, configuration, what ln K and the moments are centred on,
     and what is usual of the moments at (1, ln K) in each z: M_law (Z, V, n, 2)."""
+    econ = with_units(economy.tables(), cfg)
     networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in layers_of(state[name], econ, cfg))))
                 for name in ("policy", "value")}
     V, n = econ.M_mean.shape
     laws = torch.zeros(len(econ.TFP), V, n, 2, dtype=torch.float64)
     for v, i in np.ndindex(V, n):
         path = state["M"][:, v, i].view(state["K_path"].shape).double()
-        law, _ = regress_by_z(path, torch.log(state["K_path"].double()), state["z_path"], 0 * econ.TFP)
+        law, _ = regress_by_z(path, torch.log(state["K_path"].double()), state["z_path"], 0 * path[0, : len(econ.TFP)])
         laws[:, v, i] = law.nan_to_num().cpu()
-    units = {name: getattr(econ, name).cpu().clone() for name in ("M_mean", "M_std")}
+    units = {name: state.get(name, getattr(econ, name)).cpu().clone() for name in ("M_mean", "M_std")}
     return {**networks, **units, "M_law": laws, "economy": economy_dict(economy), "calibration": calibration,
             "K_mean": float(state["K_mean"]),
             "config": dataclasses.asdict(cfg), "seed": seed, "settled": state["settled"],
@@ -3367,7 +3368,7 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
 
     with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it") as bar:
         train(state, econ, config, kernels, rng, cuda_graphs and device == "cuda", after_iteration)
-    return Solution(weights_file(state, econ, economy, calibration, config, seed), device, compile)
+    return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
 
 
 def work(settings: Settings) -> int:

@@ -65,7 +65,7 @@ def pooled_capital(solution, cfg):
     """k (n,) of the panel that the small size is judged on; every solution starts from the same one."""
     simulated, _ = dk.ergodic_states({"": solution}, ECONOMY.tables(solution.device), cfg, cfg.eval_economies,
                                      cfg.eval_agents, dk.JUDGE_SEED)
-    return simulated[""][0].k.cpu().numpy()
+    return simulated[""][0]["k"].flatten().cpu().numpy()
 
 
 def judge(cfg, device):

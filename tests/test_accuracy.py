@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import types
 
 import numpy as np
 import pytest
@@ -16,6 +15,18 @@ CFG = dataclasses.replace(dk.PRESETS["smoke"], hidden=6, eval_agents=30, eval_ec
                           irf_burn=30)
 SMALL = dk.GridConfig(n_k=60, n_K=6, n_k_fine=150, n_K_fine=9, periods=1000, burn_in=50, tolerance=1e-4)
 F64 = torch.float64
+
+
+class Stub(dk.Policy):
+    """A solution made of what is given."""
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+
+def everybody(pooled):
+    """States of all households in pooled cross-sections."""
+    return dk.states_of(pooled, torch.arange(pooled["k"].numel()))
 
 
 def untrained(economy):
@@ -41,8 +52,8 @@ def toy_grid(economies):
 
 def as_network(grid, economy=None):
     """The grid in the network's place."""
-    return types.SimpleNamespace(econ=grid.econ, economy=economy or dk.krusell_smith(), policy=grid.policy,
-                                 values=grid.values, next_capital=grid.next_capital)
+    return Stub(econ=grid.econ, economy=economy or dk.krusell_smith(), policy=grid.policy, values=grid.values,
+                next_capital=grid.next_capital)
 
 
 def table_nodes(grid):
@@ -112,7 +123,7 @@ def test_ergodic_states(smoke_grid, econ):
     """What is dropped, what is pooled, and K' the mean of k' that followed."""
     def simulated(seed):
         of, z_path = dk.ergodic_states({"grid": smoke_grid}, econ, CFG, B=3, N=30, seed=seed)
-        return *of["grid"], z_path
+        return everybody(of["grid"][0]), of["grid"][1], z_path
 
     states, K_path, z_path = simulated(5)
     assert K_path.shape == z_path.shape == (60, 3)  # 80 - 20 periods
@@ -130,11 +141,11 @@ def test_ergodic_states_of_two_solutions(smoke_grid, network, econ):
     """On the same shocks, each as it is alone."""
     solutions = {"network": network, "grid": smoke_grid}
     both, z_path = dk.ergodic_states(solutions, econ, CFG, B=3, N=30, seed=5)
-    assert torch.equal(both["network"][0].s, both["grid"][0].s) and torch.equal(both["network"][0].z, both["grid"][0].z)
+    assert all(torch.equal(both["network"][0][name], both["grid"][0][name]) for name in ("s", "z"))
     for name, solution in solutions.items():
         alone, z_alone = dk.ergodic_states({name: solution}, econ, CFG, B=3, N=30, seed=5)
         assert torch.equal(z_path, z_alone) and torch.equal(both[name][1], alone[name][1])
-        assert all(torch.equal(a, b) for a, b in zip(both[name][0][:5], alone[name][0][:5]))
+        assert all(torch.equal(x, alone[name][0][part]) for part, x in both[name][0].items())
 
 
 def test_python_interface_broadcasts(network, smoke_grid):
@@ -254,7 +265,7 @@ def test_best_consumption_against_brute_force(economies, name):
     economy = economies[name]
     network, (Z, S) = valuing_wealth(economy), economy.income.shape
     econ = network.econ
-    states = dk.ergodic_states({"network": network}, econ, CFG, B=3, N=30, seed=1)[0]["network"][0]
+    states = everybody(dk.ergodic_states({"network": network}, econ, CFG, B=3, N=30, seed=1)[0]["network"][0])
     states = states.at(slice(None, None, 25))
     own, best = dk.bellman_errors(network, states, econ)
     m, _ = dk.cash_on_hand(*states.now(), econ)
@@ -288,14 +299,14 @@ def test_euler_errors_leave_out_the_constrained(smoke_grid, econ):
         return torch.where(k > 100, 0.0, smoke_grid.policy(k, s, K, z))
 
     rich = dk.States(k + 150, s, K, z, K)
-    error = dk.euler_errors(types.SimpleNamespace(policy=eat_all_when_rich), rich, econ)
+    error = dk.euler_errors(Stub(policy=eat_all_when_rich), rich, econ)
     assert error.shape == (1,) and 0 < error < 1  # c~ < c
 
     def save_half_once(k, s, K, z):
         return torch.where(K == 39.0, 0.5 * dk.cash_on_hand(k, s, K, z, econ)[0], 0.0)
 
     # saves half of m at K = 39 to eat everything at K = 45: c~ would be above m, and is m = 2 c
-    error = dk.euler_errors(types.SimpleNamespace(policy=save_half_once), dk.States(k, s + 1, K, z, K + 6), econ)
+    error = dk.euler_errors(Stub(policy=save_half_once), dk.States(k, s + 1, K, z, K + 6), econ)
     assert error.item() == pytest.approx(-1, abs=1e-12)
 
 
@@ -306,7 +317,7 @@ def test_euler_errors_at_a_limit_below_zero(economies, toy_grid):
     s, z, K = torch.zeros(3, dtype=torch.long), torch.arange(3), torch.full((3,), toy_grid.K_mean, dtype=F64)
     assert (toy_grid.policy(k, s, K, z) == economy.k_min).all()
     assert dk.euler_errors(toy_grid, dk.States(k, s, K, z, K), econ).numel() == 0
-    saver = types.SimpleNamespace(policy=lambda k, s, K, z: torch.full_like(k, economy.k_min + 0.1))
+    saver = Stub(policy=lambda k, s, K, z: torch.full_like(k, economy.k_min + 0.1))
     assert (dk.euler_errors(saver, dk.States(k, s, K, z, K), econ) < 0).all()  # c~ > c: it should borrow more
 
 
@@ -315,7 +326,7 @@ def test_error_figures(economies, name):
     """mean |x|, root mean square and max |x|; in utils, in units of u'(c) c, and log10 of |Euler errors|."""
     network = untrained(economies[name])
     econ, c_ss = network.econ, economies[name].c_ss
-    states = dk.ergodic_states({"network": network}, econ, CFG, B=3, N=30, seed=1)[0]["network"][0]
+    states = everybody(dk.ergodic_states({"network": network}, econ, CFG, B=3, N=30, seed=1)[0]["network"][0])
     figures, arrays = dk.errors_at(network, states, econ)
     m, _ = dk.cash_on_hand(*states.now(), econ)
     c, (own, best) = m - network.policy(*states.now()), dk.bellman_errors(network, states, econ)
@@ -420,15 +431,15 @@ def test_policy_distance(economies):
         seen.update(k=k, s=s, K=K, z=z)
         return np.full(np.shape(k), 0.25) + 0.5 * (s == 2) * (z == 1) * (K > 41)
 
-    zero = types.SimpleNamespace(next_capital=lambda k, s, K, z: np.zeros(np.shape(k)))
+    zero = Stub(next_capital=lambda k, s, K, z: np.zeros(np.shape(k)))
     path = np.interp(np.linspace(0, 100, 1001), (0, 2, 50, 98, 100), (36, 37, 39.5, 42, 50))
     judged, economy = path[:, None], economies["toy"]
-    found = dk.policy_distance(types.SimpleNamespace(next_capital=other), zero, economy, judged)
+    found = dk.policy_distance(Stub(next_capital=other), zero, economy, judged)
     assert found == {"mean": pytest.approx(0.25 + 0.5 / 27), "max": pytest.approx(0.75)}
     assert economy.k_min < seen["k"].min() < economy.k_min + 0.6 and seen["k"].max() == pytest.approx(4.07 * 39.5)
     assert np.unique(seen["K"]) == pytest.approx([37, 39.5, 42])
     assert set(np.unique(seen["s"])) == set(np.unique(seen["z"])) == {0, 1, 2}
-    assert found == dk.policy_distance(zero, types.SimpleNamespace(next_capital=other), economy, judged)
+    assert found == dk.policy_distance(zero, Stub(next_capital=other), economy, judged)
 
 
 # ------------------------------------------------------------------------------------------------ the limit
@@ -497,7 +508,7 @@ def test_histogram_states_represent_the_mass(economies, toy_grid):
     K_path, _ = dk.simulate_histogram(toy_grid.table.numpy(), k, K, mass, z_path, economy,
                                       lambda *args: pooled.append(args))
     some = [pooled[t] for t in (3, 20, 41)]
-    states = dk.histogram_states(some, k, K_path, z_path, toy_grid.econ, 3000)
+    states = dk.histogram_states(some, k, K_path, z_path, toy_grid.econ, 3000, toy_grid)
     assert all(x.shape == (3000,) for x in states[:5])
     for part, (t, mass, _) in enumerate(some):
         one = states.at(slice(1000 * part, 1000 * (part + 1)))
@@ -565,7 +576,7 @@ def test_shocked_paths(smoke_grid, econ):
 def test_shocks_of_every_economy(economy, tables):
     """From the middle state to the one below; the same shocks for every solution and on both paths. Where there is one
     z, both paths are one."""
-    solutions = {str(share): types.SimpleNamespace(policy=lambda k, s, K, z, share=share: share * (k + s + z))
+    solutions = {str(share): Stub(policy=lambda k, s, K, z, share=share: share * (k + s + z))
                  for share in (0.5, 0.9)}
     responses = dk.impulse_responses(solutions, tables, CFG, seed=3)
     middle = len(economy.TFP) // 2
@@ -591,8 +602,8 @@ def test_employment_follows_the_shock(econ):
     """A policy that saves for employment alone writes s_t into K_{t+1}: the bad state at 0 comes with its unemployment,
     the good one with its own, and a quarter before both were good. Another policy saves for the same households."""
     cfg = dataclasses.replace(CFG, irf_paths=100, irf_agents=200, irf_periods=2, irf_burn=3)
-    census = types.SimpleNamespace(policy=lambda k, s, K, z: s.double())
-    double = types.SimpleNamespace(policy=lambda k, s, K, z: 2 * s.double())
+    census = Stub(policy=lambda k, s, K, z: s.double())
+    double = Stub(policy=lambda k, s, K, z: 2 * s.double())
     responses = dk.impulse_responses({"census": census, "double": double}, econ, cfg, seed=1)
     idle = [1 - K for K in responses["census"]["capital"]]
     # 20,000 households; a deviation is sqrt(0.1 x 0.9 / 20,000) = 0.0021

@@ -674,7 +674,7 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
     network = dk.load(smoke_run[0] / "NN_weights_biases.pth")
     sizes = dk.krusell_smith().tables(), SMOKE, SMOKE.eval_economies, SMOKE.eval_agents, dk.JUDGE_SEED
     found, _ = dk.ergodic_states({"network": network, "grid": smoke_grid}, *sizes)
-    w1 = scipy.stats.wasserstein_distance(*[states.k.numpy() for states, _ in found.values()])
+    w1 = scipy.stats.wasserstein_distance(*[pooled["k"].flatten().numpy() for pooled, _ in found.values()])
     assert rows[-1][4] == pytest.approx(w1, rel=1e-3)
     assert rows[-1][5] == pytest.approx(metrics["comparison"]["policy_distance"]["mean"], rel=0.05)
     assert bench["policy_step_flops"](dk.Config()) > 1e9

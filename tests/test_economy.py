@@ -617,7 +617,7 @@ def test_states_that_never_change(toy, rng, S):
     """Households all alike, or in permanent groups: every state follows itself, whatever z does."""
     of_z = stationary(toy.P_z)
     economy = dataclasses.replace(toy, Pi=np.eye(S), shares=of_z[:, None] * np.full(S, 1 / S), L=None, weight=1.0,
-                                  beta=toy.beta[:S], income=toy.income[:, -S:], sees_s=None, s_names=())
+                                  group=0, beta=toy.beta[:S], income=toy.income[:, -S:], sees_s=None, s_names=())
     tables = economy.tables()
     panel = dk.initial_panel(4, 30, tables, rng)
     for systematic in (False, True):

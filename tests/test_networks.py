@@ -84,7 +84,7 @@ def config(**changes):
 
 def batch_of(world, eager, control_variate):
     with torch.no_grad():
-        paths = (*world.paths, world.K_next)
+        paths = (*world.paths, world.K_next, torch.zeros_like(world.paths[1]))
         return dk.roll_out_batch(layers_of(world.policy), layers_of(world.value), paths, world.econ,
                                  config(control_variate=control_variate), eager)
 
@@ -327,7 +327,7 @@ def test_control_variate_takes_the_last_draw_out(world, eager):
     mean, U = dict.fromkeys(ways, 0.0), {way: [] for way in ways}
     for s1, z1, p in possible(economy, s[0], z[0]):
         for way, (control_variate, K_expected) in ways.items():
-            paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1]), K_expected
+            paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1]), K_expected, 0 * s[:2]
             cfg = config(horizon=1, control_variate=control_variate)
             batch = dk.roll_out_batch(layers_of(policy), layers_of(value), paths, econ, cfg, eager)
             mean[way] = mean[way] + p * torch.stack([batch.U[0], batch.lam[0], batch.lam_next[0]])
@@ -364,7 +364,7 @@ def test_sampled_households(economy, tables, rng):
     K_path = K_path + torch.arange(30).unsqueeze(1)  # every (period, economy) its own number
     k_range = torch.stack([panel.k.min(), panel.k.max()])
     expected = dk.expected_capital(K_path, z_path, tables)
-    k, s, K, z, K_next = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, cfg, rng)
+    k, s, K, z, K_next, row = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, cfg, rng)
     assert K_next.shape == (5, 4000)
     assert k.shape == (4000,) and s.shape == K.shape == z.shape == (6, 4000)
     starts = set()
@@ -373,6 +373,7 @@ def test_sampled_households(economy, tables, rng):
         assert torch.equal(K[:, b], K_path[period : period + 6, at])
         assert torch.equal(z[:, b], z_path[period : period + 6, at])
         assert torch.equal(K_next[:, b], expected[period : period + 5, at])
+        assert torch.equal(K[:, b], K_path.flatten()[row[:, b]])
         starts.add((period, at))
     assert len({at for _, at in starts}) == 7 and len({period for period, _ in starts}) > 10
     Z, S = economy.income.shape
