@@ -2214,104 +2214,72 @@ def figure(path, height, note=""):
         fig.savefig(path, dpi=160, format="png", pil_kwargs={"optimize": True})
 
 
-def capital_axis(ax, k_min, k_max):
-    """k on a scale of ln(1 + k - k_min), so that poor households show."""
-    ax.set_xscale("function", functions=(lambda k: np.log1p(np.maximum(k - k_min, 0)), lambda x: np.expm1(x) + k_min))
-    decades = [k for exponent in range(8) for k in (10**exponent, 3 * 10**exponent)]
-    ax.set_xticks([k for k in (0, *decades) if k_min <= k <= k_max][-9:])
-    ax.set(xlim=(k_min, k_max), xlabel="individual capital k (goods)")
-
-
-def log_axis(ax):
-    """y on a log scale over whole decades, where anything is positive."""
-    if ax.dataLim.y1 > 0:
-        ax.set(yscale="log", ylim=10 ** (np.floor(np.log10([ax.dataLim.minposy, ax.dataLim.y1])) + (0, 1)))
-
-
-def plot_lines(ax, gap, x, of):
+def plot_lines(ax, gap, x, of, label):
     """Each solution's y over x, and network minus grid in the strip below."""
     for name, y in of.items():
         ax.plot(x, y, label=name, **LINES[name])
     if "grid" in of:
         gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
     gap.axhline(0, **LINES["grid"])
+    ax.set(ylabel=label, xlim=(x[0], x[-1]))
+    gap.set_ylabel("difference")
 
 
 def plot_distribution(path, arrays, title, note):
     """Density and left tail of individual capital k (n,)."""
     k_of = {name: of["k"] for name, of in arrays.items()}
-    low = min(0.0, *(k.min() for k in k_of.values()))
+    low = min(k.min() for k in k_of.values())
     top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
-    bins, poor = np.linspace(low, top, 81), np.linspace(low, low + (top - low) / 15, 201)
+    poor = np.linspace(low, low + (top - low) / 15, 201)
     with figure(path, 3.6, note) as fig:
         density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
         for name, k in k_of.items():
-            density.stairs(np.histogram(k, bins)[0] / len(k) / np.diff(bins), bins,
-                           label=f"{name}: mean {k.mean():.2f}, std {k.std():.2f}", **LINES[name])
+            label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
+            density.stairs(*np.histogram(k, 80, (low, top), density=True), label=label, **LINES[name])
             tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
         density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
-        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)",
-                 xlim=(low, poor[-1]), ylim=(0, None))
+        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)")
 
 
 def plot_history(path, history):
     """Training over outer iterations, name -> (iterations,)."""
     panels = {"mean_K": "mean capital K (goods)", "objective": "policy objective (u in units of c_ss)",
               "policy_residual": "policy residual (rms of ln c~ / c)",
-              "value_residual": "value residual (rms, ln consumption equivalent)"}
-    n = len(history["seconds"])
-    with figure(path, 4.6) as fig:
+              "value_residual": "value residual (rms of ln consumption)"}
+    with figure(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
         for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
-            ax.plot(range(1, n + 1), history[name], color=BLUE, linewidth=1.2, marker="o", markersize=2.5)
-            ax.set(title=title, xlim=(0, n + 1))
-            if "residual" in name:
-                log_axis(ax)
-                ax.set_xlabel(f"outer iteration ({sum(history['seconds']):.0f} s in all)")
-        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
+            ax.set(title=title, yscale="log" if "residual" in name else "linear")
 
 
 def plot_policies(path, solutions, K, k_max, economy):
     """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
-    k = economy.k_min - 1 + np.geomspace(1, 1 + k_max - economy.k_min, 400)
-    last, middle = len(economy.s_names) - 1, len(economy.z_names) // 2
-    z_shown, s_shown = sorted({max(middle - 1, 0), middle}), sorted({0, last})
-    with figure(path, 1 + 2.7 * len(z_shown), f"Aggregate capital K = {K:.1f}.") as fig:
-        axes = fig.subplots(2 * len(z_shown), len(s_shown), sharex=True, squeeze=False,
-                            height_ratios=(3, 1.2) * len(z_shown))
-        for row, column in np.ndindex(len(z_shown), len(s_shown)):
-            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], z_shown[row], s_shown[column]
-            plot_lines(ax, gap, k, {name: x.next_capital(k, s, K, z) - k for name, x in solutions.items()})
+    k = np.sinh(np.linspace(np.arcsinh(economy.k_min), np.arcsinh(k_max), 400))
+    Z, S = economy.income.shape
+    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
+    with figure(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
+        axes = fig.subplots(2 * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, 1.2) * len(of_z))
+        for row, column in np.ndindex(len(of_z), len(of_s)):
+            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], of_z[row], of_s[column]
+            saved = {name: solution.next_capital(k, s, K, z) - k for name, solution in solutions.items()}
+            plot_lines(ax, gap, k, saved, "k' - k (goods)")
             ax.set_title(f"{economy.z_names[z]}, {economy.s_names[s]}")
-        for ax, gap in axes[:, 0].reshape(-1, 2):
-            ax.set_ylabel("k' - k (goods)")
-            gap.set_ylabel("difference\n(goods)")
-        for ax in axes[-1]:
-            capital_axis(ax, economy.k_min, k_max)
+            gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
 
 
-def plot_bellman_bins(path, arrays, k_min, note):
-    """Mean and 95th percentile of |error| at the states that a solution visits, by bins of capital, equally wide in
-    ln(1 + k - k_min)."""
-    top = max(k_min + 1, *(of["sample_k"].max() for of in arrays.values()))
-    edges = k_min - 1 + np.geomspace(1, 1 + top - k_min, 23)
-    with figure(path, 4.2, note) as fig:
-        ax, share = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+def plot_bellman_errors(path, arrays, note):
+    """Mean and 95th percentile of |error| at the states that a solution visits, in groups of equally many by k."""
+    with figure(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
+        ax = fig.subplots()
         for name, of in arrays.items():
-            k, error = of["sample_k"], np.abs(of["bellman"])
-            bins = np.digitize(k, edges[1:-1])
-            groups = [np.flatnonzero(bins == b) for b in range(len(edges) - 1)]
-            least = min(20, max(map(len, groups)))  # a percentile needs some observations
-            groups = [group for group in groups if len(group) >= least]
-            x = [k[group].mean() for group in groups]
-            style = LINES[name] | {"marker": {"network": "o", "grid": "s"}[name], "markersize": 4}
-            ax.plot(x, [error[group].mean() for group in groups], label=f"{name}, mean", **style)
-            ax.plot(x, [np.percentile(error[group], 95) for group in groups], label=f"{name}, 95th percentile",
-                    **style | {"linewidth": style["linewidth"] / 2, "markerfacecolor": "white"})
-        share.hist(k, edges, weights=np.full(len(k), 100 / len(k)), color="0.75", ec="white")
-        ax.set_ylabel("|Bellman error|, policy's own c (utils)")
-        log_axis(ax)
-        share.set_ylabel("households\n(%)")
-        capital_axis(share, k_min, edges[-1])
+            groups = np.array_split(np.argsort(of["sample_k"]), min(40, len(of["sample_k"])))
+            k = [of["sample_k"][group].mean() for group in groups]
+            error = [np.abs(of["bellman"][group]) for group in groups]
+            ax.plot(k, [x.mean() for x in error], label=f"{name}, mean", **LINES[name])
+            ax.plot(k, [np.percentile(x, 95) for x in error], ".", label=f"{name}, 95th percentile",
+                    color=LINES[name]["color"])
+        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
+               ylabel="|Bellman error|, policy's own c (utils)")
 
 
 def impulse_response(benchmark, shocked, points=False):
@@ -2325,53 +2293,46 @@ def impulse_response(benchmark, shocked, points=False):
 
 def plot_impulse_responses(path, responses, note):
     """Responses to a lower state at period 0. responses: name -> series -> (benchmark, shocked), both (paths,
-    periods); interest_rate holds the gross return R, shocks the index z."""
-    titles = {"capital": "capital (percent)", "output": "output (percent)", "consumption": "consumption (percent)",
-              "interest_rate": "interest rate (percentage points)", "shocks": "aggregate state (mean change of z)"}
-    with figure(path, 4.6, note) as fig:
-        for i, (series, title) in enumerate(titles.items()):
-            ax = fig.add_subplot(2, 3, i + 1)
+    periods); interest_rate holds the gross return R."""
+    with figure(path, 4.6, f"{note}; periods after the shock.") as fig:
+        for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
+            points = series == "interest_rate"
             for name, solution in responses.items():
-                mean, low, high = impulse_response(*solution[series], points=series in ("interest_rate", "shocks"))
-                if series == "shocks":  # an index, not a percentage; and a single path is in one state or the other
-                    mean = mean / 100
-                elif name == "network":
+                mean, low, high = impulse_response(*solution[series], points)
+                if name == "network":
                     ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
                                     label="network, 10-90% of paths")
                 ax.plot(mean, label=f"{name}, mean", **LINES[name])
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-            ax.set(title=title, xlabel="periods after the shock", xlim=(0, max(len(mean) - 1, 1)))
+            ax.set_title(f"{series.replace('_', ' ')} ({'percentage points' if points else 'percent'})")
 
 
 def plot_capital_paths(path, arrays, z_names, note):
     """Mean capital K on the first periods of one path of z; the lower states are shaded."""
     z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
-    edges, lower = np.arange(len(z) + 1) - 0.5, z_names[0] if low == 1 else f"below {z_names[low]}"
     with figure(path, 4.0, note) as fig:
         ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        for panel, label in ((ax, lower if (z < low).any() else None), (gap, None)):
-            panel.fill_between(edges, np.append(z < low, 0), step="post", color="0.9", linewidth=0, zorder=0.5,
-                               transform=panel.get_xaxis_transform(), label=label)
-        plot_lines(ax, gap, range(len(z)), {name: of["K_path"][:400, 0] for name, of in arrays.items()})
-        ax.set(ylabel="mean capital K (goods)", xlim=(0, max(len(z) - 1, 1)))
-        gap.set(ylabel="difference\n(goods)", xlabel="period")
+        ax.fill_between(range(len(z)), z < low, step="mid", color="0.9", linewidth=0, zorder=0.5,
+                        transform=ax.get_xaxis_transform(), label=" / ".join(z_names[:low]))
+        paths = {name: of["K_path"][:400, 0] for name, of in arrays.items()}
+        plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
+        gap.set_xlabel("period")
 
 
 def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
                  cfg: Config) -> None:
     """Every picture of the output directory."""
-    (folder / "figures").mkdir()
     draw, economy, of = folder / "figures", network.economy, figures["network"]
+    draw.mkdir()
     small, large = [f"N = {x['n_agents']}, {x['n_economies']} economies, {x['periods']} periods"
                     for x in (of["small"], of["large"])]
     title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
     plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
     plot_history(draw / "training_history.png", network.weights["history"])
-    K, k = of["limit"]["capital"]["mean"], arrays["large"]["network"]["k"]
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    top = max(np.quantile(k, 0.9999), economy.k_min + 1)
-    plot_policies(draw / "policy_functions.png", solutions, K, top, economy)
-    plot_bellman_bins(draw / "bellman_errors.png", arrays["large"], economy.k_min, large)
+    top = max(np.quantile(arrays["large"]["network"]["k"], 0.9999), economy.k_min + 1)
+    plot_policies(draw / "policy_functions.png", solutions, of["limit"]["capital"]["mean"], top, economy)
+    plot_bellman_errors(draw / "bellman_errors.png", arrays["large"], large)
     paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
     plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], paths)
     plot_capital_paths(draw / "capital_path.png", arrays["large"], economy.z_names, large)
