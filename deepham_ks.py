@@ -73,6 +73,11 @@ class UserError(RuntimeError):
         super().__init__(" ".join(message.split()))
 
 
+def require(holds, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Krusell & Smith (1998) in the calibration of Den Haan, Judd & Juillard (2010), quarterly."""
@@ -249,156 +254,98 @@ class Economy:
     def __post_init__(self):
         Z, S = self.fill_in()
         self.check_numbers()
-        self.check_chain(Z, S)
-        gap = self.earned / self.L - 1
-        if np.abs(gap).max() > 1e-6:
-            z = np.abs(gap).argmax()
-            raise UserError(f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of labour L; "
-                            "change income or L, or leave L out")
+        self.derive_chain(Z, S)
+        self.derive_steady_state(Z, S)
 
     def fill_in(self) -> Tuple[int, int]:
         """Tables as float64 arrays of full shape, those left out at their defaults; (Z, S)."""
         try:
-            Z, S = np.atleast_1d(self.TFP).shape[0], np.array(self.income, np.float64).shape[-1]
+            Z, S = len(np.atleast_1d(self.TFP)), np.array(self.income, float).shape[-1]
         except (IndexError, TypeError, ValueError):
             raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
         shapes = {"TFP": (Z,), "P_z": (Z, Z), "Pi": (Z, Z, S, S), "beta": (S,), "income": (Z, S), "weight": (S,),
                   "L": (Z,), "shares": (Z, S), "sees_s": (S, -1), "sees_z": (Z, -1)}
         even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
-        defaults = {"sees_s": np.eye(S), "sees_z": even}
+        given = {"sees_s": np.eye(S), "sees_z": even} | {name: x for name, x in vars(self).items() if x is not None}
         for name, shape in shapes.items():
-            table = getattr(self, name)
-            table = defaults.get(name) if table is None else table
-            if table is not None:
-                try:
-                    table = np.array(table, np.float64)
-                    shape = table.shape if -1 in shape and table.ndim == 2 and len(table) == shape[0] else shape
-                    table = np.broadcast_to(table, shape).copy()
-                except (TypeError, ValueError):
-                    raise UserError(f"{name}: give a table {shape}; Z = {Z} by TFP, S = {S} by income") from None
-            object.__setattr__(self, name, table)
-        for name, n, letter in (("s_names", S, "s"), ("z_names", Z, "z")):
-            names = tuple(getattr(self, name)) or tuple(f"{letter} = {i}" for i in range(n))
-            object.__setattr__(self, name, names)
-            if len(names) != n:
-                raise UserError(f"{name}: {len(names)} names for {n} states")
+            try:
+                if name in given:
+                    table = np.array(given[name], float)
+                    full = [table.shape[-1] if n < 0 else n for n in shape]
+                    vars(self)[name] = np.broadcast_to(table, full).copy()
+            except (IndexError, TypeError, ValueError):
+                raise UserError(f"{name}: give a table {shape}; Z = {Z} by TFP, S = {S} by income") from None
+        for name, n in (("s_names", S), ("z_names", Z)):
+            names = vars(self)[name] = tuple(given[name]) or tuple(f"{name[0]} = {i}" for i in range(n))
+            require(len(names) == n, f"{name}: {len(names)} names for {n} states")
         return Z, S
 
-    def check_numbers(self):
-        for name in ("TFP", "P_z", "Pi", "beta", "income", "weight", "sees_s", "sees_z"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise UserError(f"{name}: not a finite number everywhere")
-        for name, least in (("TFP", 0), ("beta", 0), ("weight", 0)):
-            if not (getattr(self, name) > least).all():
-                raise UserError(f"{name}: give numbers above {least}")
-        if self.equilibrium not in EQUILIBRIA:
-            raise UserError(f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
-        bounds = {"alpha": (0, 1), "delta": (0, 1 + 1e-12), "gamma": (0, 100), "start": (0, 1000), "players": (1, 1e12)}
-        for name, (low, high) in bounds.items():
-            if not low < getattr(self, name) < high:
-                raise UserError(f"{name}: {getattr(self, name)} is not in ({low:g}, {high:g})")
-        if (self.income < 0).any():
-            raise UserError("income: give shares of the wage of at least 0")
+    def check_numbers(self) -> None:
+        """Every number inside its interval, where NaN and infinity never are; rows of probabilities sum to one."""
+        inf, probability = math.inf, (-1e-12, 1 + 1e-9)
+        intervals = {"alpha": (0, 1), "delta": (0, 1 + 1e-12), "gamma": (0, 100), "start": (0, 1000),
+                     "players": (1, 1e12), "k_min": (-inf, inf), "TFP": (0, inf), "P_z": probability,
+                     "Pi": probability, "beta": (0, inf), "income": (-1e-12, inf), "weight": (0, inf),
+                     "sees_s": (-inf, inf), "sees_z": (-inf, inf)}
+        for name, (low, high) in intervals.items():
+            x = np.array(getattr(self, name))
+            if not ((low < x) & (x < high)).all():
+                raise UserError(f"{name}: {x.min():.6g} to {x.max():.6g} is not inside ({low:g}, {high:g})")
         for name in ("P_z", "Pi"):
-            P = getattr(self, name)
-            if (P < -1e-12).any() or np.abs(P.sum(-1) - 1).max() > 1e-9:
-                raise UserError(f"{name}: rows must be probabilities that sum to one, and one has "
-                                f"{P.sum(-1).flat[np.abs(P.sum(-1) - 1).argmax()]:.9g}, least {P.min():.3g}")
+            sums = getattr(self, name).sum(-1).ravel()
+            worst = sums[np.abs(sums - 1).argmax()]
+            require(abs(worst - 1) <= 1e-9, f"{name}: rows must sum to one, and one has {worst:.9g}")
+        require(self.equilibrium in EQUILIBRIA, f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
 
-    def check_chain(self, Z: int, S: int):
-        """Shares, discount factors, what the networks see, and the borrowing limit: all follow from the chain."""
-        P = self.P.reshape(Z * S, Z * S)
-        sizes = np.sort(np.abs(np.linalg.eigvals(P)))[::-1]
-        ergodic = len(sizes) == 1 or sizes[1] < 1 - 1e-10
-        if self.shares is None and not ergodic:
-            raise UserError("P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
+    def derive_chain(self, Z: int, S: int) -> None:
+        """P (Z, S, Z, S) of (z, s), and shares and L where they were left out; all tables must fit together."""
+        vars(self)["P"] = np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
+        P, one = self.P.reshape(Z * S, Z * S), np.ones(Z * S)
         if self.shares is None:
-            equations = np.vstack([P.T - np.eye(Z * S), np.ones(Z * S)])
-            shares = np.linalg.lstsq(equations, np.append(np.zeros(Z * S), 1.0), rcond=None)[0].clip(0)
-            object.__setattr__(self, "shares", (shares / shares.sum()).reshape(Z, S))
+            require((np.abs(np.linalg.eigvals(P)) > 1 - 1e-10).sum() == 1,
+                    "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
+            equations = np.vstack([P.T - np.eye(Z * S), one])
+            shares = np.linalg.lstsq(equations, np.append(0 * one, 1.0), rcond=None)[0].clip(0)
+            vars(self)["shares"] = (shares / shares.sum()).reshape(Z, S)
         x = self.shares.reshape(-1)
-        if not ((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9):
-            raise UserError("shares: not a stationary distribution of P_z and Pi")
-        if self.L is None:
-            object.__setattr__(self, "L", self.earned)
-        if not ((self.L > 0) & np.isfinite(self.L)).all():
-            raise UserError("L: give labour supplies above 0 (or income, which they follow from)")
-        if self.mean_beta < 1 and not 1e-6 < self.K_ss < 1e9:
-            raise UserError(f"alpha, beta, delta: steady-state capital is {self.K_ss:.3g}; bring it into (1e-6, 1e9) "
-                            "by lower --alpha or --beta, or higher --delta")
-        discounted = np.abs(np.linalg.eigvals(np.tile(self.beta, Z)[:, None] * P)).max()
-        if discounted >= 1 or self.mean_beta >= 1:
-            raise UserError(f"beta: utility discounted along the chain grows by {discounted:.6g} a period, so wealth "
-                            "has no bound; lower it")
-        alike = np.concatenate([self.beta[:, None], self.income.T, self.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
-        for s in range(S):
-            for other in range(s):
-                if (self.sees_s[s] == self.sees_s[other]).all() and (alike[s] != alike[other]).any():
-                    raise UserError(f"sees_s: the networks cannot tell s = {other} from s = {s}, which differ")
-        if len(np.unique(self.sees_z, axis=0)) < Z:
-            raise UserError("sees_z: the networks cannot tell two states z apart")
-        poorest = (self.R_ss - 1) * self.k_min + self.income.min() * self.w_ss
-        if poorest < 0 or not np.isfinite(self.k_min) or self.k_min >= self.K_ss:
-            raise UserError(f"k_min: at {self.k_min:g} the poorest have {poorest:.3g} after interest at steady-state "
-                            "prices; bring it nearer to 0")
+        require((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9,
+                "shares: not a stationary distribution of P_z and Pi")
+        earned = (self.shares * self.income).sum(1) / self.shares.sum(1)
+        vars(self)["L"] = earned if self.L is None else self.L
+        require((self.L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
+        gap = earned / self.L - 1
+        z = np.abs(gap).argmax()
+        require(not abs(gap[z]) > 1e-6, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
+                "labour L; change income or L, or leave L out")
+        seen = np.concatenate([self.sees_s, self.beta[:, None], self.income.T,
+                               self.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
+        for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
+            require(len(np.unique(getattr(self, name), axis=0)) == rows,
+                    f"{name}: the networks cannot tell two states apart that differ")
 
-    @property
-    def P(self) -> np.ndarray:
-        """(Z, S, Z, S) P(z', s' | z, s) = P_z(z' | z) Pi(s' | z, z', s)."""
-        return np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)
-
-    @property
-    def earned(self) -> np.ndarray:
-        """(Z,) mean income, in wages."""
-        return (self.shares * self.income).sum(1) / self.shares.sum(1)
-
-    @property
-    def mean_beta(self) -> float:
-        return float(self.shares.sum(0) @ self.beta)
-
-    # The representative household at mean TFP and labour, where mean_beta R = 1: units for the networks, and a start.
-    @property
-    def representative(self):
-        """What prices() and output() need of an economy with mean TFP and labour."""
-        z = self.shares.sum(1)
-        return types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[z @ self.TFP], L=[z @ self.L])
-
-    @property
-    def R_ss(self) -> float:
-        return 1 / self.mean_beta
-
-    @property
-    def K_ss(self) -> float:
-        mean = self.representative
-        ratio = (self.alpha * mean.TFP[0] / (self.R_ss - 1 + self.delta)) ** (1 / (1 - self.alpha))
-        return float(mean.L[0] * ratio)
-
-    @property
-    def w_ss(self) -> float:
-        return float(prices(self.K_ss, 0, self.representative)[1])
-
-    @property
-    def c_ss(self) -> float:
-        return float(output(self.K_ss, 0, self.representative) - self.delta * self.K_ss)
-
-    @property
-    def K_start(self) -> float:
-        return self.K_ss * (self.start if self.equilibrium == "planner" else 1.0)
-
-    @property
-    def Delta_start(self) -> float:
-        """What the planner's Delta would be if the representative household kept K where solutions start: u'(c) =
-        beta (R u'(c) + Delta)."""
-        K = self.K_start
-        c = np.maximum(output(K, 0, self.representative) - self.delta * K, 0.1 * self.c_ss)
-        return float((self.R_ss - prices(K, 0, self.representative)[0]) * marginal_utility(c, self))
-
-    @property
-    def annuity(self) -> np.ndarray:
-        """(Z, S) D = 1 + beta E D': the present value of one util a period for ever."""
-        P = self.P.reshape(self.income.size, -1)
-        beta = np.tile(self.beta, len(self.TFP))
-        return np.linalg.solve(np.eye(len(P)) - beta[:, None] * P, np.ones(len(P))).reshape(self.income.shape)
+    def derive_steady_state(self, Z: int, S: int) -> None:
+        """mean_beta; annuity (Z, S), D = 1 + beta E D', the present value of one util a period for ever; R_ss, K_ss,
+        w_ss, c_ss of the representative household at mean TFP and labour, where mean_beta R = 1, the unit of networks;
+        K_start and Delta_start, what would let it keep K where a solution starts, u'(c) = beta (R u'(c) + Delta)."""
+        discounted = np.tile(self.beta, Z)[:, None] * self.P.reshape(Z * S, Z * S)
+        of_z, mean_beta = self.shares.sum(1), float(self.shares.sum(0) @ self.beta)
+        growth = np.abs(np.linalg.eigvals(discounted)).max()
+        require(growth < 1 and mean_beta < 1, f"beta: utility discounted along the chain grows by {growth:.6g} a "
+                "period, so wealth has no bound; lower it")
+        annuity = np.linalg.solve(np.eye(Z * S) - discounted, np.ones(Z * S)).reshape(Z, S)
+        mean = types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[of_z @ self.TFP], L=[of_z @ self.L])
+        R = 1 / mean_beta
+        K = float(mean.L[0] * (self.alpha * mean.TFP[0] / (R - 1 + self.delta)) ** (1 / (1 - self.alpha)))
+        require(1e-6 < K < 1e9, f"alpha, beta, delta: steady-state capital is {K:.3g}; bring it into (1e-6, 1e9) by "
+                "lower --alpha or --beta, or higher --delta")
+        vars(self).update(mean_beta=mean_beta, annuity=annuity, R_ss=R, K_ss=K, w_ss=float(prices(K, 0, mean)[1]),
+                          c_ss=float(output(K, 0, mean) - self.delta * K))
+        poorest = (R - 1) * self.k_min + self.income.min() * self.w_ss
+        require(poorest >= 0 and self.k_min < K, f"k_min: at {self.k_min:g} the poorest have {poorest:.3g} after "
+                "interest at steady-state prices; bring it nearer to 0")
+        K = K * (self.start if self.equilibrium == "planner" else 1.0)
+        c = np.maximum(output(K, 0, mean) - self.delta * K, 0.1 * self.c_ss)
+        vars(self).update(K_start=K, Delta_start=float((R - prices(K, 0, mean)[0]) * marginal_utility(c, self)))
 
     def tables(self, device="cpu", dtype=torch.float64) -> Tables:
         """What the tensor functions use, on one device."""
@@ -407,26 +354,25 @@ class Economy:
         successors, real = padded([np.flatnonzero(row) for row in P])  # (Z S, J)
         reach, possible = padded([np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
         own = np.take_along_axis(self.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
-        sees = np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1)
-        integers = {"next_s": successors % S, "next_z": successors // S, "reach": reach}
-        real_tables = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
-                       "cum_z": self.P_z.cumsum(1)[:, :-1],
-                       "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1),
-                       "probability": np.take_along_axis(P, successors, 1) * real,
-                       "annuity": self.annuity.reshape(-1), "sees": sees, "root_weight": np.sqrt(self.weight),
-                       "shares": self.shares, "K_mean": np.array(self.K_start),
-                       "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1))}
-        tensors = {name: torch.tensor(table, device=device, dtype=dtype) for name, table in real_tables.items()}
-        tensors |= {name: torch.tensor(table, device=device) for name, table in integers.items()}
+        arrays = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
+                  "cum_z": self.P_z.cumsum(1)[:, :-1],
+                  "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1), "reach": reach,
+                  "next_s": successors % S, "next_z": successors // S,
+                  "probability": np.take_along_axis(P, successors, 1) * real, "annuity": self.annuity.reshape(-1),
+                  "sees": np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1),
+                  "root_weight": np.sqrt(self.weight), "shares": self.shares, "K_mean": np.array(self.K_start),
+                  "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1))}
+        tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
+                   for name, x in arrays.items()}
         numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1, self.players)
         return Tables(self.equilibrium, *map(float, numbers), **tensors)
 
 
-def padded(lists: list) -> Tuple[np.ndarray, np.ndarray]:
-    """Lists of unequal length as one table, each filled up with its last entry, and which entries are its own."""
-    lengths = np.array([len(row) for row in lists])
-    table = np.array([np.append(row, np.full(lengths.max() - len(row), row[-1])) for row in lists])
-    return table, np.arange(lengths.max()) < lengths[:, None]
+def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as one table, each filled up with its last entry, and which entries are its own."""
+    longest = max(map(len, rows))
+    table = np.array([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
+    return table, np.array([np.arange(longest) < len(row) for row in rows])
 
 
 class Tables(NamedTuple):
@@ -464,30 +410,20 @@ def tables_on(econ: Tables, device) -> Tables:
     return Tables(*[x.to(device) if isinstance(x, Tensor) else x for x in econ])
 
 
-def employment_transition(cal: Calibration) -> np.ndarray:
-    """P(employed' | z, z', s) of Krusell & Smith (1998): unemployment durations by z, persistence 1.25 and 0.75
-    times the new state's when z changes, and an unemployment rate that depends on z alone."""
-    u = np.array([cal.u_bad, cal.u_good])
-    stay = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good])
+def krusell_smith(cal: Calibration = Calibration()) -> Economy:
+    """s: 0 unemployed / 1 employed; z: 0 bad / 1 good. Unemployment lasts as long as z says, in a new state of z 1.25
+    and 0.75 times as probably as usual there, and its rate depends on z alone; a tax on wages pays the benefits."""
+    u, z_stay = np.array([cal.u_bad, cal.u_good]), 1 - 1 / cal.z_duration
+    stay, L = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good]), cal.l_bar * (1 - u)
     p_uu = np.array([[stay[0], 0.75 * stay[1]], [1.25 * stay[0], stay[1]]])  # (z, z')
     p_eu = (u - u[:, None] * p_uu) / (1 - u[:, None])
-    return 1 - np.stack([p_uu, p_eu], axis=-1)
-
-
-def krusell_smith(cal: Calibration = Calibration()) -> Economy:
-    """s: 0 unemployed / 1 employed; z: 0 bad / 1 good; a tax on wages pays the benefits."""
-    u = np.array([cal.u_bad, cal.u_good])
-    L = cal.l_bar * (1 - u)
-    stay = 1 - 1 / cal.z_duration
-    employed = employment_transition(cal)
-    if not ((employed >= 0) & (employed <= 1)).all():
-        raise UserError("--u-bad, --u-good, --u-duration-bad, --u-duration-good imply a probability outside "
-                        "[0, 1]; bring the two rates closer together or change the durations")
-    if (cal.mu * u >= L).any():
-        raise UserError("--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
+    employed = 1 - np.stack([p_uu, p_eu], -1)  # (z, z', s)
+    require(((employed >= 0) & (employed <= 1)).all(), "--u-bad, --u-good, --u-duration-bad, --u-duration-good imply a "
+            "probability outside [0, 1]; bring the two rates closer together or change the durations")
+    require((cal.mu * u < L).all(), "--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
     return Economy(
         alpha=cal.alpha, delta=cal.delta, gamma=cal.gamma, beta=cal.beta,
-        TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[stay, 1 - stay], [1 - stay, stay]],
+        TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[z_stay, 1 - z_stay], [1 - z_stay, z_stay]],
         Pi=np.stack([1 - employed, employed], -1),
         income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
         sees_s=[[-1], [1]], sees_z=[[-1], [1]], weight=[3, 1],
