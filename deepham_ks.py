@@ -1466,11 +1466,11 @@ class Policy:
     def next_capital(self, k, s, K, z) -> np.ndarray:
         """k' for numbers or arrays that broadcast: k, K real (goods), s and z indices. ValueError where s or z is
         none."""
-        return on_arrays(self.policy, self.states, self.device, k, s, K, z)
+        return self.on_arrays(self.policy, k, s, K, z)
 
     def value(self, k, s, K, z) -> np.ndarray:
         """Expected discounted utility in utils, arguments as in next_capital."""
-        return on_arrays(self.utils, self.states, self.device, k, s, K, z)
+        return self.on_arrays(self.utils, k, s, K, z)
 
     def utils(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
         """V with u(c) = c^(1 - gamma) / (1 - gamma) or ln c, where values() has c in units of c_ss."""
@@ -1483,9 +1483,16 @@ class Policy:
     def device(self):
         return self.econ.TFP.device
 
-    @property
-    def states(self) -> dict:
-        return {"s": len(self.econ.beta), "z": len(self.econ.TFP)}
+    def on_arrays(self, function: Callable, k, s, K, z) -> np.ndarray:
+        """Call a tensor function of the state with numbers or arrays."""
+        k, s, K, z = np.broadcast_arrays(k, s, K, z)
+        for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
+            wrong = index[~np.isin(index, np.arange(n))]
+            if wrong.size:
+                raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
+        types = torch.float64, torch.int64, torch.float64, torch.int64
+        tensors = [torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), types)]
+        return function(*tensors).cpu().numpy()
 
 
 class Solution(Policy):
@@ -1518,18 +1525,6 @@ class Solution(Policy):
         save_checkpoint(Path(path), self.weights)
 
 
-def on_arrays(function: Callable, states: dict, device, k, s, K, z) -> np.ndarray:
-    """Call a tensor function of the state with numbers or arrays; ValueError where s or z is no index."""
-    k, s, K, z = np.broadcast_arrays(k, s, K, z)
-    for name, index in (("s", s), ("z", z)):
-        if not np.isin(index, np.arange(states[name])).all():
-            wrong = index[~np.isin(index, np.arange(states[name]))].flat[0]
-            raise ValueError(f"{name} must be one of 0 to {states[name] - 1}, not {wrong}")
-    real = [torch.tensor(x, dtype=torch.float64, device=device) for x in (k, K)]
-    index = [torch.tensor(x.astype(np.int64), device=device) for x in (s, z)]
-    return function(real[0], index[0], real[1], index[1]).cpu().numpy()
-
-
 # ---------------------------------------------------------------------------------------------- grid solution
 # Maliar, Maliar & Valli (2010), by endogenous gridpoints
 
@@ -1551,6 +1546,13 @@ def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
     return low + (high - low) * np.linspace(0, 1, n) ** exponent
 
 
+def between(x: np.ndarray, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """The node below x, but for the last, and how far x is on the way to the next."""
+    position = np.interp(x, nodes, np.arange(len(nodes)))
+    i = np.minimum(position.astype(int), len(nodes) - 2)
+    return i, position - i
+
+
 def on_grid(k: np.ndarray, K: np.ndarray, econ: Tables) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """The states (k, s, K, z) at every (z, s, K, k), in this order of axes."""
     s, z = np.arange(len(econ.beta)), np.arange(len(econ.TFP))
@@ -1567,12 +1569,9 @@ def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> Nodes:
 def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
     and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
-    count = np.arange(len(nodes.k))
-    position = np.array([np.interp(k, column, count) for column in k_endo.reshape(-1, len(count))])
-    position = position.reshape(*k_endo.shape[:-1], len(k))
-    i = np.minimum(position.astype(int), len(count) - 2)
-    t, rise = position - i, nodes.k[i + 1] - nodes.k[i]
-    run = np.take_along_axis(np.diff(k_endo), i, -1)
+    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.k))])
+    i, t = [np.array(x).reshape(*k_endo.shape[:-1], len(k)) for x in found]
+    rise, run = nodes.k[i + 1] - nodes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
     dk_next = 1 / (k_endo @ nodes.slope.T)
     d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
     k_next = nodes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
@@ -1606,30 +1605,25 @@ def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
     return (P @ values.reshape(Z, Z * S, -1)).reshape(Z, S, *values.shape[3:])
 
 
-def euler_step(c: np.ndarray, nodes: Nodes, ahead: Forecast, econ: Economy):
-    """One backward step of Carroll (2006): the k (z, s, n_K, n_k) at which each k' of the grid is optimal, from next
-    period's c, and the share of nodes at which saving is worth nothing, so that consumption had to be bounded."""
-    c_next = np.maximum(ahead.spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
-    u_prime = marginal_utility(c_next, econ)
-    worth = ahead.R[:, :, None, :, None] * u_prime
-    if econ.equilibrium != "market":
-        worth += Delta(u_prime, ahead.m_K, ahead.Delta[:, :, None, :, None], econ)
-    worth = expected_on_grid(worth, econ)
-    least = marginal_utility(np.float64(C_MAX * econ.c_ss), econ)
-    c = inverse_marginal_utility(np.maximum(worth, least), econ)
-    return (c + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None], (worth < least).mean()
-
-
 def solve_household(c: np.ndarray, ahead: Forecast, nodes: Nodes, econ: Economy, config: GridConfig):
-    """EGM sweeps on c (z, s, n_K, n_k) given the laws of motion; returns c, k_endo, the change of c and the share of
-    nodes where c was bounded."""
+    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion: the new c, the k_endo at
+    which each k' of the grid is optimal, the last change of c, and the share of nodes at which saving is worth nothing,
+    so that c had to be bounded."""
+    least = marginal_utility(np.float64(C_MAX * econ.c_ss), econ)
     for _ in range(config.sweeps):
-        k_endo, bounded = euler_step(c, nodes, ahead, econ)
+        c_next = np.maximum(ahead.spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
+        u_prime = marginal_utility(c_next, econ)
+        worth = ahead.R[:, :, None, :, None] * u_prime
+        if econ.equilibrium != "market":
+            worth += Delta(u_prime, ahead.m_K, ahead.Delta[:, :, None, :, None], econ)
+        worth = expected_on_grid(worth, econ)
+        c_endo = inverse_marginal_utility(np.maximum(worth, least), econ)
+        k_endo = (c_endo + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
         c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.k)
         change = np.max(np.abs(c - c_last) / np.maximum(c, C_MIN * econ.c_ss))
         if change < config.tolerance:
             break
-    return c, k_endo, change, bounded
+    return c, k_endo, change, (worth < least).mean()
 
 
 def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray,
@@ -1644,9 +1638,8 @@ def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np
         j = min(max(int(position), 0), len(K) - 2)
         k_next = table[z, :, j] + (position - j) * (table[z, :, j + 1] - table[z, :, j])  # (s, n)
         keep(t, mass, k_next)
-        position = np.interp(k_next, k, np.arange(n))
-        i = np.minimum(position.astype(int), n - 2)
-        right = mass * (position - i)
+        i, share = between(k_next, k)
+        right = mass * share
         moved = [np.bincount(low, m - r, n) + np.bincount(low + 1, r, n) for low, m, r in zip(i, mass, right)]
         mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ np.array(moved)
     return K_path, mass
@@ -1673,14 +1666,13 @@ def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, ahead: Foreca
     at = on_grid(k, nodes.K, econ)
     c = (cash_on_hand(*at, tables)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, tables) + expected_Delta(marginal_utility(c, tables), *at, tables) * at[0]).numpy()
-    position = np.interp(k_next, k, np.arange(len(k)))
-    i = np.minimum(position.astype(int), len(k) - 2)
+    i, share = between(k_next, k)
     D = econ.annuity[..., None, None]
     V = u * D
     for _ in range(config.value_sweeps):
         EV = expected_on_grid(ahead.spline[:, None, None] @ V, econ)
         low, high = np.take_along_axis(EV, i, -1), np.take_along_axis(EV, i + 1, -1)
-        change = u + low + (position - i) * (high - low) - V
+        change = u + low + share * (high - low) - V
         V += change + change.mean() * (D - 1)
         if np.ptp(change) < 1e-7:
             break
@@ -1732,10 +1724,6 @@ class GridSolution(Policy):
                                    value_table=self.value_table.to(device))
 
 
-class Outgrown(Exception):
-    """The cross-section has left the nodes: (centre, k_max) to try next."""
-
-
 def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool = False) -> GridSolution:
     """Krusell & Smith's (1998) fixed point: households believe a law of motion of K, which their savings confirm.
     economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
@@ -1745,10 +1733,10 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     k_max = config.k_max * centre
     with tqdm(desc="grid solution", disable=None if progress else True) as bar:
         for _ in range(60):
-            try:
-                return law_of_motion_fixed_point(econ, config, centre, k_max, bar)
-            except Outgrown as nodes:
-                centre, k_max = nodes.args
+            found = law_of_motion_fixed_point(econ, config, centre, k_max, bar)
+            if isinstance(found, GridSolution):
+                return found
+            centre, k_max = found
     raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
 
 
@@ -1773,9 +1761,9 @@ def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.nda
     return K_path, mass, new
 
 
-def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar) -> GridSolution:
-    """The fixed point on nodes of K around centre and of k up to k_max, or Outgrown. Few EGM sweeps an update, so that
-    the policy and the laws of motion converge together."""
+def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar):
+    """The fixed point on nodes of K around centre and of k up to k_max or, where the cross-section leaves them, which
+    (centre, k_max) to try next. Few sweeps an update, so that the policy and the laws of motion converge together."""
     nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
                             centre * np.linspace(config.K_low, config.K_high, config.n_K), econ.tables())
     k = power_grid(config.n_k_fine, econ.k_min, k_max, config.exponent)
@@ -1801,9 +1789,9 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         near = update >= 4 or econ.equilibrium == "planner"  # at first, a market's policies are far from any solution
         low, high = (0.8, 1.28) if near else (0.4, 2.5)
         if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
-            raise Outgrown(centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max)
+            return centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
-            raise Outgrown(centre, 2 * k_max)
+            return centre, 2 * k_max
         steps = [found - law for (found, _), law in zip(new, laws)]
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         bar.update()
