@@ -11,16 +11,12 @@ Algorithm (Han, Yang & E 2021), one outer iteration:
   4. roll M price-taking households out for T periods along the simulated paths of (z, K), and go backwards through
      time for U_t and lambda_t; save a checkpoint; repeat. At the end: judge, draw the figures, publish.
 
-Commands:
-  python deepham_ks.py                    # the default preset, results in this folder
-  python deepham_ks.py --preset smoke     # every size tiny, a test of the installation
-  python deepham_ks.py --evaluate         # rebuild every result from NN_weights_biases.pth
-  python deepham_ks.py --resume           # continue a run that was stopped
-  python deepham_ks.py --help             # every number of the model and the method is a flag
+`python deepham_ks.py` solves the default preset into this folder, with `--preset smoke` every size is tiny, and
+`--help` has the rest: every number of the model and the method is a flag.
 
-Symbols: k, c, m capital, consumption, cash on hand of a household; K mean capital; R, w gross return and wage; s and z
-are integer indices into the tables; `_next` is a prime. Shapes: B economies, N households of each, M households of a
-roll-out, T periods, P parameters, J successors of a state. A policy is any function (k, s, K, z) -> k'.
+Symbols: k, c, m capital, consumption, cash on hand of a household; K mean capital; R, w gross return and wage; `_next`
+is a prime. Shapes: B economies, N households of each, M households of a roll-out, T periods, P parameters, J
+successors of a state. A policy is any function (k, s, K, z) -> k'.
 """
 
 from __future__ import annotations
@@ -288,9 +284,10 @@ class Economy:
                      "Pi": probability, "beta": (0, inf), "income": (-1e-12, inf), "weight": (0, inf),
                      "sees_s": (-inf, inf), "sees_z": (-inf, inf)}
         for name, (low, high) in intervals.items():
-            x = np.array(getattr(self, name))
-            if not ((low < x) & (x < high)).all():
-                raise UserError(f"{name}: {x.min():.6g} to {x.max():.6g} is not inside ({low:g}, {high:g})")
+            x = np.atleast_1d(getattr(self, name))
+            outside = x[~((low < x) & (x < high))]
+            if outside.size:
+                raise UserError(f"{name}: {outside[0]} is not in ({low:g}, {high:g})")
         for name in ("P_z", "Pi"):
             sums = getattr(self, name).sum(-1).ravel()
             worst = sums[np.abs(sums - 1).argmax()]
@@ -1578,24 +1575,10 @@ def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
 
 
-class Forecast(NamedTuple):
-    """What households at the nodes of K expect of next period's aggregates."""
-
-    spline: np.ndarray  # (z, n_K, n_K) values at K -> values at K' of the cubic spline through them
-    R: np.ndarray  # (z, z', n_K)
-    m_K: np.ndarray  # (z, z', s', n_K, n_k) dm/dK
-    Delta: np.ndarray  # (z, z', n_K) the planner's
-
-
-def forecast(alm: np.ndarray, Delta_law: np.ndarray, nodes: Nodes, econ: Economy) -> Forecast:
-    """By the laws of motion ln K' = a(z) + b(z) ln K and Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each."""
-    K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))  # (z, n_K)
-    m_K = np.zeros((1, 1, 1, 1, 1))
-    if econ.equilibrium == "game":
-        m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
-    return Forecast(scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next),
-                    prices(K_next[:, None], np.arange(len(alm))[:, None], econ)[0], m_K,
-                    by_law(Delta_law[:, None], np.log(K_next)[:, None]))
+def forecast(alm: np.ndarray, nodes: Nodes) -> Tuple[np.ndarray, np.ndarray]:
+    """K' (z, n_K) by the law of motion, and (z, n_K, n_K) values at K -> values at K' of their cubic spline."""
+    K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))
+    return K_next, scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next)
 
 
 def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
@@ -1605,17 +1588,23 @@ def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
     return (P @ values.reshape(Z, Z * S, -1)).reshape(Z, S, *values.shape[3:])
 
 
-def solve_household(c: np.ndarray, ahead: Forecast, nodes: Nodes, econ: Economy, config: GridConfig):
-    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion: the new c, the k_endo at
-    which each k' of the grid is optimal, the last change of c, and the share of nodes at which saving is worth nothing,
-    so that c had to be bounded."""
+def solve_household(c: np.ndarray, laws: list, nodes: Nodes, econ: Economy, config: GridConfig):
+    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion ln K' = a(z) + b(z) ln K and
+    Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each: the new c, the k_endo at which each k' of the grid is
+    optimal, the last change of c, and the share of nodes at which saving is worth nothing, so that c was bounded."""
+    K_next, spline = forecast(laws[0], nodes)
+    R_next, _ = prices(K_next[:, None], np.arange(len(K_next))[:, None], econ)  # (z, z', n_K)
+    planned = by_law(laws[1][:, None], np.log(K_next)[:, None])  # (z, z', n_K)
+    m_K = 0.0
+    if econ.equilibrium == "game":  # (z, z', s', n_K, n_k)
+        m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
     least = marginal_utility(np.float64(C_MAX * econ.c_ss), econ)
     for _ in range(config.sweeps):
-        c_next = np.maximum(ahead.spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
+        c_next = np.maximum(spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
         u_prime = marginal_utility(c_next, econ)
-        worth = ahead.R[:, :, None, :, None] * u_prime
+        worth = R_next[:, :, None, :, None] * u_prime
         if econ.equilibrium != "market":
-            worth += Delta(u_prime, ahead.m_K, ahead.Delta[:, :, None, :, None], econ)
+            worth += Delta(u_prime, m_K, planned[:, :, None, :, None], econ)
         worth = expected_on_grid(worth, econ)
         c_endo = inverse_marginal_utility(np.maximum(worth, least), econ)
         k_endo = (c_endo + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
@@ -1659,18 +1648,18 @@ def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.nda
     return np.array(z_path)
 
 
-def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, ahead: Forecast, tables: Tables, econ: Economy,
+def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, alm: np.ndarray, tables: Tables, econ: Economy,
                   config: GridConfig) -> Tuple[np.ndarray, float]:
     """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
     still changed. What they leave over is soon the same number everywhere, and MacQueen's bound takes it out."""
     at = on_grid(k, nodes.K, econ)
     c = (cash_on_hand(*at, tables)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, tables) + expected_Delta(marginal_utility(c, tables), *at, tables) * at[0]).numpy()
-    i, share = between(k_next, k)
+    (i, share), (_, spline) = between(k_next, k), forecast(alm, nodes)
     D = econ.annuity[..., None, None]
     V = u * D
     for _ in range(config.value_sweeps):
-        EV = expected_on_grid(ahead.spline[:, None, None] @ V, econ)
+        EV = expected_on_grid(spline[:, None, None] @ V, econ)
         low, high = np.take_along_axis(EV, i, -1), np.take_along_axis(EV, i + 1, -1)
         change = u + low + share * (high - low) - V
         V += change + change.mean() * (D - 1)
@@ -1779,8 +1768,7 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
     gap, damping, settled = np.inf, config.damping, False
     for update in range(config.max_updates):
-        ahead = forecast(*laws, nodes, econ)
-        c, k_endo, change, bounded = solve_household(c, ahead, nodes, econ, config)
+        c, k_endo, change, bounded = solve_household(c, laws, nodes, econ, config)
         table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
         settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
         path = z_path if settled else z_path[: config.periods // 5]
@@ -1798,7 +1786,7 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
         if max(gap, change) < config.tolerance:
             tables = econ.tables()._replace(Delta_law=torch.from_numpy(laws[1]))
-            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, ahead, tables, econ, config)
+            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws[0], tables, econ, config)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * econ.K_start else []
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {config.value_sweeps} sweeps")
@@ -2336,22 +2324,19 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
                     dataclasses.replace(run, output_dir=run.output_dir or usual))
 
 
-def check(cfg: Config, grid: GridConfig, run: Run):
+def check(cfg: Config, grid: GridConfig, run: Run) -> None:
     """Values that are possible one by one and impossible together or here."""
-    if not run.output_dir.isprintable():
-        raise UserError(f"--output-dir {run.output_dir!r}: name a directory without control characters")
-    if run.evaluate and run.resume:
-        raise UserError("--evaluate trains nothing and --resume goes on training; give one of the two")
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
-    if cfg.eval_drop > cfg.eval_periods - 3:
-        raise UserError(f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
-    if cfg.periods < cfg.horizon + 1:
-        raise UserError(f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
-                        f"give --periods {cfg.horizon + 1} or more")
-    if grid.burn_in > grid.periods // 5 - 3:
-        raise UserError(f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of --grid-periods {grid.periods}: "
-                        "lower it")
+    require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
+    require(not (run.evaluate and run.resume),
+            "--evaluate trains nothing and --resume goes on training; give one of the two")
+    require(run.device != "cuda" or torch.cuda.is_available(),
+            "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
+    require(cfg.eval_drop <= cfg.eval_periods - 3,
+            f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
+    require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
+            f"give --periods {cfg.horizon + 1} or more")
+    require(grid.burn_in <= grid.periods // 5 - 3, f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of "
+            f"--grid-periods {grid.periods}: lower it")
 
 
 def departures(cfg, reference) -> List[str]:
@@ -2724,11 +2709,7 @@ def stage(seconds: dict, name: str):
 
 
 def choose_device(device: str) -> str:
-    if device == "auto" and not torch.cuda.is_available():
-        driver = Path("/proc/driver/nvidia/version")
-        if torch.version.cuda and driver.exists():
-            raise UserError(f"the NVIDIA driver here ({driver.read_text().splitlines()[0]}) is too old for torch "
-                            f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
+    if device == "auto" and not torch.cuda.is_available():  # of too old a driver torch itself warns
         print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
