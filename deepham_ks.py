@@ -203,14 +203,13 @@ class Run:
     preset: str = option("default", "default is accurate and fast; paper follows the authors; smoke is tiny",
                         choices=tuple(PRESETS))
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
-    grid: str = option("converged", "the grid solution that judges; published is Maliar, Maliar & Valli's (2010); "
-                       "none judges by Euler and Bellman errors alone", choices=(*GRIDS, "none"))
-    equilibrium: str = option("", "who decides: households that take prices as given (market), each household of a "
-                              "game of --players, or a constrained planner for all; empty: as the economy says",
-                              choices=("", *EQUILIBRIA))
+    grid: str = option("converged", "the grid solution that judges; published: Maliar, Maliar & Valli's (2010); none: "
+                       "Euler and Bellman errors alone judge", choices=(*GRIDS, "none"))
+    equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), or a constrained planner "
+                              "for all; empty: as the economy says", choices=("", *EQUILIBRIA))
     players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
-    start: float = option(0.0, "where the planner's solution begins, a multiple of steady-state capital: there can be "
-                          "two local optima; 0: as the economy says", "[0, 100]")
+    start: float = option(0.0, "where a planner's solution begins, in steady-state capital; 0: as the economy says",
+                          "[0, 100]")
     device: str = option("auto", "auto takes CUDA if there is one", choices=("auto", "cuda", "cpu"))
     compile: str = option("torchscript", "networks and roll-outs compiled or eager", choices=("torchscript", "none"))
     cuda_graphs: bool = option(True, "on CUDA: an outer iteration is one graph; turn off to debug")
@@ -249,53 +248,49 @@ class Economy:
 
     def __post_init__(self):
         Z, S = self.fill_in()
-        self.check_numbers()
         self.derive_chain(Z, S)
         self.derive_steady_state(Z, S)
 
     def fill_in(self) -> Tuple[int, int]:
-        """Tables as float64 arrays of full shape, those left out at their defaults; (Z, S)."""
+        """Tables as float64 arrays of full shape, those left out at their defaults, every number inside its interval,
+        where NaN and infinity never are; (Z, S)."""
         try:
             Z, S = len(np.atleast_1d(self.TFP)), np.array(self.income, float).shape[-1]
         except (IndexError, TypeError, ValueError):
             raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
-        shapes = {"TFP": (Z,), "P_z": (Z, Z), "Pi": (Z, Z, S, S), "beta": (S,), "income": (Z, S), "weight": (S,),
-                  "L": (Z,), "shares": (Z, S), "sees_s": (S, -1), "sees_z": (Z, -1)}
+        inf, chance = math.inf, (-1e-12, 1 + 1e-9)
+        parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
+                 "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
+                 "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
+                 "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
+                 "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
+                 "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
         even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
         given = {"sees_s": np.eye(S), "sees_z": even} | {name: x for name, x in vars(self).items() if x is not None}
-        for name, shape in shapes.items():
+        for name in [name for name in parts if name in given]:
+            shape, (low, high) = parts[name]
             try:
-                if name in given:
-                    table = np.array(given[name], float)
-                    full = [table.shape[-1] if n < 0 else n for n in shape]
-                    vars(self)[name] = np.broadcast_to(table, full).copy()
+                x = np.array(given[name], float)
+                x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
             except (IndexError, TypeError, ValueError):
-                raise UserError(f"{name}: give a table {shape}; Z = {Z} by TFP, S = {S} by income") from None
+                raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by income") from None
+            outside = x[~((low < x) & (x < high))]
+            if outside.size:
+                raise UserError(f"{name}: {outside[0]:g} is not in ({low:g}, {high:g})")
+            if shape:
+                vars(self)[name] = x
         for name, n in (("s_names", S), ("z_names", Z)):
             names = vars(self)[name] = tuple(given[name]) or tuple(f"{name[0]} = {i}" for i in range(n))
             require(len(names) == n, f"{name}: {len(names)} names for {n} states")
+        require(self.equilibrium in EQUILIBRIA, f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
         return Z, S
 
-    def check_numbers(self) -> None:
-        """Every number inside its interval, where NaN and infinity never are; rows of probabilities sum to one."""
-        inf, probability = math.inf, (-1e-12, 1 + 1e-9)
-        intervals = {"alpha": (0, 1), "delta": (0, 1 + 1e-12), "gamma": (0, 100), "start": (0, 1000),
-                     "players": (1, 1e12), "k_min": (-inf, inf), "TFP": (0, inf), "P_z": probability,
-                     "Pi": probability, "beta": (0, inf), "income": (-1e-12, inf), "weight": (0, inf),
-                     "sees_s": (-inf, inf), "sees_z": (-inf, inf)}
-        for name, (low, high) in intervals.items():
-            x = np.atleast_1d(getattr(self, name))
-            outside = x[~((low < x) & (x < high))]
-            if outside.size:
-                raise UserError(f"{name}: {outside[0]} is not in ({low:g}, {high:g})")
+    def derive_chain(self, Z: int, S: int) -> None:
+        """P (Z, S, Z, S) of (z, s), and shares and L where they were left out; all tables must fit together."""
         for name in ("P_z", "Pi"):
             sums = getattr(self, name).sum(-1).ravel()
             worst = sums[np.abs(sums - 1).argmax()]
             require(abs(worst - 1) <= 1e-9, f"{name}: rows must sum to one, and one has {worst:.9g}")
-        require(self.equilibrium in EQUILIBRIA, f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
-
-    def derive_chain(self, Z: int, S: int) -> None:
-        """P (Z, S, Z, S) of (z, s), and shares and L where they were left out; all tables must fit together."""
         vars(self)["P"] = np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
         P, one = self.P.reshape(Z * S, Z * S), np.ones(Z * S)
         if self.shares is None:
@@ -423,7 +418,7 @@ def krusell_smith(cal: Calibration = Calibration()) -> Economy:
         TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[z_stay, 1 - z_stay], [1 - z_stay, z_stay]],
         Pi=np.stack([1 - employed, employed], -1),
         income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
-        sees_s=[[-1], [1]], sees_z=[[-1], [1]], weight=[3, 1],
+        sees_s=[[-1], [1]], weight=[3, 1],
         s_names=("unemployed", "employed"), z_names=("bad state", "good state"))
 
 
