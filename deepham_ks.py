@@ -205,7 +205,7 @@ class Run:
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
     grid: str = option("converged", "the grid solution that judges; published: Maliar, Maliar & Valli's (2010); none: "
                        "Euler and Bellman errors alone judge", choices=(*GRIDS, "none"))
-    equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), or a constrained planner "
+    equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), a constrained planner "
                               "for all; empty: as the economy says", choices=("", *EQUILIBRIA))
     players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
     start: float = option(0.0, "where a planner's solution begins, in steady-state capital; 0: as the economy says",
@@ -1456,8 +1456,7 @@ class Policy:
     """What the network's and the grid's solution share: a policy and a value, on tensors and on numpy arrays."""
 
     def next_capital(self, k, s, K, z) -> np.ndarray:
-        """k' for numbers or arrays that broadcast: k, K real (goods), s and z indices. ValueError where s or z is
-        none."""
+        """k' for numbers or arrays that broadcast: k, K in goods, s and z indices, or else a ValueError."""
         return self.on_arrays(self.policy, k, s, K, z)
 
     def value(self, k, s, K, z) -> np.ndarray:
@@ -1681,8 +1680,7 @@ class GridSolution(Policy):
     notes: tuple  # what a user should know of it
 
     def interpolate(self, table: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """A table at states of one shape: bilinear in (k, K), linear beyond the ends. No search, as k is power-spaced
-        and K uniform."""
+        """A table at states of one shape: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
         n_K, n_k = table.shape[2:]
         low, width = self.econ.k_min, self.k_max - self.econ.k_min
         i = (((k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).floor().clamp(max=n_k - 2)
@@ -1713,15 +1711,8 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
     k as far as capital is held. Raises UserError where there is no convergence."""
     econ = as_economy(economy)
-    centre = econ.K_start
-    k_max = config.k_max * centre
     with tqdm(desc="grid solution", disable=None if progress else True) as bar:
-        for _ in range(60):
-            found = law_of_motion_fixed_point(econ, config, centre, k_max, bar)
-            if isinstance(found, GridSolution):
-                return found
-            centre, k_max = found
-    raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
+        return law_of_motion_fixed_point(econ, config, econ.K_start, config.k_max * econ.K_start, bar)
 
 
 def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, laws: list,
@@ -1745,9 +1736,10 @@ def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.nda
     return K_path, mass, new
 
 
-def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar):
-    """The fixed point on nodes of K around centre and of k up to k_max or, where the cross-section leaves them, which
-    (centre, k_max) to try next. Few sweeps an update, so that the policy and the laws of motion converge together."""
+def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar, tries: int = 60):
+    """The fixed point on nodes of K around centre and of k up to k_max or, where the cross-section leaves them, on the
+    next nodes to try. Few sweeps an update, so that the policy and the laws of motion converge together."""
+    require(tries, "grid: K and k leave every range of nodes that was tried; judge with --grid none")
     nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
                             centre * np.linspace(config.K_low, config.K_high, config.n_K), econ.tables())
     k = power_grid(config.n_k_fine, econ.k_min, k_max, config.exponent)
@@ -1772,9 +1764,10 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         near = update >= 4 or econ.equilibrium == "planner"  # at first, a market's policies are far from any solution
         low, high = (0.8, 1.28) if near else (0.4, 2.5)
         if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
-            return centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
+            centre *= np.clip(kept.mean() / centre, 1 / 1.3, 1.3)
+            return law_of_motion_fixed_point(econ, config, centre, k_max, bar, tries - 1)
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
-            return centre, 2 * k_max
+            return law_of_motion_fixed_point(econ, config, centre, 2 * k_max, bar, tries - 1)
         steps = [found - law for (found, _), law in zip(new, laws)]
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         bar.update()
@@ -2105,8 +2098,7 @@ LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and 
 
 @contextlib.contextmanager
 def figure(path, height, note=""):
-    """A figure 7 inches wide in the common style, with every label above all panels, where no data are. Written to path
-    at the end; no display, no pyplot state."""
+    """A figure in the common style, with every label above all panels, written to path at the end; no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -2116,8 +2108,7 @@ def figure(path, height, note=""):
         labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
         if labels:
             fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
-        if note:
-            fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
+        fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
         fig.savefig(path, dpi=160, format="png", pil_kwargs={"optimize": True})
 
 
@@ -2199,8 +2190,7 @@ def impulse_response(benchmark, shocked, points=False):
 
 
 def plot_impulse_responses(path, responses, note):
-    """Responses to a lower state at period 0. responses: name -> series -> (benchmark, shocked), both (paths,
-    periods); interest_rate holds the gross return R."""
+    """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
     with figure(path, 4.6, f"{note}; periods after the shock.") as fig:
         for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
             points = series == "interest_rate"
@@ -2283,13 +2273,10 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
             of = presets if kind is Config else {"default": kind()}
             values = {name: getattr(preset, item.name) for name, preset in of.items()}
             shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
-            extra = {"help": f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")}
-            if isinstance(item.default, bool):
-                extra["action"] = argparse.BooleanOptionalAction
-            else:
-                choices, form = item.metadata["choices"], type(item.default)
-                extra |= {"type": form, "choices": choices, "metavar": None if choices else form.__name__.upper()}
-            section.add_argument(flag(PREFIX.get(kind, "") + item.name), **extra)
+            told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
+            of_kind = {"type": type(item.default), "choices": item.metadata["choices"]}
+            of_kind = {"action": argparse.BooleanOptionalAction} if isinstance(item.default, bool) else of_kind
+            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **of_kind)
     given = vars(parser.parse_args(argv))
 
     def filled(base):
@@ -2314,8 +2301,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
     decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
     economy = economy if fixed else economy(cal)
     economy = dataclasses.replace(economy, **decided) if decided else economy
-    return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg,
-                    None if run.grid == "none" else grid,
+    return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
                     dataclasses.replace(run, output_dir=run.output_dir or usual))
 
 
