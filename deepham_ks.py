@@ -1747,10 +1747,9 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
     z_path = draw_z_path(config.periods, econ, np.random.default_rng(config.seed))
     Z = len(econ.TFP)
     laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), econ.tables().Delta_law.numpy()]  # of ln K' and of Delta
-    wage = prices(nodes.K, np.arange(Z)[:, None], econ)[1]
+    wage, above = prices(nodes.K, np.arange(Z)[:, None], econ)[1], nodes.m - econ.k_min
     permanent = 0.9 * (econ.L[:, None] * wage)[:, None, :, None]
-    c = np.minimum(nodes.m - econ.k_min, (1 - econ.mean_beta) * (nodes.m - econ.k_min) + permanent)
-    c = np.maximum(c, C_MIN * econ.c_ss)
+    c = np.minimum(above, (1 - econ.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], econ)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
     gap, damping, settled = np.inf, config.damping, False
@@ -2274,9 +2273,10 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
             values = {name: getattr(preset, item.name) for name, preset in of.items()}
             shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
             told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
-            of_kind = {"type": type(item.default), "choices": item.metadata["choices"]}
-            of_kind = {"action": argparse.BooleanOptionalAction} if isinstance(item.default, bool) else of_kind
-            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **of_kind)
+            how = {"type": type(item.default), "choices": item.metadata["choices"]}
+            if isinstance(item.default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
     given = vars(parser.parse_args(argv))
 
     def filled(base):
