@@ -11,16 +11,12 @@ Algorithm (Han, Yang & E 2021), one outer iteration:
   4. roll M price-taking households out for T periods along the simulated paths of (z, K), and go backwards through
      time for U_t and lambda_t; save a checkpoint; repeat. At the end: judge, draw the figures, publish.
 
-Commands:
-  python deepham_ks.py                    # the default preset, results in this folder
-  python deepham_ks.py --preset smoke     # every size tiny, a test of the installation
-  python deepham_ks.py --evaluate         # rebuild every result from NN_weights_biases.pth
-  python deepham_ks.py --resume           # continue a run that was stopped
-  python deepham_ks.py --help             # every number of the model and the method is a flag
+`python deepham_ks.py` solves the default preset into this folder, with `--preset smoke` every size is tiny, and
+`--help` has the rest: every number of the model and the method is a flag.
 
-Symbols: k, c, m capital, consumption, cash on hand of a household; K mean capital; R, w gross return and wage; s and z
-are integer indices into the tables; `_next` is a prime. Shapes: B economies, N households of each, M households of a
-roll-out, T periods, P parameters, J successors of a state. A policy is any function (k, s, K, z) -> k'.
+Symbols: k, c, m capital, consumption, cash on hand of a household; K mean capital; R, w gross return and wage; `_next`
+is a prime. Shapes: B economies, N households of each, M households of a roll-out, T periods, P parameters, J
+successors of a state. A policy is any function (k, s, K, z) -> k'.
 """
 
 from __future__ import annotations
@@ -71,6 +67,11 @@ class UserError(RuntimeError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def require(holds, message: str) -> None:
+    if not holds:
+        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,13 @@ class Run:
     preset: str = option("default", "default is accurate and fast; paper follows the authors; smoke is tiny",
                         choices=tuple(PRESETS))
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
-    grid: str = option("converged", "the grid solution that judges; published is Maliar, Maliar & Valli's (2010); "
-                       "none judges by Euler and Bellman errors alone", choices=(*GRIDS, "none"))
-    equilibrium: str = option("", "who decides: households that take prices as given (market), each household of a "
-                              "game of --players, or a constrained planner for all; empty: as the economy says",
-                              choices=("", *EQUILIBRIA))
+    grid: str = option("converged", "the grid solution that judges; published: Maliar, Maliar & Valli's (2010); none: "
+                       "Euler and Bellman errors alone judge", choices=(*GRIDS, "none"))
+    equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), a constrained planner "
+                              "for all; empty: as the economy says", choices=("", *EQUILIBRIA))
     players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
-    start: float = option(0.0, "where the planner's solution begins, a multiple of steady-state capital: there can be "
-                          "two local optima; 0: as the economy says", "[0, 100]")
+    start: float = option(0.0, "where a planner's solution begins, in steady-state capital; 0: as the economy says",
+                          "[0, 100]")
     device: str = option("auto", "auto takes CUDA if there is one", choices=("auto", "cuda", "cpu"))
     compile: str = option("torchscript", "networks and roll-outs compiled or eager", choices=("torchscript", "none"))
     cuda_graphs: bool = option(True, "on CUDA: an outer iteration is one graph; turn off to debug")
@@ -251,159 +251,98 @@ class Economy:
 
     def __post_init__(self):
         Z, S = self.fill_in()
-        self.check_numbers()
-        self.check_chain(Z, S)
-        gap = self.earned / self.L - 1
-        if np.abs(gap).max() > 1e-6:
-            z = np.abs(gap).argmax()
-            raise UserError(f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of labour L; "
-                            "change income or L, or leave L out")
+        self.derive_chain(Z, S)
+        self.derive_steady_state(Z, S)
 
     def fill_in(self) -> Tuple[int, int]:
-        """Tables as float64 arrays of full shape, those left out at their defaults; (Z, S)."""
+        """Tables as float64 arrays of full shape, those left out at their defaults, every number inside its interval,
+        where NaN and infinity never are; (Z, S)."""
         try:
-            Z, S = np.atleast_1d(self.TFP).shape[0], np.array(self.income, np.float64).shape[-1]
+            Z, S = len(np.atleast_1d(self.TFP)), np.array(self.income, float).shape[-1]
         except (IndexError, TypeError, ValueError):
             raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
-        shapes = {"TFP": (Z,), "P_z": (Z, Z), "Pi": (Z, Z, S, S), "beta": (S,), "income": (Z, S), "weight": (S,),
-                  "group": (S,), "L": (Z,), "shares": (Z, S), "sees_s": (S, -1), "sees_z": (Z, -1)}
+        inf, chance = math.inf, (-1e-12, 1 + 1e-9)
+        parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
+                 "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
+                 "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
+                 "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
+                  "group": ((S,), (-1, inf)),
+                 "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
+                 "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
         even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
-        defaults = {"sees_s": np.eye(S), "sees_z": even}
-        for name, shape in shapes.items():
-            table = getattr(self, name)
-            table = defaults.get(name) if table is None else table
-            if table is not None:
-                try:
-                    table = np.array(table, np.float64)
-                    shape = table.shape if -1 in shape and table.ndim == 2 and len(table) == shape[0] else shape
-                    table = np.broadcast_to(table, shape).copy()
-                except (TypeError, ValueError):
-                    raise UserError(f"{name}: give a table {shape}; Z = {Z} by TFP, S = {S} by income") from None
-            object.__setattr__(self, name, table)
-        for name, n, letter in (("s_names", S, "s"), ("z_names", Z, "z")):
-            names = tuple(getattr(self, name)) or tuple(f"{letter} = {i}" for i in range(n))
-            object.__setattr__(self, name, names)
-            if len(names) != n:
-                raise UserError(f"{name}: {len(names)} names for {n} states")
+        given = {"sees_s": np.eye(S), "sees_z": even} | {name: x for name, x in vars(self).items() if x is not None}
+        for name in [name for name in parts if name in given]:
+            shape, (low, high) = parts[name]
+            try:
+                x = np.array(given[name], float)
+                x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
+            except (IndexError, TypeError, ValueError):
+                raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by income") from None
+            outside = x[~((low < x) & (x < high))]
+            if outside.size:
+                raise UserError(f"{name}: {outside[0]:g} is not in ({low:g}, {high:g})")
+            if shape:
+                vars(self)[name] = x
+        for name, n in (("s_names", S), ("z_names", Z)):
+            names = vars(self)[name] = tuple(given[name]) or tuple(f"{name[0]} = {i}" for i in range(n))
+            require(len(names) == n, f"{name}: {len(names)} names for {n} states")
+        require(self.equilibrium in EQUILIBRIA, f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
         return Z, S
 
-    def check_numbers(self):
-        for name in ("TFP", "P_z", "Pi", "beta", "income", "weight", "sees_s", "sees_z"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise UserError(f"{name}: not a finite number everywhere")
-        for name, least in (("TFP", 0), ("beta", 0), ("weight", 0)):
-            if not (getattr(self, name) > least).all():
-                raise UserError(f"{name}: give numbers above {least}")
-        if self.equilibrium not in EQUILIBRIA:
-            raise UserError(f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
-        bounds = {"alpha": (0, 1), "delta": (0, 1 + 1e-12), "gamma": (0, 100), "start": (0, 1000), "players": (1, 1e12)}
-        for name, (low, high) in bounds.items():
-            if not low < getattr(self, name) < high:
-                raise UserError(f"{name}: {getattr(self, name)} is not in ({low:g}, {high:g})")
-        if set(self.group) != set(range(len(set(self.group)))):
-            raise UserError("group: give groups 0, 1, 2, ... without a gap")
-        if (self.income < 0).any():
-            raise UserError("income: give shares of the wage of at least 0")
+    def derive_chain(self, Z: int, S: int) -> None:
+        """P (Z, S, Z, S) of (z, s), and shares and L where they were left out; all tables must fit together."""
+        require(set(self.group) == set(range(len(set(self.group)))), "group: give groups 0, 1, 2, ... without a gap")
         for name in ("P_z", "Pi"):
-            P = getattr(self, name)
-            if (P < -1e-12).any() or np.abs(P.sum(-1) - 1).max() > 1e-9:
-                raise UserError(f"{name}: rows must be probabilities that sum to one, and one has "
-                                f"{P.sum(-1).flat[np.abs(P.sum(-1) - 1).argmax()]:.9g}, least {P.min():.3g}")
-
-    def check_chain(self, Z: int, S: int):
-        """Shares, discount factors, what the networks see, and the borrowing limit: all follow from the chain."""
-        P = self.P.reshape(Z * S, Z * S)
-        sizes = np.sort(np.abs(np.linalg.eigvals(P)))[::-1]
-        ergodic = len(sizes) == 1 or sizes[1] < 1 - 1e-10
-        if self.shares is None and not ergodic:
-            raise UserError("P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
+            sums = getattr(self, name).sum(-1).ravel()
+            worst = sums[np.abs(sums - 1).argmax()]
+            require(abs(worst - 1) <= 1e-9, f"{name}: rows must sum to one, and one has {worst:.9g}")
+        vars(self)["P"] = np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
+        P, one = self.P.reshape(Z * S, Z * S), np.ones(Z * S)
         if self.shares is None:
-            equations = np.vstack([P.T - np.eye(Z * S), np.ones(Z * S)])
-            shares = np.linalg.lstsq(equations, np.append(np.zeros(Z * S), 1.0), rcond=None)[0].clip(0)
-            object.__setattr__(self, "shares", (shares / shares.sum()).reshape(Z, S))
+            require((np.abs(np.linalg.eigvals(P)) > 1 - 1e-10).sum() == 1,
+                    "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
+            equations = np.vstack([P.T - np.eye(Z * S), one])
+            shares = np.linalg.lstsq(equations, np.append(0 * one, 1.0), rcond=None)[0].clip(0)
+            vars(self)["shares"] = (shares / shares.sum()).reshape(Z, S)
         x = self.shares.reshape(-1)
-        if not ((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9):
-            raise UserError("shares: not a stationary distribution of P_z and Pi")
-        if self.L is None:
-            object.__setattr__(self, "L", self.earned)
-        if not ((self.L > 0) & np.isfinite(self.L)).all():
-            raise UserError("L: give labour supplies above 0 (or income, which they follow from)")
-        if self.mean_beta < 1 and not 1e-6 < self.K_ss < 1e9:
-            raise UserError(f"alpha, beta, delta: steady-state capital is {self.K_ss:.3g}; bring it into (1e-6, 1e9) "
-                            "by lower --alpha or --beta, or higher --delta")
-        discounted = np.abs(np.linalg.eigvals(np.tile(self.beta, Z)[:, None] * P)).max()
-        if discounted >= 1 or self.mean_beta >= 1:
-            raise UserError(f"beta: utility discounted along the chain grows by {discounted:.6g} a period, so wealth "
-                            "has no bound; lower it")
-        alike = np.concatenate([self.beta[:, None], self.income.T, self.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
-        for s in range(S):
-            for other in range(s):
-                if (self.sees_s[s] == self.sees_s[other]).all() and (alike[s] != alike[other]).any():
-                    raise UserError(f"sees_s: the networks cannot tell s = {other} from s = {s}, which differ")
-        if len(np.unique(self.sees_z, axis=0)) < Z:
-            raise UserError("sees_z: the networks cannot tell two states z apart")
-        poorest = (self.R_ss - 1) * self.k_min + self.income.min() * self.w_ss
-        if poorest < 0 or not np.isfinite(self.k_min) or self.k_min >= self.K_ss:
-            raise UserError(f"k_min: at {self.k_min:g} the poorest have {poorest:.3g} after interest at steady-state "
-                            "prices; bring it nearer to 0")
+        require((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9,
+                "shares: not a stationary distribution of P_z and Pi")
+        earned = (self.shares * self.income).sum(1) / self.shares.sum(1)
+        vars(self)["L"] = earned if self.L is None else self.L
+        require((self.L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
+        gap = earned / self.L - 1
+        z = np.abs(gap).argmax()
+        require(not abs(gap[z]) > 1e-6, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
+                "labour L; change income or L, or leave L out")
+        seen = np.concatenate([self.sees_s, self.beta[:, None], self.income.T,
+                               self.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
+        for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
+            require(len(np.unique(getattr(self, name), axis=0)) == rows,
+                    f"{name}: the networks cannot tell two states apart that differ")
 
-    @property
-    def P(self) -> np.ndarray:
-        """(Z, S, Z, S) P(z', s' | z, s) = P_z(z' | z) Pi(s' | z, z', s)."""
-        return np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)
-
-    @property
-    def earned(self) -> np.ndarray:
-        """(Z,) mean income, in wages."""
-        return (self.shares * self.income).sum(1) / self.shares.sum(1)
-
-    @property
-    def mean_beta(self) -> float:
-        return float(self.shares.sum(0) @ self.beta)
-
-    # The representative household at mean TFP and labour, where mean_beta R = 1: units for the networks, and a start.
-    @property
-    def representative(self):
-        """What prices() and output() need of an economy with mean TFP and labour."""
-        z = self.shares.sum(1)
-        return types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[z @ self.TFP], L=[z @ self.L])
-
-    @property
-    def R_ss(self) -> float:
-        return 1 / self.mean_beta
-
-    @property
-    def K_ss(self) -> float:
-        mean = self.representative
-        ratio = (self.alpha * mean.TFP[0] / (self.R_ss - 1 + self.delta)) ** (1 / (1 - self.alpha))
-        return float(mean.L[0] * ratio)
-
-    @property
-    def w_ss(self) -> float:
-        return float(prices(self.K_ss, 0, self.representative)[1])
-
-    @property
-    def c_ss(self) -> float:
-        return float(output(self.K_ss, 0, self.representative) - self.delta * self.K_ss)
-
-    @property
-    def K_start(self) -> float:
-        return self.K_ss * (self.start if self.equilibrium == "planner" else 1.0)
-
-    @property
-    def Delta_start(self) -> float:
-        """What the planner's Delta would be if the representative household kept K where solutions start: u'(c) =
-        beta (R u'(c) + Delta)."""
-        K = self.K_start
-        c = np.maximum(output(K, 0, self.representative) - self.delta * K, 0.1 * self.c_ss)
-        return float((self.R_ss - prices(K, 0, self.representative)[0]) * marginal_utility(c, self))
-
-    @property
-    def annuity(self) -> np.ndarray:
-        """(Z, S) D = 1 + beta E D': the present value of one util a period for ever."""
-        P = self.P.reshape(self.income.size, -1)
-        beta = np.tile(self.beta, len(self.TFP))
-        return np.linalg.solve(np.eye(len(P)) - beta[:, None] * P, np.ones(len(P))).reshape(self.income.shape)
+    def derive_steady_state(self, Z: int, S: int) -> None:
+        """mean_beta; annuity (Z, S), D = 1 + beta E D', the present value of one util a period for ever; R_ss, K_ss,
+        w_ss, c_ss of the representative household at mean TFP and labour, where mean_beta R = 1, the unit of networks;
+        K_start and Delta_start, what would let it keep K where a solution starts, u'(c) = beta (R u'(c) + Delta)."""
+        discounted = np.tile(self.beta, Z)[:, None] * self.P.reshape(Z * S, Z * S)
+        of_z, mean_beta = self.shares.sum(1), float(self.shares.sum(0) @ self.beta)
+        growth = np.abs(np.linalg.eigvals(discounted)).max()
+        require(growth < 1 and mean_beta < 1, f"beta: utility discounted along the chain grows by {growth:.6g} a "
+                "period, so wealth has no bound; lower it")
+        annuity = np.linalg.solve(np.eye(Z * S) - discounted, np.ones(Z * S)).reshape(Z, S)
+        mean = types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[of_z @ self.TFP], L=[of_z @ self.L])
+        R = 1 / mean_beta
+        K = float(mean.L[0] * (self.alpha * mean.TFP[0] / (R - 1 + self.delta)) ** (1 / (1 - self.alpha)))
+        require(1e-6 < K < 1e9, f"alpha, beta, delta: steady-state capital is {K:.3g}; bring it into (1e-6, 1e9) by "
+                "lower --alpha or --beta, or higher --delta")
+        vars(self).update(mean_beta=mean_beta, annuity=annuity, R_ss=R, K_ss=K, w_ss=float(prices(K, 0, mean)[1]),
+                          c_ss=float(output(K, 0, mean) - self.delta * K))
+        poorest = (R - 1) * self.k_min + self.income.min() * self.w_ss
+        require(poorest >= 0 and self.k_min < K, f"k_min: at {self.k_min:g} the poorest have {poorest:.3g} after "
+                "interest at steady-state prices; bring it nearer to 0")
+        K = K * (self.start if self.equilibrium == "planner" else 1.0)
+        c = np.maximum(output(K, 0, mean) - self.delta * K, 0.1 * self.c_ss)
+        vars(self).update(K_start=K, Delta_start=float((R - prices(K, 0, mean)[0]) * marginal_utility(c, self)))
 
     def tables(self, device="cpu", dtype=torch.float64) -> Tables:
         """What the tensor functions use, on one device."""
@@ -412,29 +351,29 @@ class Economy:
         successors, real = padded([np.flatnonzero(row) for row in P])  # (Z S, J)
         reach, possible = padded([np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
         own = np.take_along_axis(self.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
-        sees = np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1)
         members = self.group[:, None] == np.arange(self.group.max() + 1)  # (S, groups)
-        integers = {"next_s": successors % S, "next_z": successors // S, "reach": reach}
-        real_tables = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
-                       "cum_z": self.P_z.cumsum(1)[:, :-1],
-                       "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1),
-                       "probability": np.take_along_axis(P, successors, 1) * real,
-                       "annuity": self.annuity.reshape(-1), "sees": sees, "root_weight": np.sqrt(self.weight),
-                       "shares": self.shares, "of_group": members / (self.shares.sum(0) @ members),
-                       "lowest": self.income[0] == self.income[0].min(), "K_mean": np.array(self.K_start),
-                       "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1)),
-                       "M_mean": np.zeros((1, 0)), "M_std": np.ones((1, 0))}
-        tensors = {name: torch.tensor(table, device=device, dtype=dtype) for name, table in real_tables.items()}
-        tensors |= {name: torch.tensor(table, device=device) for name, table in integers.items()}
+        arrays = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
+                  "cum_z": self.P_z.cumsum(1)[:, :-1],
+                  "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1), "reach": reach,
+                  "next_s": successors % S, "next_z": successors // S,
+                  "probability": np.take_along_axis(P, successors, 1) * real, "annuity": self.annuity.reshape(-1),
+                  "sees": np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1),
+                  "root_weight": np.sqrt(self.weight), "shares": self.shares,
+                  "of_group": members / (self.shares.sum(0) @ members),
+                  "lowest": (self.income[0] == self.income[0].min()) * 1.0, "K_mean": np.array(self.K_start),
+                  "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1)), "M_mean": np.zeros((1, 0)),
+                  "M_std": np.ones((1, 0))}
+        tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
+                   for name, x in arrays.items()}
         numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1, self.players)
         return Tables(self.equilibrium, *map(float, numbers), **tensors)
 
 
-def padded(lists: list) -> Tuple[np.ndarray, np.ndarray]:
-    """Lists of unequal length as one table, each filled up with its last entry, and which entries are its own."""
-    lengths = np.array([len(row) for row in lists])
-    table = np.array([np.append(row, np.full(lengths.max() - len(row), row[-1])) for row in lists])
-    return table, np.arange(lengths.max()) < lengths[:, None]
+def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as one table, each filled up with its last entry, and which entries are its own."""
+    longest = max(map(len, rows))
+    table = np.array([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
+    return table, np.array([np.arange(longest) < len(row) for row in rows])
 
 
 class Tables(NamedTuple):
@@ -476,33 +415,23 @@ def tables_on(econ: Tables, device) -> Tables:
     return Tables(*[x.to(device) if isinstance(x, Tensor) else x for x in econ])
 
 
-def employment_transition(cal: Calibration) -> np.ndarray:
-    """P(employed' | z, z', s) of Krusell & Smith (1998): unemployment durations by z, persistence 1.25 and 0.75
-    times the new state's when z changes, and an unemployment rate that depends on z alone."""
-    u = np.array([cal.u_bad, cal.u_good])
-    stay = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good])
+def krusell_smith(cal: Calibration = Calibration()) -> Economy:
+    """s: 0 unemployed / 1 employed; z: 0 bad / 1 good. Unemployment lasts as long as z says, in a new state of z 1.25
+    and 0.75 times as probably as usual there, and its rate depends on z alone; a tax on wages pays the benefits."""
+    u, z_stay = np.array([cal.u_bad, cal.u_good]), 1 - 1 / cal.z_duration
+    stay, L = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good]), cal.l_bar * (1 - u)
     p_uu = np.array([[stay[0], 0.75 * stay[1]], [1.25 * stay[0], stay[1]]])  # (z, z')
     p_eu = (u - u[:, None] * p_uu) / (1 - u[:, None])
-    return 1 - np.stack([p_uu, p_eu], axis=-1)
-
-
-def krusell_smith(cal: Calibration = Calibration()) -> Economy:
-    """s: 0 unemployed / 1 employed; z: 0 bad / 1 good; a tax on wages pays the benefits."""
-    u = np.array([cal.u_bad, cal.u_good])
-    L = cal.l_bar * (1 - u)
-    stay = 1 - 1 / cal.z_duration
-    employed = employment_transition(cal)
-    if not ((employed >= 0) & (employed <= 1)).all():
-        raise UserError("--u-bad, --u-good, --u-duration-bad, --u-duration-good imply a probability outside "
-                        "[0, 1]; bring the two rates closer together or change the durations")
-    if (cal.mu * u >= L).any():
-        raise UserError("--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
+    employed = 1 - np.stack([p_uu, p_eu], -1)  # (z, z', s)
+    require(((employed >= 0) & (employed <= 1)).all(), "--u-bad, --u-good, --u-duration-bad, --u-duration-good imply a "
+            "probability outside [0, 1]; bring the two rates closer together or change the durations")
+    require((cal.mu * u < L).all(), "--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
     return Economy(
         alpha=cal.alpha, delta=cal.delta, gamma=cal.gamma, beta=cal.beta,
-        TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[stay, 1 - stay], [1 - stay, stay]],
+        TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[z_stay, 1 - z_stay], [1 - z_stay, z_stay]],
         Pi=np.stack([1 - employed, employed], -1),
         income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
-        sees_s=[[-1], [1]], sees_z=[[-1], [1]], weight=[3, 1],
+        sees_s=[[-1], [1]], weight=[3, 1],
         s_names=("unemployed", "employed"), z_names=("bad state", "good state"))
 
 
@@ -1843,13 +1772,13 @@ class Policy:
         return None
 
     def next_capital(self, k, s, K, z) -> np.ndarray:
-        """k' for numbers or arrays that broadcast: k, K real (goods), s and z indices; moments, if there are any, as
-        usual at K and z. ValueError where s or z is none."""
-        return on_arrays(self.policy, self.states, self.device, k, s, K, z)
+        """k' for numbers or arrays that broadcast: k, K in goods, s and z indices, or else a ValueError; moments, if
+        there are any, as usual at K and z."""
+        return self.on_arrays(self.policy, k, s, K, z)
 
     def value(self, k, s, K, z) -> np.ndarray:
         """Expected discounted utility in utils, arguments as in next_capital."""
-        return on_arrays(self.utils, self.states, self.device, k, s, K, z)
+        return self.on_arrays(self.utils, k, s, K, z)
 
     def utils(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
         """V with u(c) = c^(1 - gamma) / (1 - gamma) or ln c, where values() has c in units of c_ss."""
@@ -1862,9 +1791,16 @@ class Policy:
     def device(self):
         return self.econ.TFP.device
 
-    @property
-    def states(self) -> dict:
-        return {"s": len(self.econ.beta), "z": len(self.econ.TFP)}
+    def on_arrays(self, function: Callable, k, s, K, z) -> np.ndarray:
+        """Call a tensor function of the state with numbers or arrays."""
+        k, s, K, z = np.broadcast_arrays(k, s, K, z)
+        for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
+            wrong = index[~np.isin(index, np.arange(n))]
+            if wrong.size:
+                raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
+        types = torch.float64, torch.int64, torch.float64, torch.int64
+        tensors = [torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), types)]
+        return function(*tensors).cpu().numpy()
 
 
 class Solution(Policy):
@@ -1944,18 +1880,6 @@ class Solution(Policy):
         save_checkpoint(Path(path), self.weights)
 
 
-def on_arrays(function: Callable, states: dict, device, k, s, K, z) -> np.ndarray:
-    """Call a tensor function of the state with numbers or arrays; ValueError where s or z is no index."""
-    k, s, K, z = np.broadcast_arrays(k, s, K, z)
-    for name, index in (("s", s), ("z", z)):
-        if not np.isin(index, np.arange(states[name])).all():
-            wrong = index[~np.isin(index, np.arange(states[name]))].flat[0]
-            raise ValueError(f"{name} must be one of 0 to {states[name] - 1}, not {wrong}")
-    real = [torch.tensor(x, dtype=torch.float64, device=device) for x in (k, K)]
-    index = [torch.tensor(x.astype(np.int64), device=device) for x in (s, z)]
-    return function(real[0], index[0], real[1], index[1]).cpu().numpy()
-
-
 # ---------------------------------------------------------------------------------------------- grid solution
 # Maliar, Maliar & Valli (2010), by endogenous gridpoints
 
@@ -1977,6 +1901,13 @@ def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
     return low + (high - low) * np.linspace(0, 1, n) ** exponent
 
 
+def between(x: np.ndarray, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """The node below x, but for the last, and how far x is on the way to the next."""
+    position = np.interp(x, nodes, np.arange(len(nodes)))
+    i = np.minimum(position.astype(int), len(nodes) - 2)
+    return i, position - i
+
+
 def on_grid(k: np.ndarray, K: np.ndarray, econ: Tables) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """The states (k, s, K, z) at every (z, s, K, k), in this order of axes."""
     s, z = np.arange(len(econ.beta)), np.arange(len(econ.TFP))
@@ -1993,36 +1924,19 @@ def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> Nodes:
 def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
     and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
-    count = np.arange(len(nodes.k))
-    position = np.array([np.interp(k, column, count) for column in k_endo.reshape(-1, len(count))])
-    position = position.reshape(*k_endo.shape[:-1], len(k))
-    i = np.minimum(position.astype(int), len(count) - 2)
-    t, rise = position - i, nodes.k[i + 1] - nodes.k[i]
-    run = np.take_along_axis(np.diff(k_endo), i, -1)
+    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.k))])
+    i, t = [np.array(x).reshape(*k_endo.shape[:-1], len(k)) for x in found]
+    rise, run = nodes.k[i + 1] - nodes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
     dk_next = 1 / (k_endo @ nodes.slope.T)
     d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
     k_next = nodes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
     return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
 
 
-class Forecast(NamedTuple):
-    """What households at the nodes of K expect of next period's aggregates."""
-
-    spline: np.ndarray  # (z, n_K, n_K) values at K -> values at K' of the cubic spline through them
-    R: np.ndarray  # (z, z', n_K)
-    m_K: np.ndarray  # (z, z', s', n_K, n_k) dm/dK
-    Delta: np.ndarray  # (z, z', n_K) the planner's
-
-
-def forecast(alm: np.ndarray, Delta_law: np.ndarray, nodes: Nodes, econ: Economy) -> Forecast:
-    """By the laws of motion ln K' = a(z) + b(z) ln K and Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each."""
-    K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))  # (z, n_K)
-    m_K = np.zeros((1, 1, 1, 1, 1))
-    if econ.equilibrium == "game":
-        m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
-    return Forecast(scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next),
-                    prices(K_next[:, None], np.arange(len(alm))[:, None], econ)[0], m_K,
-                    by_law(Delta_law[:, None], np.log(K_next)[:, None]))
+def forecast(alm: np.ndarray, nodes: Nodes) -> Tuple[np.ndarray, np.ndarray]:
+    """K' (z, n_K) by the law of motion, and (z, n_K, n_K) values at K -> values at K' of their cubic spline."""
+    K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))
+    return K_next, scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next)
 
 
 def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
@@ -2032,30 +1946,31 @@ def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
     return (P @ values.reshape(Z, Z * S, -1)).reshape(Z, S, *values.shape[3:])
 
 
-def euler_step(c: np.ndarray, nodes: Nodes, ahead: Forecast, econ: Economy):
-    """One backward step of Carroll (2006): the k (z, s, n_K, n_k) at which each k' of the grid is optimal, from next
-    period's c, and the share of nodes at which saving is worth nothing, so that consumption had to be bounded."""
-    c_next = np.maximum(ahead.spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
-    u_prime = marginal_utility(c_next, econ)
-    worth = ahead.R[:, :, None, :, None] * u_prime
-    if econ.equilibrium != "market":
-        worth += Delta(u_prime, ahead.m_K, ahead.Delta[:, :, None, :, None], econ)
-    worth = expected_on_grid(worth, econ)
+def solve_household(c: np.ndarray, laws: list, nodes: Nodes, econ: Economy, config: GridConfig):
+    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion ln K' = a(z) + b(z) ln K and
+    Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each: the new c, the k_endo at which each k' of the grid is
+    optimal, the last change of c, and the share of nodes at which saving is worth nothing, so that c was bounded."""
+    K_next, spline = forecast(laws[0], nodes)
+    R_next, _ = prices(K_next[:, None], np.arange(len(K_next))[:, None], econ)  # (z, z', n_K)
+    planned = by_law(laws[1][:, None], np.log(K_next)[:, None])  # (z, z', n_K)
+    m_K = 0.0
+    if econ.equilibrium == "game":  # (z, z', s', n_K, n_k)
+        m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
     least = marginal_utility(np.float64(C_MAX * econ.c_ss), econ)
-    c = inverse_marginal_utility(np.maximum(worth, least), econ)
-    return (c + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None], (worth < least).mean()
-
-
-def solve_household(c: np.ndarray, ahead: Forecast, nodes: Nodes, econ: Economy, config: GridConfig):
-    """EGM sweeps on c (z, s, n_K, n_k) given the laws of motion; returns c, k_endo, the change of c and the share of
-    nodes where c was bounded."""
     for _ in range(config.sweeps):
-        k_endo, bounded = euler_step(c, nodes, ahead, econ)
+        c_next = np.maximum(spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
+        u_prime = marginal_utility(c_next, econ)
+        worth = R_next[:, :, None, :, None] * u_prime
+        if econ.equilibrium != "market":
+            worth += Delta(u_prime, m_K, planned[:, :, None, :, None], econ)
+        worth = expected_on_grid(worth, econ)
+        c_endo = inverse_marginal_utility(np.maximum(worth, least), econ)
+        k_endo = (c_endo + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
         c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.k)
         change = np.max(np.abs(c - c_last) / np.maximum(c, C_MIN * econ.c_ss))
         if change < config.tolerance:
             break
-    return c, k_endo, change, bounded
+    return c, k_endo, change, (worth < least).mean()
 
 
 def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray,
@@ -2073,9 +1988,8 @@ def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np
             j = min(max(int(position), 0), len(K) - 2)
             k_next = table[z, :, j] + (position - j) * (table[z, :, j + 1] - table[z, :, j])
         keep(t, mass, k_next)
-        position = np.interp(k_next, k, np.arange(n))
-        i = np.minimum(position.astype(int), n - 2)
-        right = mass * (position - i)
+        i, share = between(k_next, k)
+        right = mass * share
         moved = [np.bincount(low, m - r, n) + np.bincount(low + 1, r, n) for low, m, r in zip(i, mass, right)]
         mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ np.array(moved)
     return K_path, mass
@@ -2095,21 +2009,20 @@ def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.nda
     return np.array(z_path)
 
 
-def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, ahead: Forecast, tables: Tables, econ: Economy,
+def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, alm: np.ndarray, tables: Tables, econ: Economy,
                   config: GridConfig) -> Tuple[np.ndarray, float]:
     """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
     still changed. What they leave over is soon the same number everywhere, and MacQueen's bound takes it out."""
     at = on_grid(k, nodes.K, econ)
     c = (cash_on_hand(*at, tables)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, tables) + expected_Delta(marginal_utility(c, tables), *at, tables) * at[0]).numpy()
-    position = np.interp(k_next, k, np.arange(len(k)))
-    i = np.minimum(position.astype(int), len(k) - 2)
+    (i, share), (_, spline) = between(k_next, k), forecast(alm, nodes)
     D = econ.annuity[..., None, None]
     V = u * D
     for _ in range(config.value_sweeps):
-        EV = expected_on_grid(ahead.spline[:, None, None] @ V, econ)
+        EV = expected_on_grid(spline[:, None, None] @ V, econ)
         low, high = np.take_along_axis(EV, i, -1), np.take_along_axis(EV, i + 1, -1)
-        change = u + low + (position - i) * (high - low) - V
+        change = u + low + share * (high - low) - V
         V += change + change.mean() * (D - 1)
         if np.ptp(change) < 1e-7:
             break
@@ -2134,8 +2047,7 @@ class GridSolution(Policy):
     notes: tuple  # what a user should know of it
 
     def interpolate(self, table: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """A table at states of one shape: bilinear in (k, K), linear beyond the ends. No search, as k is power-spaced
-        and K uniform."""
+        """A table at states of one shape: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
         n_K, n_k = table.shape[2:]
         low, width = self.econ.k_min, self.k_max - self.econ.k_min
         i = (((k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).floor().clamp(max=n_k - 2)
@@ -2161,24 +2073,13 @@ class GridSolution(Policy):
                                    value_table=self.value_table.to(device))
 
 
-class Outgrown(Exception):
-    """The cross-section has left the nodes: (centre, k_max) to try next."""
-
-
 def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool = False) -> GridSolution:
     """Krusell & Smith's (1998) fixed point: households believe a law of motion of K, which their savings confirm.
     economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
     k as far as capital is held. Raises UserError where there is no convergence."""
     econ = as_economy(economy)
-    centre = econ.K_start
-    k_max = config.k_max * centre
     with tqdm(desc="grid solution", disable=None if progress else True) as bar:
-        for _ in range(60):
-            try:
-                return law_of_motion_fixed_point(econ, config, centre, k_max, bar)
-            except Outgrown as nodes:
-                centre, k_max = nodes.args
-    raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
+        return law_of_motion_fixed_point(econ, config, econ.K_start, config.k_max * econ.K_start, bar)
 
 
 def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, laws: list,
@@ -2202,9 +2103,10 @@ def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.nda
     return K_path, mass, new
 
 
-def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar) -> GridSolution:
-    """The fixed point on nodes of K around centre and of k up to k_max, or Outgrown. Few EGM sweeps an update, so that
-    the policy and the laws of motion converge together."""
+def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar, tries: int = 60):
+    """The fixed point on nodes of K around centre and of k up to k_max or, where the cross-section leaves them, on the
+    next nodes to try. Few sweeps an update, so that the policy and the laws of motion converge together."""
+    require(tries, "grid: K and k leave every range of nodes that was tried; judge with --grid none")
     nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
                             centre * np.linspace(config.K_low, config.K_high, config.n_K), econ.tables())
     k = power_grid(config.n_k_fine, econ.k_min, k_max, config.exponent)
@@ -2212,16 +2114,14 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
     z_path = draw_z_path(config.periods, econ, np.random.default_rng(config.seed))
     Z = len(econ.TFP)
     laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), econ.tables().Delta_law.numpy()]  # of ln K' and of Delta
-    wage = prices(nodes.K, np.arange(Z)[:, None], econ)[1]
+    wage, above = prices(nodes.K, np.arange(Z)[:, None], econ)[1], nodes.m - econ.k_min
     permanent = 0.9 * (econ.L[:, None] * wage)[:, None, :, None]
-    c = np.minimum(nodes.m - econ.k_min, (1 - econ.mean_beta) * (nodes.m - econ.k_min) + permanent)
-    c = np.maximum(c, C_MIN * econ.c_ss)
+    c = np.minimum(above, (1 - econ.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], econ)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
     gap, damping, settled = np.inf, config.damping, False
     for update in range(config.max_updates):
-        ahead = forecast(*laws, nodes, econ)
-        c, k_endo, change, bounded = solve_household(c, ahead, nodes, econ, config)
+        c, k_endo, change, bounded = solve_household(c, laws, nodes, econ, config)
         table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
         settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
         path = z_path if settled else z_path[: config.periods // 5]
@@ -2230,16 +2130,17 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         near = update >= 4 or econ.equilibrium == "planner"  # at first, a market's policies are far from any solution
         low, high = (0.8, 1.28) if near else (0.4, 2.5)
         if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
-            raise Outgrown(centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max)
+            centre *= np.clip(kept.mean() / centre, 1 / 1.3, 1.3)
+            return law_of_motion_fixed_point(econ, config, centre, k_max, bar, tries - 1)
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
-            raise Outgrown(centre, 2 * k_max)
+            return law_of_motion_fixed_point(econ, config, centre, 2 * k_max, bar, tries - 1)
         steps = [found - law for (found, _), law in zip(new, laws)]
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         bar.update()
         bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
         if max(gap, change) < config.tolerance:
             tables = econ.tables()._replace(Delta_law=torch.from_numpy(laws[1]))
-            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, ahead, tables, econ, config)
+            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws[0], tables, econ, config)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * econ.K_start else []
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {config.value_sweeps} sweeps")
@@ -2600,8 +2501,7 @@ LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and 
 
 @contextlib.contextmanager
 def figure(path, height, note=""):
-    """A figure 7 inches wide in the common style, with every label above all panels, where no data are. Written to path
-    at the end; no display, no pyplot state."""
+    """A figure in the common style, with every label above all panels, written to path at the end; no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -2611,109 +2511,76 @@ def figure(path, height, note=""):
         labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
         if labels:
             fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
-        if note:
-            fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
+        fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
         fig.savefig(path, dpi=160, format="png", pil_kwargs={"optimize": True})
 
 
-def capital_axis(ax, k_min, k_max):
-    """k on a scale of ln(1 + k - k_min), so that poor households show."""
-    ax.set_xscale("function", functions=(lambda k: np.log1p(np.maximum(k - k_min, 0)), lambda x: np.expm1(x) + k_min))
-    decades = [k for exponent in range(8) for k in (10**exponent, 3 * 10**exponent)]
-    ax.set_xticks([k for k in (0, *decades) if k_min <= k <= k_max][-9:])
-    ax.set(xlim=(k_min, k_max), xlabel="individual capital k (goods)")
-
-
-def log_axis(ax):
-    """y on a log scale over whole decades, where anything is positive."""
-    if ax.dataLim.y1 > 0:
-        ax.set(yscale="log", ylim=10 ** (np.floor(np.log10([ax.dataLim.minposy, ax.dataLim.y1])) + (0, 1)))
-
-
-def plot_lines(ax, gap, x, of):
+def plot_lines(ax, gap, x, of, label):
     """Each solution's y over x, and network minus grid in the strip below."""
     for name, y in of.items():
         ax.plot(x, y, label=name, **LINES[name])
     if "grid" in of:
         gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
     gap.axhline(0, **LINES["grid"])
+    ax.set(ylabel=label, xlim=(x[0], x[-1]))
+    gap.set_ylabel("difference")
 
 
 def plot_distribution(path, arrays, title, note):
     """Density and left tail of individual capital k (n,)."""
     k_of = {name: of["k"] for name, of in arrays.items()}
-    low = min(0.0, *(k.min() for k in k_of.values()))
+    low = min(k.min() for k in k_of.values())
     top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
-    bins, poor = np.linspace(low, top, 81), np.linspace(low, low + (top - low) / 15, 201)
+    poor = np.linspace(low, low + (top - low) / 15, 201)
     with figure(path, 3.6, note) as fig:
         density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
         for name, k in k_of.items():
-            density.stairs(np.histogram(k, bins)[0] / len(k) / np.diff(bins), bins,
-                           label=f"{name}: mean {k.mean():.2f}, std {k.std():.2f}", **LINES[name])
+            label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
+            density.stairs(*np.histogram(k, 80, (low, top), density=True), label=label, **LINES[name])
             tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
         density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
-        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)",
-                 xlim=(low, poor[-1]), ylim=(0, None))
+        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)")
 
 
 def plot_history(path, history):
     """Training over outer iterations, name -> (iterations,)."""
     panels = {"mean_K": "mean capital K (goods)", "objective": "policy objective (u in units of c_ss)",
               "policy_residual": "policy residual (rms of ln c~ / c)",
-              "value_residual": "value residual (rms, ln consumption equivalent)"}
-    n = len(history["seconds"])
-    with figure(path, 4.6) as fig:
+              "value_residual": "value residual (rms of ln consumption)"}
+    with figure(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
         for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
-            ax.plot(range(1, n + 1), history[name], color=BLUE, linewidth=1.2, marker="o", markersize=2.5)
-            ax.set(title=title, xlim=(0, n + 1))
-            if "residual" in name:
-                log_axis(ax)
-                ax.set_xlabel(f"outer iteration ({sum(history['seconds']):.0f} s in all)")
-        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
+            ax.set(title=title, yscale="log" if "residual" in name else "linear")
 
 
 def plot_policies(path, solutions, K, k_max, economy):
     """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
-    k = economy.k_min - 1 + np.geomspace(1, 1 + k_max - economy.k_min, 400)
-    last, middle = len(economy.s_names) - 1, len(economy.z_names) // 2
-    z_shown, s_shown = sorted({max(middle - 1, 0), middle}), sorted({0, last})
-    with figure(path, 1 + 2.7 * len(z_shown), f"Aggregate capital K = {K:.1f}.") as fig:
-        axes = fig.subplots(2 * len(z_shown), len(s_shown), sharex=True, squeeze=False,
-                            height_ratios=(3, 1.2) * len(z_shown))
-        for row, column in np.ndindex(len(z_shown), len(s_shown)):
-            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], z_shown[row], s_shown[column]
-            plot_lines(ax, gap, k, {name: x.next_capital(k, s, K, z) - k for name, x in solutions.items()})
+    k = np.sinh(np.linspace(np.arcsinh(economy.k_min), np.arcsinh(k_max), 400))
+    Z, S = economy.income.shape
+    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
+    with figure(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
+        axes = fig.subplots(2 * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, 1.2) * len(of_z))
+        for row, column in np.ndindex(len(of_z), len(of_s)):
+            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], of_z[row], of_s[column]
+            saved = {name: solution.next_capital(k, s, K, z) - k for name, solution in solutions.items()}
+            plot_lines(ax, gap, k, saved, "k' - k (goods)")
             ax.set_title(f"{economy.z_names[z]}, {economy.s_names[s]}")
-        for ax, gap in axes[:, 0].reshape(-1, 2):
-            ax.set_ylabel("k' - k (goods)")
-            gap.set_ylabel("difference\n(goods)")
-        for ax in axes[-1]:
-            capital_axis(ax, economy.k_min, k_max)
+            gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
 
 
-def plot_bellman_bins(path, arrays, k_min, note):
-    """Mean and 95th percentile of |error| at the states that a solution visits, by bins of capital, equally wide in
-    ln(1 + k - k_min)."""
-    top = max(k_min + 1, *(of["sample_k"].max() for of in arrays.values()))
-    edges = k_min - 1 + np.geomspace(1, 1 + top - k_min, 23)
-    with figure(path, 4.2, note) as fig:
-        ax, share = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+def plot_bellman_errors(path, arrays, note):
+    """Mean and 95th percentile of |error| at the states that a solution visits, in groups of equally many by k."""
+    with figure(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
+        ax = fig.subplots()
         for name, of in arrays.items():
-            k, error = of["sample_k"], np.abs(of["bellman"])
-            bins = np.digitize(k, edges[1:-1])
-            groups = [np.flatnonzero(bins == b) for b in range(len(edges) - 1)]
-            least = min(20, max(map(len, groups)))  # a percentile needs some observations
-            groups = [group for group in groups if len(group) >= least]
-            x = [k[group].mean() for group in groups]
-            style = LINES[name] | {"marker": {"network": "o", "grid": "s"}[name], "markersize": 4}
-            ax.plot(x, [error[group].mean() for group in groups], label=f"{name}, mean", **style)
-            ax.plot(x, [np.percentile(error[group], 95) for group in groups], label=f"{name}, 95th percentile",
-                    **style | {"linewidth": style["linewidth"] / 2, "markerfacecolor": "white"})
-        share.hist(k, edges, weights=np.full(len(k), 100 / len(k)), color="0.75", ec="white")
-        ax.set_ylabel("|Bellman error|, policy's own c (utils)")
-        log_axis(ax)
-        share.set_ylabel("households\n(%)")
-        capital_axis(share, k_min, edges[-1])
+            groups = np.array_split(np.argsort(of["sample_k"]), min(40, len(of["sample_k"])))
+            k = [of["sample_k"][group].mean() for group in groups]
+            error = [np.abs(of["bellman"][group]) for group in groups]
+            ax.plot(k, [x.mean() for x in error], label=f"{name}, mean", **LINES[name])
+            ax.plot(k, [np.percentile(x, 95) for x in error], ".", label=f"{name}, 95th percentile",
+                    color=LINES[name]["color"])
+        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
+               ylabel="|Bellman error|, policy's own c (utils)")
 
 
 def impulse_response(benchmark, shocked, points=False):
@@ -2726,37 +2593,30 @@ def impulse_response(benchmark, shocked, points=False):
 
 
 def plot_impulse_responses(path, responses, note):
-    """Responses to a lower state at period 0. responses: name -> series -> (benchmark, shocked), both (paths,
-    periods); interest_rate holds the gross return R, shocks the index z."""
-    titles = {"capital": "capital (percent)", "output": "output (percent)", "consumption": "consumption (percent)",
-              "interest_rate": "interest rate (percentage points)", "shocks": "aggregate state (mean change of z)"}
-    with figure(path, 4.6, note) as fig:
-        for i, (series, title) in enumerate(titles.items()):
-            ax = fig.add_subplot(2, 3, i + 1)
+    """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
+    with figure(path, 4.6, f"{note}; periods after the shock.") as fig:
+        for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
+            points = series == "interest_rate"
             for name, solution in responses.items():
-                mean, low, high = impulse_response(*solution[series], points=series in ("interest_rate", "shocks"))
-                if series == "shocks":  # an index, not a percentage; and a single path is in one state or the other
-                    mean = mean / 100
-                elif name == "network":
+                mean, low, high = impulse_response(*solution[series], points)
+                if name == "network":
                     ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
                                     label="network, 10-90% of paths")
                 ax.plot(mean, label=f"{name}, mean", **LINES[name])
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-            ax.set(title=title, xlabel="periods after the shock", xlim=(0, max(len(mean) - 1, 1)))
+            ax.set_title(f"{series.replace('_', ' ')} ({'percentage points' if points else 'percent'})")
 
 
 def plot_capital_paths(path, arrays, z_names, note):
     """Mean capital K on the first periods of one path of z; the lower states are shaded."""
     z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
-    edges, lower = np.arange(len(z) + 1) - 0.5, z_names[0] if low == 1 else f"below {z_names[low]}"
     with figure(path, 4.0, note) as fig:
         ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        for panel, label in ((ax, lower if (z < low).any() else None), (gap, None)):
-            panel.fill_between(edges, np.append(z < low, 0), step="post", color="0.9", linewidth=0, zorder=0.5,
-                               transform=panel.get_xaxis_transform(), label=label)
-        plot_lines(ax, gap, range(len(z)), {name: of["K_path"][:400, 0] for name, of in arrays.items()})
-        ax.set(ylabel="mean capital K (goods)", xlim=(0, max(len(z) - 1, 1)))
-        gap.set(ylabel="difference\n(goods)", xlabel="period")
+        ax.fill_between(range(len(z)), z < low, step="mid", color="0.9", linewidth=0, zorder=0.5,
+                        transform=ax.get_xaxis_transform(), label=" / ".join(z_names[:low]))
+        paths = {name: of["K_path"][:400, 0] for name, of in arrays.items()}
+        plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
+        gap.set_xlabel("period")
 
 
 def plot_moments(path, network, meaning, k_max):
@@ -2781,18 +2641,17 @@ def plot_moments(path, network, meaning, k_max):
 def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
                  cfg: Config) -> None:
     """Every picture of the output directory."""
-    (folder / "figures").mkdir()
     draw, economy, of = folder / "figures", network.economy, figures["network"]
+    draw.mkdir()
     small, large = [f"N = {x['n_agents']}, {x['n_economies']} economies, {x['periods']} periods"
                     for x in (of["small"], of["large"])]
     title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
     plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
     plot_history(draw / "training_history.png", network.weights["history"])
-    K, k = of["limit"]["capital"]["mean"], arrays["large"]["network"]["k"]
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    top = max(np.quantile(k, 0.9999), economy.k_min + 1)
-    plot_policies(draw / "policy_functions.png", solutions, K, top, economy)
-    plot_bellman_bins(draw / "bellman_errors.png", arrays["large"], economy.k_min, large)
+    top = max(np.quantile(arrays["large"]["network"]["k"], 0.9999), economy.k_min + 1)
+    plot_policies(draw / "policy_functions.png", solutions, of["limit"]["capital"]["mean"], top, economy)
+    plot_bellman_errors(draw / "bellman_errors.png", arrays["large"], large)
     if cfg.learnt_moments:
         plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
     paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
@@ -2838,13 +2697,11 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
             of = presets if kind is Config else {"default": kind()}
             values = {name: getattr(preset, item.name) for name, preset in of.items()}
             shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
-            extra = {"help": f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")}
+            told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
+            how = {"type": type(item.default), "choices": item.metadata["choices"]}
             if isinstance(item.default, bool):
-                extra["action"] = argparse.BooleanOptionalAction
-            else:
-                choices, form = item.metadata["choices"], type(item.default)
-                extra |= {"type": form, "choices": choices, "metavar": None if choices else form.__name__.upper()}
-            section.add_argument(flag(PREFIX.get(kind, "") + item.name), **extra)
+                how = {"action": argparse.BooleanOptionalAction}
+            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
     given = vars(parser.parse_args(argv))
 
     def filled(base):
@@ -2869,27 +2726,23 @@ def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config =
     decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
     economy = economy if fixed else economy(cal)
     economy = dataclasses.replace(economy, **decided) if decided else economy
-    return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg,
-                    None if run.grid == "none" else grid,
+    return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
                     dataclasses.replace(run, output_dir=run.output_dir or usual))
 
 
-def check(cfg: Config, grid: GridConfig, run: Run):
+def check(cfg: Config, grid: GridConfig, run: Run) -> None:
     """Values that are possible one by one and impossible together or here."""
-    if not run.output_dir.isprintable():
-        raise UserError(f"--output-dir {run.output_dir!r}: name a directory without control characters")
-    if run.evaluate and run.resume:
-        raise UserError("--evaluate trains nothing and --resume goes on training; give one of the two")
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
-    if cfg.eval_drop > cfg.eval_periods - 3:
-        raise UserError(f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
-    if cfg.periods < cfg.horizon + 1:
-        raise UserError(f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
-                        f"give --periods {cfg.horizon + 1} or more")
-    if grid.burn_in > grid.periods // 5 - 3:
-        raise UserError(f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of --grid-periods {grid.periods}: "
-                        "lower it")
+    require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
+    require(not (run.evaluate and run.resume),
+            "--evaluate trains nothing and --resume goes on training; give one of the two")
+    require(run.device != "cuda" or torch.cuda.is_available(),
+            "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
+    require(cfg.eval_drop <= cfg.eval_periods - 3,
+            f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
+    require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
+            f"give --periods {cfg.horizon + 1} or more")
+    require(grid.burn_in <= grid.periods // 5 - 3, f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of "
+            f"--grid-periods {grid.periods}: lower it")
 
 
 def departures(cfg, reference) -> List[str]:
@@ -3284,11 +3137,7 @@ def stage(seconds: dict, name: str):
 
 
 def choose_device(device: str) -> str:
-    if device == "auto" and not torch.cuda.is_available():
-        driver = Path("/proc/driver/nvidia/version")
-        if torch.version.cuda and driver.exists():
-            raise UserError(f"the NVIDIA driver here ({driver.read_text().splitlines()[0]}) is too old for torch "
-                            f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
+    if device == "auto" and not torch.cuda.is_available():  # of too old a driver torch itself warns
         print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 

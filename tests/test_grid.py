@@ -290,9 +290,9 @@ def test_refinement(converged, econ):
         return converged.policy(*dk.on_grid(k, nodes.K, econ)).numpy()
 
     c = nodes.m - policy(nodes.k)
-    ahead = dk.forecast(converged.alm_coefficients, np.zeros((2, 2)), nodes, economy)
+    laws = converged.alm_coefficients, np.zeros((2, 2))
     for _ in range(10):
-        c, k_endo, change, bounded = dk.solve_household(c, ahead, nodes, economy, fine)
+        c, k_endo, change, bounded = dk.solve_household(c, laws, nodes, economy, fine)
         assert bounded == 0
         if change < fine.tolerance:
             break

@@ -24,8 +24,7 @@ MISTAKES = {
         "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)",
         "(econ.probability[s].movedim(-1, 0) * values)", ECONOMY),
     "present value with one discount factor": (
-        "        beta = np.tile(self.beta, len(self.TFP))\n",
-        "        beta = np.full(len(P), self.beta[0])\n", ECONOMY),
+        "discounted = np.tile(self.beta, Z)[:, None] * self.P", "discounted = self.beta[0] * self.P", ECONOMY),
     "initial panel forgets the rare state": (
         "draw(uniform(shape, rng, device), of_s[z]), z)",
         "draw(uniform(shape, rng, device), of_s[z]) * 0, z)", ECONOMY),

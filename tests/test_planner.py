@@ -188,7 +188,7 @@ def test_what_the_value_network_stands_for(equilibrium, rng):
 
 @pytest.mark.parametrize("changes, words", [
     ({"equilibrium": "plan"}, "equilibrium: 'plan' is none of market, game, planner"),
-    ({"start": 0.0}, "start: 0.0 is not in (0, 1000)"),
+    ({"start": 0.0}, "start: 0 is not in (0, 1000)"),
     ({"players": 1}, "players: 1 is not in (1,"),
 ])
 def test_bad_input(changes, words):
