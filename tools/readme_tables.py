@@ -7,7 +7,7 @@ NAME results: network, seeds, grid and published figures, from metrics.json (the
 benchmarks/seeds/seed*.json (metrics.json of the other seeds). seeds: a row for each of the seeds 0 to 4.
 gamma2: network and grid at risk aversion 2, from benchmarks/gamma2.json. examples: a row for each script in examples/,
 from benchmarks/examples/*.json. planner and game: from benchmarks/planner/*.json. calibrations: from
-benchmarks/calibrations/*.json.
+benchmarks/calibrations/*.json. moments: from benchmarks/moments/*.json. groups: from benchmarks/groups/*.json.
 """
 
 import argparse
@@ -273,8 +273,72 @@ def calibrations(root):
     return text if not rows else f"{text} The others:\n\n" + table(["flags", "seed", "misses"], rows)
 
 
+def moments(root):
+    """One learnt moment, the unemployment share given, K alone and the grid in K, on the same shocks."""
+    command = "python benchmarks/moments.py"
+    runs = {path.stem: load(root, f"benchmarks/moments/{path.name}", command)
+            for path in sorted((root / "benchmarks" / "moments").glob("*.json"))}
+    learnt = [metrics for name, metrics in runs.items() if name.startswith("seed")]
+    if not learnt or "unemployment" not in runs or any("error" in metrics for metrics in runs.values()):
+        raise BadInput(f"benchmarks/moments: runs are missing or ended in an error; make them with: {command}")
+    only_K = load(root, "metrics.json", "python deepham_ks.py")
+    header = ["figure", "N", f"one learnt moment, {len(learnt)} seeds", "unemployment share given", "K alone",
+              "grid in K"]
+    rows = []
+    for name, figure, digits in (("Bellman error, own c, mean (utils)", "bellman_own_c mean", 5),
+                                 ("Euler error, log10 mean", "euler_log10 mean", 2),
+                                 ("Euler error, log10 99th percentile", "euler_log10 p99", 2)):
+        for N, size in (("50", "small"), ("500", "middle"), ("5,000", "large"), ("inf", "limit")):
+            def of(metrics, who, size=size, figure=figure):
+                return at(figure)(metrics["middle"][who] if size == "middle" else metrics[who][size])
+
+            spread = sorted(of(metrics, "network") for metrics in learnt)
+            rows.append([name if N == "50" else "", N,
+                         f"{show(spread[0], digits)} to {show(spread[-1], digits)}",
+                         show(of(runs["unemployment"], "network"), digits),
+                         "" if size == "middle" else show(of(only_K, "network"), digits),
+                         show(of(learnt[0], "grid"), digits)])
+    meaning, left = learnt[0]["network"]["small"]["moments"], learnt[0]["curvature"]
+    told = [f"{network}'s Q {float(r['K'][0]):+.2f} with K and {float(r['unemployment'][0]):+.2f} with the share of "
+            "unemployed" for network, r in meaning.items()]
+    seconds = [show(metrics["seconds"]["training"], 0) for metrics in learnt]
+    return (f"`{command}`. Training {' / '.join(seconds)} s ({learnt[0]['device']}).\n\n" + table(header, rows)
+            + f"\n\nCorrelations at N = 50, seed 0: {'; '.join(told)}. The expectation takes next period's moments at "
+            f"their mean given z'; over {left[0]['draws']} draws of everybody's s' V differs from that by "
+            f"{left[0]['V_utils']:.1e} utils at N = 50 and {left[1]['V_utils']:.1e} at N = 5,000.")
+
+
+def groups(root):
+    """J identical groups against the default economy's grid, and seven groups that differ."""
+    command = "python benchmarks/thirty_states.py"
+    rows = []
+    for J in (1, 3, 10, 30):
+        x = load(root, f"benchmarks/groups/J{J}.json", command)
+        euler = [" / ".join(show(x[who]["euler_log10"][part], 2) for part in ("mean", "p99")) for who in
+                 ("network", "grid")]
+        memory = x["memory_gb"].get("device", x["memory_gb"].get("host"))
+        rows.append([str(J), str(x["states"]), f"{x['parameters']:,}", show(x["seconds"], 0), str(x["iterations"]),
+                     show(memory, 1), show(x["w1"], 3), *euler, f"{12.0**J:.0e}"])
+    header = ["J", "states s", "parameters of a network", "training (s)", "iterations", "memory (GB)",
+              "W1 to the truth (goods)", "Euler log10 mean / p99", "truth in K", "nodes of a grid, 12 each"]
+    text = f"`{command}`, J identical groups, N = 5,000 ({x['device']}).\n\n" + table(header, rows)
+    x = load(root, "benchmarks/groups/spread.json", command)
+    if "error" in x:
+        return f"{text}\n\nWith discount factors that differ: {x['error']}"
+    pairs = [("capital mean", 2), ("capital gini", 4), *((f"capital top_percent_hold {q}", 1) for q in (1, 5, 20))]
+    cells = [" / ".join(show(at(f"{who} limit {path}")(x), digits) for who in ("network", "grid"))
+             for path, digits in pairs]
+    euler = [" / ".join(show(x[who][size]["euler_log10"]["mean"], 2) for who in ("network", "grid"))
+             for size in ("large", "limit")]
+    header = ["seven groups, network / grid in K", "mean K", "Gini of wealth", "top 1% hold (%)", "top 5%", "top 20%",
+              "Euler log10 mean, N = 5,000", "N = inf", "W1, N = inf", "training (s)", "grid (s)"]
+    row = [f"beta {x['calibration']['beta']} +- {x['calibration']['spread']}", *cells, *euler,
+           show(at("comparison limit w1")(x), 3), *(show(x["seconds"][stage], 0) for stage in ("training", "grid"))]
+    return text + "\n\n" + table(header, [row])
+
+
 BLOCKS = {"results": results, "seeds": seeds, "gamma2": gamma2, "examples": examples, "planner": planner, "game": game,
-          "calibrations": calibrations}
+          "calibrations": calibrations, "moments": moments, "groups": groups}
 
 
 def rewritten(text, root):
