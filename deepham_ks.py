@@ -1886,17 +1886,6 @@ class Solution(Policy):
 C_MIN, C_MAX = 1e-12, 1e4  # of c_ss: keep u'(c) finite where there is nothing, and c where saving is worth nothing
 
 
-class Nodes(NamedTuple):
-    """The household problem on its nodes."""
-
-    k: np.ndarray  # (n_k,)
-    K: np.ndarray  # (n_K,)
-    R: np.ndarray  # (z, n_K)
-    y: np.ndarray  # (z, s, n_K) income
-    m: np.ndarray  # (z, s, n_K, n_k) cash on hand
-    slope: np.ndarray  # (n_k, n_k) values at k -> derivatives at k of the cubic spline through them
-
-
 def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
     return low + (high - low) * np.linspace(0, 1, n) ** exponent
 
@@ -1915,13 +1904,15 @@ def on_grid(k: np.ndarray, K: np.ndarray, econ: Tables) -> Tuple[Tensor, Tensor,
     return k, s, K, z
 
 
-def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> Nodes:
+def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> types.SimpleNamespace:
+    """The household problem at k (n_k,), K (n_K,): R (z, n_K), income y (z, s, n_K), cash on hand m (z, s, n_K, n_k),
+    and slope (n_k, n_k): values at k -> derivatives at k of the cubic spline through them."""
     m, R = [x.numpy() for x in cash_on_hand(*on_grid(k, K, econ), econ)]
-    y = m[..., 0] - R[..., 0] * k[0]
-    return Nodes(k, K, R[:, 0, :, 0], y, m, scipy.interpolate.CubicSpline(k, np.eye(len(k))).derivative()(k))
+    slope = scipy.interpolate.CubicSpline(k, np.eye(len(k))).derivative()(k)
+    return types.SimpleNamespace(k=k, K=K, R=R[:, 0, :, 0], y=m[..., 0] - R[..., 0] * k[0], m=m, slope=slope)
 
 
-def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
+def invert(k_endo: np.ndarray, nodes, k: np.ndarray) -> np.ndarray:
     """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
     and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
     found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.k))])
@@ -1933,7 +1924,7 @@ def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
 
 
-def forecast(alm: np.ndarray, nodes: Nodes) -> Tuple[np.ndarray, np.ndarray]:
+def forecast(alm: np.ndarray, nodes) -> Tuple[np.ndarray, np.ndarray]:
     """K' (z, n_K) by the law of motion, and (z, n_K, n_K) values at K -> values at K' of their cubic spline."""
     K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))
     return K_next, scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next)
@@ -1946,7 +1937,7 @@ def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
     return (P @ values.reshape(Z, Z * S, -1)).reshape(Z, S, *values.shape[3:])
 
 
-def solve_household(c: np.ndarray, laws: list, nodes: Nodes, econ: Economy, config: GridConfig):
+def solve_household(c: np.ndarray, laws: list, nodes, econ: Economy, config: GridConfig):
     """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion ln K' = a(z) + b(z) ln K and
     Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each: the new c, the k_endo at which each k' of the grid is
     optimal, the last change of c, and the share of nodes at which saving is worth nothing, so that c was bounded."""
@@ -2009,8 +2000,8 @@ def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.nda
     return np.array(z_path)
 
 
-def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, alm: np.ndarray, tables: Tables, econ: Economy,
-                  config: GridConfig) -> Tuple[np.ndarray, float]:
+def evaluate_grid(k_next: np.ndarray, nodes, k: np.ndarray, alm: np.ndarray, tables: Tables, econ: Economy,
+                  sweeps: int) -> Tuple[np.ndarray, float]:
     """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
     still changed. What they leave over is soon the same number everywhere, and MacQueen's bound takes it out."""
     at = on_grid(k, nodes.K, econ)
@@ -2019,7 +2010,7 @@ def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, alm: np.ndarr
     (i, share), (_, spline) = between(k_next, k), forecast(alm, nodes)
     D = econ.annuity[..., None, None]
     V = u * D
-    for _ in range(config.value_sweeps):
+    for _ in range(sweeps):
         EV = expected_on_grid(spline[:, None, None] @ V, econ)
         low, high = np.take_along_axis(EV, i, -1), np.take_along_axis(EV, i + 1, -1)
         change = u + low + share * (high - low) - V
@@ -2140,7 +2131,7 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
         bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
         if max(gap, change) < config.tolerance:
             tables = econ.tables()._replace(Delta_law=torch.from_numpy(laws[1]))
-            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws[0], tables, econ, config)
+            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws[0], tables, econ, config.value_sweeps)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * econ.K_start else []
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {config.value_sweeps} sweeps")
