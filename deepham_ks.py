@@ -948,7 +948,10 @@ def initial_panel(B: int, N: int, econ: Tables, rng: torch.Generator, dtype=torc
     of_z = econ.shares.sum(1)
     z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
     of_s = (econ.shares / of_z.unsqueeze(1)).cumsum(1)[:, :-1]
-    return Panel((gamma * above / 4 + econ.k_min).to(dtype), draw(uniform(shape, rng, device), of_s[z]), z)
+    u = uniform(shape, rng, device)
+    if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
+        u = (torch.arange(N, device=device) + u) / N
+    return Panel((gamma * above / 4 + econ.k_min).to(dtype), draw(u, of_s[z]), z)
 
 
 def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
@@ -1399,7 +1402,9 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         M = moments_of(networks[:1], k, s, econ, cfg) if econ.M_mean.numel() else None
         return kernels.network_capital(networks[0], k, s, K, z, econ, M)
 
-    scale = 1 + cfg.K_spread * (2 * uniform(state["z"].shape, rng, state["z"].device) - 1)
+    groups = econ.of_group.shape[1]  # each group's capital by a factor of its own
+    scale = 1 + cfg.K_spread * (2 * uniform((cfg.n_economies, groups), rng, state["z"].device) - 1)
+    scale = scale.gather(1, econ.of_group.argmax(1)[state["s"]]) if groups > 1 else scale
     panel = Panel(econ.k_min + (state["k"] - econ.k_min) * scale, state["s"], state["z"])
     gains, k_path, s_path = torch.zeros_like(state["K_path"]), [], []
     economies = simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic and not needs_noise(cfg))
@@ -1583,8 +1588,9 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
     n_states = cfg.batch * len(taught(cfg))
     networks = {}
     for name, bias, seed_of in (("policy", math.log(resting_share(econ)), seed), ("value", 0.0, seed + 1)):
-        main = initial_parameters(n, cfg.hidden, bias, seed_of)
-        networks[name] = torch.cat([main, initial_learnt(econ, cfg, seed_of)]).to(device)
+        networks[name] = torch.cat([initial_parameters(n, cfg.hidden, bias, seed_of),
+                                    initial_learnt(econ, cfg, seed_of)]).to(device)
+        layers_of(networks[name], econ, cfg)[0][:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
     dates, moments = cfg.periods * cfg.n_economies, {}
     if econ.M_mean.numel():
         moments = {"M_mean": econ.M_mean, "M_std": econ.M_std,
@@ -2385,7 +2391,7 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
 
         mass = dispersed_mass(k, float(econ.K_mean), z_path[0], economy)
         _, mass = simulate_histogram(table, k, K, mass, z_path, economy)
-        K_path, _ = simulate_histogram(table, k, K, mass, z_path, economy, keep)
+        K_path, mass = simulate_histogram(table, k, K, mass, z_path, economy, keep)
         states = histogram_states(pooled, k, K_path, z_path, econ, cfg.eval_states, solution)
         figures[name], arrays[name] = errors_at(solution, states, econ)
         c, weight = consumption_distribution(pooled, k, K_path, z_path, econ)
@@ -2396,10 +2402,24 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
                           "consumption": inequality(c, weight), "interest_rate_percent": 100 * (R.mean() - 1),
                           "welfare": ergodic_welfare(c, weight, econ),
                           "law_of_motion": law_of_motion_figures(kept, z_kept, len(econ.TFP))}
+        figures[name]["risky_steady_state"] = risky_steady_state(
+            table, k, K, mass, economy, cfg, figures[name]["law_of_motion"]["coefficients"])
         if states.Delta is not None:
             figures[name]["Delta"] = float(states.Delta.mean())
         arrays[name] |= {"k": k, "weight": mean_mass, "K_path": kept, "z_path": z_kept}
     return figures, arrays
+
+
+def risky_steady_state(table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, economy: Economy, cfg: Config,
+                       alm: np.ndarray) -> dict:
+    """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
+    distribution followed for eval_drop periods, how much K still moved in the last tenth of them, and what the law of
+    motion says, exp(a / (1 - b))."""
+    of_z = range(len(economy.TFP))
+    paths = np.array([simulate_histogram(table, k, K, mass, np.full(max(cfg.eval_drop, 10), z), economy)[0]
+                      for z in of_z])
+    return {"K": paths[:, -1], "still_moves": np.ptp(paths[:, -max(cfg.eval_drop // 10, 2) :], axis=1),
+            "by_law_of_motion": np.exp(alm[:, 0] / (1 - alm[:, 1]))}
 
 
 def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables, n: int,
@@ -3078,6 +3098,9 @@ def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
     if not default:
         ours, of_grid = [x["large"]["bellman_in_consumption"]["mean"] for x in (net, grid)]
         row(f"Bellman error over u'(c) c, mean, {N['large']}", ours, of_grid, None, None, 1.5 * of_grid + 1e-5)
+    rest = [x["limit"]["risky_steady_state"]["K"] for x in (net, grid)]
+    for name, ours, of_grid in zip(economy.z_names, *rest):
+        row(f"K* resting in {name} over the grid's - 1, N=inf", ours / of_grid - 1, 0.0, None, 0.001, 0.001)
     for series in ("output", "capital") if judged else ():
         row(f"response of {series}, gap (p.p.)", both["impulse_response_gap"][series], 0.0, None, 0.02, 0.02)
     return rows
