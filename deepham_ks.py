@@ -880,12 +880,13 @@ def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: T
 
 
 def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-              K_next: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+              K_next: Tensor, econ: Tables) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Control variates, (T, M) from paths (T + 1, M) and K_next = E[K' | K, z] (T, M): V(k', s', K', z') as it came
     less its expectation, and the same of V_k. Their mean is zero, and they carry nearly all the noise of the realised
-    utility and of the costate: that of s' and z', and that of K', which N households leave."""
+    utility and of the costate: that of s' and z', and that of K', which N households leave. Then V and V_k as they
+    came."""
     T = k.shape[0] - 1
-    surprise, surprise_k = torch.empty_like(k[:T]), torch.empty_like(k[:T])
+    surprise, surprise_k, came, came_k = [torch.empty_like(k[:T]) for _ in range(4)]
     chunk = 2  # periods at a time: memory on a GPU, cache on a CPU
     for t in range(0, T, chunk):
         last = min(t + chunk, T)
@@ -894,24 +895,36 @@ def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K
         s_came, z_came = s[t + 1 : last + 1], z[t + 1 : last + 1]
         k1, s1, K1, z1 = successors(k_came, s_t, K_next[t:last], z_t, econ)
         V, V_k = value_and_costate(policy, value, k1, s1, K1, z1, econ)
-        V_came, V_k_came = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ)
-        surprise[t:last] = V_came - expected(V, s_t, z_t, econ)
-        surprise_k[t:last] = V_k_came - expected(V_k, s_t, z_t, econ)
-    return surprise, surprise_k
+        came[t:last], came_k[t:last] = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ)
+        surprise[t:last] = came[t:last] - expected(V, s_t, z_t, econ)
+        surprise_k[t:last] = came_k[t:last] - expected(V_k, s_t, z_t, econ)
+    return surprise, surprise_k, came, came_k
 
 
 def costates(c: Tensor, dc: Tensor, k: Tensor, s: Tensor, R: Tensor, Delta: Tensor, V_T: Tensor, V_k_T: Tensor,
-             surprise: Tensor, surprise_k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
+             surprise: Tensor, surprise_k: Tensor, came: Tensor, came_k: Tensor,
+             econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
     """Backwards through the roll-out, each (T, M): realised utility U_t = u(c_t) + Delta_t k_t + beta(s_t) U_{t+1}, its
     derivative lambda_t = u'(c_t) dc/dk + Delta_t + beta(s_t) lambda_{t+1} dk'/dk, and the next costate that the
-    household weighs against u'(c_t). Equal to back-propagation through time when the surprises are zero."""
+    household weighs against u'(c_t). Equal to back-propagation through time when surprises, V and V_k as they came are
+    zero.
+
+    lambda_{t+1} is what V_k came to and, for the rest, the Euler errors of later periods, each weighted by the growth of
+    beta dk'/dk u'(c) since t. Where risk aversion is high one household in a thousand loses its job and income with
+    next to nothing saved, its u'(c) grows a thousandfold, and its label is all noise. So the rest comes back by at most
+    one for one in each period (Munos et al. 2016), and is at most as large as E V_k: at the solution it is zero."""
     u, u_k, beta = utility(c, econ) + Delta * k, marginal_utility(c, econ) * dc + Delta, econ.beta[s]
+    saved = torch.cat([(1 - dc / R)[1:], torch.ones_like(R[:1])])  # of a unit of cash next period
+    growth = beta * (saved * came_k).abs() / marginal_utility(c, econ)
+    lost = 1 - 1 / growth.clamp(min=1.0)
+    most = torch.where(came_k == 0, math.inf, (came_k - surprise_k).abs())
     U, lam, lam_next = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
     U_t, lam_t = V_T, V_k_T
     for i in range(c.shape[0]):
         t = c.shape[0] - 1 - i
-        lam_next[t] = lam_t - surprise_k[t]
-        U_t = u[t] + beta[t] * (U_t - surprise[t])
+        rest = (1 - lost[t]) * (lam_t - came_k[t])
+        lam_next[t] = came_k[t] - surprise_k[t] + torch.minimum(torch.maximum(rest, -most[t] / 2), most[t])
+        U_t = u[t] + beta[t] * (U_t - surprise[t] - lost[t] * (U_t - came[t]))
         lam_t = u_k[t] + beta[t] * (R[t] - dc[t]) * lam_next[t]
         U[t], lam[t] = U_t, lam_t
     return U, lam, lam_next
@@ -989,7 +1002,7 @@ def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Table
     k = kernels.roll_out(policy, k0, s, K, z, econ)
     c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ)
     V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ)
-    surprise = torch.zeros_like(c), torch.zeros_like(c)
+    surprise = [torch.zeros_like(c)] * 4
     if cfg.control_variate:
         surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ)
     k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
@@ -1237,6 +1250,8 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     recentre(state, econ, cfg)
+    if value_only(state, cfg):  # V of the final policy matters where that policy leads
+        cfg = dataclasses.replace(cfg, wide_share=0.0)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     for name, tensor in zip(Batch._fields, thin(batch, cfg)):
         state[f"batch_{name}"].copy_(tensor)
