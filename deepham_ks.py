@@ -909,9 +909,9 @@ def costates(c: Tensor, dc: Tensor, k: Tensor, s: Tensor, R: Tensor, Delta: Tens
     household weighs against u'(c_t). Equal to back-propagation through time when surprises, V and V_k as they came are
     zero.
 
-    lambda_{t+1} is what V_k came to and, for the rest, the Euler errors of later periods, each weighted by the growth of
-    beta dk'/dk u'(c) since t. Where risk aversion is high one household in a thousand loses its job and income with
-    next to nothing saved, its u'(c) grows a thousandfold, and its label is all noise. So the rest comes back by at most
+    lambda_{t+1} is V_k as it came and, for the rest, Euler errors of later periods, each weighted by the growth of beta
+    dk'/dk u'(c) since t. Where risk aversion is high one household in a thousand loses its income with next to nothing
+    saved, its u'(c) grows a thousandfold, and its label is all noise. So the rest comes back by at most
     one for one in each period (Munos et al. 2016), and is at most as large as E V_k: at the solution it is zero."""
     u, u_k, beta = utility(c, econ) + Delta * k, marginal_utility(c, econ) * dc + Delta, econ.beta[s]
     saved = torch.cat([(1 - dc / R)[1:], torch.ones_like(R[:1])])  # of a unit of cash next period
