@@ -131,7 +131,7 @@ class Config:
     )
     control_variate: bool = option(True, "take out of the labels the surprises whose mean is exactly zero")
     final_value_steps: int = option(
-        12, "gauss-newton: last iterations, in which V is fitted to the policy by its Bellman residual", "[0, 1e6]"
+        8, "gauss-newton: last iterations, in which V is fitted to the policy by its Bellman residual", "[0, 1e6]"
     )
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
     wide_top: float = option(1.5, "upper end of these, in multiples of the largest simulated k", "(0, 100]")
@@ -1030,13 +1030,13 @@ def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: T
 
 def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
               K_next: Tensor, econ: Tables, M: Tensor | None = None, M_next: Tensor | None = None,
-              at: Tensor | None = None) -> Tuple[Tensor, Tensor]:
+              at: Tensor | None = None) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Control variates, (T, M) from paths (T + 1, M) and K_next = E[K' | K, z] (T, M): V(k', s', K', z') as it came
     less its expectation, and the same of V_k. Their mean is zero, and they carry nearly all the noise of the realised
-    utility and of the costate: that of s' and z', and that of K', which N households leave. Moments: rows at (T + 1, M)
-    of M (dates, V, n), and of M_next (dates, Z, V, n), which is E[M' | z']."""
+    utility and of the costate: that of s' and z', and that of K', which N households leave. Then V and V_k as they
+    came. Moments: rows at (T + 1, M) of M (dates, V, n), and of M_next (dates, Z, V, n), which is E[M' | z']."""
     T = k.shape[0] - 1
-    surprise, surprise_k = torch.empty_like(k[:T]), torch.empty_like(k[:T])
+    surprise, surprise_k, came, came_k = [torch.empty_like(k[:T]) for _ in range(4)]
     chunk = 2  # periods at a time: memory on a GPU, cache on a CPU
     for t in range(0, T, chunk):
         last = min(t + chunk, T)
@@ -1049,24 +1049,36 @@ def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K
         if M is not None and M_next is not None and at is not None:
             M_came, M1 = M[at[t + 1 : last + 1]], M_next[at[t:last].expand(z1.shape), z1]
         V, V_k = value_and_costate(policy, value, k1, s1, K1, z1, econ, M1)
-        V_came, V_k_came = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ, M_came)
-        surprise[t:last] = V_came - expected(V, s_t, z_t, econ)
-        surprise_k[t:last] = V_k_came - expected(V_k, s_t, z_t, econ)
-    return surprise, surprise_k
+        came[t:last], came_k[t:last] = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ, M_came)
+        surprise[t:last] = came[t:last] - expected(V, s_t, z_t, econ)
+        surprise_k[t:last] = came_k[t:last] - expected(V_k, s_t, z_t, econ)
+    return surprise, surprise_k, came, came_k
 
 
 def costates(c: Tensor, dc: Tensor, k: Tensor, s: Tensor, R: Tensor, Delta: Tensor, V_T: Tensor, V_k_T: Tensor,
-             surprise: Tensor, surprise_k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
+             surprise: Tensor, surprise_k: Tensor, came: Tensor, came_k: Tensor,
+             econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
     """Backwards through the roll-out, each (T, M): realised utility U_t = u(c_t) + Delta_t k_t + beta(s_t) U_{t+1}, its
     derivative lambda_t = u'(c_t) dc/dk + Delta_t + beta(s_t) lambda_{t+1} dk'/dk, and the next costate that the
-    household weighs against u'(c_t). Equal to back-propagation through time when the surprises are zero."""
+    household weighs against u'(c_t). Equal to back-propagation through time when surprises, V and V_k as they came are
+    zero.
+
+    lambda_{t+1} is V_k as it came and, for the rest, Euler errors of later periods, each weighted by the growth of beta
+    dk'/dk u'(c) since t. Where risk aversion is high one household in a thousand loses its income with next to nothing
+    saved, its u'(c) grows a thousandfold, and its label is all noise. So the rest comes back by at most
+    one for one in each period (Munos et al. 2016), and is at most as large as E V_k: at the solution it is zero."""
     u, u_k, beta = utility(c, econ) + Delta * k, marginal_utility(c, econ) * dc + Delta, econ.beta[s]
+    saved = torch.cat([(1 - dc / R)[1:], torch.ones_like(R[:1])])  # of a unit of cash next period
+    growth = beta * (saved * came_k).abs() / marginal_utility(c, econ)
+    lost = 1 - 1 / growth.clamp(min=1.0)
+    most = torch.where(came_k == 0, math.inf, (came_k - surprise_k).abs())
     U, lam, lam_next = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
     U_t, lam_t = V_T, V_k_T
     for i in range(c.shape[0]):
         t = c.shape[0] - 1 - i
-        lam_next[t] = lam_t - surprise_k[t]
-        U_t = u[t] + beta[t] * (U_t - surprise[t])
+        rest = (1 - lost[t]) * (lam_t - came_k[t])
+        lam_next[t] = came_k[t] - surprise_k[t] + torch.minimum(torch.maximum(rest, -most[t] / 2), most[t])
+        U_t = u[t] + beta[t] * (U_t - surprise[t] - lost[t] * (U_t - came[t]))
         lam_t = u_k[t] + beta[t] * (R[t] - dc[t]) * lam_next[t]
         U[t], lam[t] = U_t, lam_t
     return U, lam, lam_next
@@ -1147,7 +1159,7 @@ def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Table
     c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ, M, at[:-1])
     M_T = None if M is None else M[at[-1], -1]
     V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ, M_T)
-    surprise = torch.zeros_like(c), torch.zeros_like(c)
+    surprise = [torch.zeros_like(c)] * 4
     if cfg.control_variate:
         surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ, M, M_next, at)
     k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
@@ -1426,6 +1438,8 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     if k_path:
         keep_moments(state, networks, torch.stack(k_path), torch.stack(s_path), econ, cfg)
     recentre(state, econ, cfg)
+    if value_only(state, cfg):  # V of the final policy matters where that policy leads
+        cfg = dataclasses.replace(cfg, wide_share=0.0)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     for name, tensor in zip(Batch._fields, thin(batch, cfg)):
         state[f"batch_{name}"].copy_(tensor)
@@ -1541,8 +1555,9 @@ def value_only(state: dict, cfg: Config) -> bool:
 
 
 def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
-    taken = value_update(state, states, state["rates"][1], econ, cfg, kernels, bellman=True)
-    return torch.stack([torch.zeros_like(taken), taken]).to(state["rates"].dtype)
+    one = torch.ones_like(state["rates"][1])
+    taken = value_update(state, states, one, econ, cfg, kernels, bellman=True)
+    return torch.stack([torch.zeros_like(taken), taken]).to(one.dtype)
 
 
 def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
@@ -1625,18 +1640,15 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
 
 def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     """Steps of full size until savings have settled, near the end of that phase with momentum, which is for the last
-    slow errors; then falling like 1 / n: from there on they average the noise out, and so again when V is fitted to its
-    Bellman residual. Adam keeps its rates. All are
+    slow errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are
     smaller for a while after an iteration that was taken back. The cross-section of a policy that is still far from
     its first-order condition says nothing of the planner's Delta, which waits."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
     momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle and not optimizers else 0.0
-    n = state["iteration"] - last_iteration(state, cfg) + cfg.final_value_steps
-    value_rate = state["caution"] / (1 + cfg.decay * n if value_only(state, cfg) else fall)
     near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
-    rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, value_rate, momentum, 0.2 * near]
+    rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, state["caution"] / fall, momentum, 0.2 * near]
     state["rates"].copy_(torch.tensor(rates))
 
 

@@ -306,23 +306,31 @@ def test_surprises(world):
         c = m - dk.network_capital(policy, k, s, K, z, econ)
         return torch.stack([dk.network_value(value, k, s, K, z, econ)[0], R * dk.marginal_utility(c, econ)])
 
-    found = torch.stack(dk.surprises(policy, value, path, s, K, z, K_next, econ))
+    *found, came, came_k = dk.surprises(policy, value, path, s, K, z, K_next, econ)
+    found = torch.stack(found)
     for t in range(T):
         mean = sum(p * by_hand(path[t + 1], s1, K_next[t], z1) for s1, z1, p in possible(economy, s[t], z[t]))
         realised = by_hand(path[t + 1], s[t + 1], K[t + 1], z[t + 1])
         assert torch.allclose(found[:, t], realised - mean, rtol=1e-10, atol=1e-11)
+        assert torch.allclose(torch.stack([came[t], came_k[t]]), realised, rtol=1e-12)
     total = 0.0
     for s1, z1, p in possible(economy, s[0], z[0]):
         s_two, z_two = torch.stack([s[0], s1]), torch.stack([z[0], z1])
-        found = torch.stack(dk.surprises(policy, value, path[:2], s_two, K[:2], z_two, K[1:2], econ))
+        found = torch.stack(dk.surprises(policy, value, path[:2], s_two, K[:2], z_two, K[1:2], econ)[:2])
         total = total + p * found[:, 0]
     assert total.abs().max() < 1e-11 * found.abs().max().clamp(min=1)
 
 
 def test_control_variate_takes_the_last_draw_out(world, eager):
     """One period before the end U is an exact expectation: the same whatever the last draw and however far K' came from
-    what was expected. Where K' came as expected, the mean of every label over the draws is what it is without."""
+    what was expected. Where K' came as expected, the mean of every label over the draws is what it is without. Here
+    nothing holds what later periods give back, however large: V and V_k as they came are left out."""
     economy, econ, policy, value, (k0, s, K, z), K_next = world
+
+    def without_bounds(*states):
+        return *dk.surprises(*states)[:2], *[torch.zeros_like(states[2][1:])] * 2
+
+    eager = eager._replace(surprises=without_bounds)
     ways = {"without": (False, K[1:2]), "with": (True, K[1:2]), "K' came otherwise": (True, K_next[:1])}
     mean, U = dict.fromkeys(ways, 0.0), {way: [] for way in ways}
     for s1, z1, p in possible(economy, s[0], z[0]):
@@ -336,6 +344,32 @@ def test_control_variate_takes_the_last_draw_out(world, eager):
     assert spread["without"] > 1e-3 and spread["with"] < 1e-9 and spread["K' came otherwise"] < 1e-9
     assert torch.allclose(mean["with"], mean["without"], rtol=1e-10, atol=1e-10)
     assert not torch.allclose(mean["with"], mean["K' came otherwise"], rtol=1e-6)
+
+
+def test_what_later_periods_give_back_is_held(tables):
+    """U and the next costate by loops over the definition, where u'(c) grows a hundredfold now and then: what comes
+    back is at most one for one, in units of u'(c), and lambda_{t+1} between half and twice E V_k."""
+    g = torch.Generator().manual_seed(1)
+    c, came_k = (torch.exp(1.5 * torch.randn(5, 40, generator=g, dtype=F64)) for _ in range(2))
+    came, surprise, dc, V_T, V_k_T = torch.rand(5, 5, 40, generator=g, dtype=F64)
+    R, s = torch.full_like(c, 1.01), torch.randint(2, (5, 40), generator=g)
+    surprise_k = came_k * (1 - 2 * torch.rand(5, 40, generator=g, dtype=F64))
+    econ = tables._replace(beta=torch.tensor([0.9, 0.97], dtype=F64))
+    found = dk.costates(c, dc, c, s, R, 0 * c, V_T[0], V_k_T[0], surprise, surprise_k, came, came_k, econ)
+    u_prime, held = dk.marginal_utility(c, econ), [0, 0]
+    for i in range(40):
+        U, lam = V_T[0, i], V_k_T[0, i]
+        for t in reversed(range(5)):
+            beta, dk_dm = econ.beta[s[t, i]], 1 - dc[t + 1, i] / 1.01 if t < 4 else 1.0
+            share = min(1.0, float(u_prime[t, i] / (beta * dk_dm * came_k[t, i])))
+            ahead, back = came_k[t, i] - surprise_k[t, i], share * (lam - came_k[t, i])
+            lam_next = ahead + min(max(back, -ahead / 2), ahead)
+            held = [held[0] + (share < 1), held[1] + bool(lam_next != ahead + back)]
+            U = dk.utility(c[t, i], econ) + beta * (came[t, i] - surprise[t, i] + share * (U - came[t, i]))
+            lam = u_prime[t, i] * dc[t, i] + beta * (1.01 - dc[t, i]) * lam_next
+            expected = torch.stack([U, lam, lam_next])
+            assert torch.allclose(torch.stack([x[t, i] for x in found]), expected, rtol=1e-10)
+    assert all(20 < n < 180 for n in held)
 
 
 def test_expected_capital_takes_the_sampling_noise_out():
@@ -408,7 +442,7 @@ def test_torchscript_agrees_with_eager(world, eager, script):
         "network_capital": (p, k0, s[0], K[0], z[0], econ), "network_value": (v, k0, s[0], K[0], z[0], econ),
         "roll_out": (p, k0, s, K, z, econ), "consumption_and_slope": (p, path, s, K, z, econ),
         "surprises": (p, v, path, s, K, z, world.K_next, econ),
-        "costates": (1 + same, same, same, s[:-1], 1 + same, same, same[0], same[1], same, same, econ),
+        "costates": (1 + same, same, same, s[:-1], 1 + same, same, same[0], same[1], same, same, same, same, econ),
         "network_jacobian": (p, x), "slope_jacobian": (p, x, dx),
     }
     assert set(arguments) == set(dk.Kernels._fields)

@@ -52,7 +52,7 @@ def costates_of(econ, k0, s, z):
     u_prime, m_K = dk.marginal_utility(c, econ), dk.cash_of_K(*at, econ)
     Delta = dk.Delta(u_prime, m_K, (u_prime * m_K).mean(1, keepdim=True), econ)
     nothing = torch.zeros(N, dtype=torch.float64)
-    return dk.costates(c, dc, k, s, R, Delta, nothing, nothing, 0 * k, 0 * k, econ)[1][0]
+    return dk.costates(c, dc, k, s, R, Delta, nothing, nothing, 0 * k, 0 * k, 0 * k, 0 * k, econ)[1][0]
 
 
 def utilities(econ, k0, s, z):
