@@ -178,6 +178,7 @@ class GridConfig:
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7, 4 nodes of K, for Krusell & Smith [0, 1000] x [30, 50]
 GRIDS = {"converged": GridConfig(), "published": GridConfig(n_k=100, exponent=7.0, n_K=4, K_low=0.76, K_high=1.27)}
 SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000, burn_in=50, tolerance=1e-5)
+PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 PRESETS = {
     "default": Config(),
@@ -191,8 +192,6 @@ PRESETS = {
                     eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
                     eval_every=5, eval_states=200, irf_paths=4, irf_agents=10, irf_periods=10, irf_burn=10),
 }
-
-
 EQUILIBRIA = ("market", "game", "planner")
 
 
@@ -2245,9 +2244,6 @@ class Settings(NamedTuple):
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 
 def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config = PRESETS["default"]) -> Settings:
