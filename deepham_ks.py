@@ -2340,17 +2340,16 @@ def prepare(output_dir: Path):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def seal(data) -> bytes:
+def sealed(data) -> bytes:
     """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
     checks none: from a damaged directory entry it returned uninitialised memory."""
-    return (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
+    return data + (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
 
 
 def packed(state: dict) -> bytes:
     buffer = io.BytesIO()  # on a full disk torch.save(path) fails with a RuntimeError that names no cause
     torch.save(state, buffer)
-    data = buffer.getvalue()[:-2]
-    return data + seal(data)
+    return sealed(buffer.getvalue()[:-2])
 
 
 def save_checkpoint(path: Path, state: dict):
@@ -2379,7 +2378,7 @@ def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
         raise UserError(f"{asked}: {path}: {error.strerror}; run without {asked} first, "
                         "or set --output-dir to the run's directory") from error
     try:
-        intact = data[-34:] == seal(data[:-34])
+        intact = data == sealed(data[:-34])
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if intact else None
     except Exception:  # sealed by someone, but of another make: code in it, say
         state = None
@@ -2420,17 +2419,15 @@ def staged(output_dir: Path):
     with disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".deepham-", dir=output_dir, ignore_cleanup_errors=True) as staging:
-            new = Path(staging, "new")
-            new.mkdir()
-            yield new
+            yield Path(staging)
             os.replace(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
             finish_publishing(output_dir)
 
 
 def finish_publishing(output_dir: Path):
-    """Move the files of PUBLISHING/new in, earlier ones aside; where a move fails, all go back. File by file, so that
-    what else a user keeps in figures/ or irf/ stays."""
-    new, old = output_dir / PUBLISHING / "new", output_dir / PUBLISHING / "old"
+    """Move the files of PUBLISHING in, earlier ones aside; where a move fails, all go back. File by file, so that what
+    else a user keeps in figures/ or irf/ stays."""
+    new, old = output_dir / PUBLISHING, output_dir / ".deepham-earlier"
     names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     moves = [move for name in names for move in ((output_dir / name, old / name), (new / name, output_dir / name))]
     try:
@@ -2443,7 +2440,8 @@ def finish_publishing(output_dir: Path):
             if target.exists() and not source.exists():
                 os.replace(target, source)
         raise
-    shutil.rmtree(output_dir / PUBLISHING)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(new)
 
 
 # ---------------------------------------------------------------------------------------------- how a run ends
