@@ -180,6 +180,7 @@ class GridConfig:
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7, 4 nodes of K, for Krusell & Smith [0, 1000] x [30, 50]
 GRIDS = {"converged": GridConfig(), "published": GridConfig(n_k=100, exponent=7.0, n_K=4, K_low=0.76, K_high=1.27)}
 SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000, burn_in=50, tolerance=1e-5)
+PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 PRESETS = {
     "default": Config(),
@@ -193,8 +194,6 @@ PRESETS = {
                     eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
                     eval_every=5, eval_states=200, irf_paths=4, irf_agents=10, irf_periods=10, irf_burn=10),
 }
-
-
 EQUILIBRIA = ("market", "game", "planner")
 
 
@@ -2704,9 +2703,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
-
-
 def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config = PRESETS["default"]) -> Settings:
     """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags;
     config: its default preset. Raises UserError."""
@@ -2801,17 +2797,16 @@ def prepare(output_dir: Path):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def seal(data) -> bytes:
+def sealed(data) -> bytes:
     """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
     checks none: from a damaged directory entry it returned uninitialised memory."""
-    return (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
+    return data + (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
 
 
 def packed(state: dict) -> bytes:
     buffer = io.BytesIO()  # on a full disk torch.save(path) fails with a RuntimeError that names no cause
     torch.save(state, buffer)
-    data = buffer.getvalue()[:-2]
-    return data + seal(data)
+    return sealed(buffer.getvalue()[:-2])
 
 
 def save_checkpoint(path: Path, state: dict):
@@ -2840,7 +2835,7 @@ def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
         raise UserError(f"{asked}: {path}: {error.strerror}; run without {asked} first, "
                         "or set --output-dir to the run's directory") from error
     try:
-        intact = data[-34:] == seal(data[:-34])
+        intact = data == sealed(data[:-34])
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if intact else None
     except Exception:  # sealed by someone, but of another make: code in it, say
         state = None
@@ -2881,17 +2876,15 @@ def staged(output_dir: Path):
     with disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".deepham-", dir=output_dir, ignore_cleanup_errors=True) as staging:
-            new = Path(staging, "new")
-            new.mkdir()
-            yield new
+            yield Path(staging)
             os.replace(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
             finish_publishing(output_dir)
 
 
 def finish_publishing(output_dir: Path):
-    """Move the files of PUBLISHING/new in, earlier ones aside; where a move fails, all go back. File by file, so that
-    what else a user keeps in figures/ or irf/ stays."""
-    new, old = output_dir / PUBLISHING / "new", output_dir / PUBLISHING / "old"
+    """Move the files of PUBLISHING in, earlier ones aside; where a move fails, all go back. File by file, so that what
+    else a user keeps in figures/ or irf/ stays."""
+    new, old = output_dir / PUBLISHING, output_dir / ".deepham-earlier"
     names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     moves = [move for name in names for move in ((output_dir / name, old / name), (new / name, output_dir / name))]
     try:
@@ -2904,7 +2897,8 @@ def finish_publishing(output_dir: Path):
             if target.exists() and not source.exists():
                 os.replace(target, source)
         raise
-    shutil.rmtree(output_dir / PUBLISHING)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(new)
 
 
 # ---------------------------------------------------------------------------------------------- how a run ends

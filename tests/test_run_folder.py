@@ -311,7 +311,7 @@ FOREIGN = {
     "code": (dk.packed({"format": 1, "x": Code()}), "damaged"),
     "bare pickle": (pickle.dumps(without("")), "damaged"),
     "unsealed": (dk.packed(without(""))[:-32] + bytes(32), "damaged"),
-    "sealed text": (b"hello" + dk.seal(b"hello"), "damaged"),
+    "sealed text": (dk.sealed(b"hello"), "damaged"),
     "no format": (dk.packed(without("format")), "no file of this script"),
     "newer": (dk.packed(without("") | {"format": 99}), "format 99, of a newer"),
     "older": (dk.packed(without("") | {"format": 0}), "format 0, of an older"),
