@@ -1136,9 +1136,10 @@ def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tens
     K, z = K_path[window, economy], z_path[window, economy]
     start_wide, start_even, drawn = uniform((3, M), rng, device)
     household = torch.randint(panel.k.numel(), (M,), generator=rng, device=device)
-    low, unit = (k_range[0] - econ.k_min) / 10, 0.1 * econ.c_ss
+    poorest = k_range[0] - econ.k_min
+    low, unit = poorest / 10, poorest.clamp(min=0.1 * econ.c_ss)
     high = torch.maximum(cfg.wide_top * k_range[1], 5 * econ.K_mean) - econ.k_min  # at first the panel is too narrow
-    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense where c bends most
+    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense near the poorest
     k = torch.where(start_wide < cfg.wide_share, wide, panel.k.flatten()[household])
     any_s = torch.randint(econ.beta.shape[0], (M,), generator=rng, device=device)
     s = torch.where(start_even < cfg.even_share, any_s, panel.s.flatten()[household])
