@@ -1713,6 +1713,8 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         *figures, watched = figures[: -len(WATCHED)].tolist() + [figures[-len(WATCHED) :].tolist()]
         figures = dict(zip(HISTORY[1:], figures))
         residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
+        if residuals and value_only(state, cfg):  # the policy is what it was, the states are others
+            figures["policy_residual"] = residuals[-1]
         trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
         if trouble:
             failures += 1
