@@ -1479,7 +1479,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         *figures, watched = figures[: -len(WATCHED)].tolist() + [figures[-len(WATCHED) :].tolist()]
         figures = dict(zip(HISTORY[1:], figures))
         residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
-        trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
+        trouble = find_trouble(figures, max(residuals[-3:], default=math.inf), econ)  # one draw may be lucky
         if trouble:
             failures += 1
             tqdm.write(f"iteration {state['iteration'] + 1} taken back: {trouble}")
