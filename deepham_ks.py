@@ -840,9 +840,10 @@ def contributions(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Confi
 
 
 def standard(M: Tensor, econ: Tables) -> Tensor:
-    """Moments (..., V, n), or the policy's alone (..., 1, n), as inputs of order one."""
-    V = M.shape[-2]
-    return (M - econ.M_mean[:V]) / econ.M_std[:V]
+    """Moments (..., V, n), or the policy's alone (..., 1, n), as inputs that are together of order one: many of them
+    are then held by the damping of the steps while labels are noisy."""
+    V, n = M.shape[-2:]
+    return (M - econ.M_mean[:V]) / (n**0.5 * econ.M_std[:V])
 
 
 def moments_of(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config,
@@ -894,7 +895,7 @@ def seen_by(view: int, state: dict, at: Tensor, econ: Tables, cfg: Config) -> Se
         return None
     p = cfg.learnt_moments
     of_view = state["M"][at, view], state["k_panel"][at], state["s_panel"][at]
-    return Seen(*of_view, econ.M_std[view, -p:], econ.M_mean[view, -p:])
+    return Seen(*of_view, econ.M_mean.shape[1] ** 0.5 * econ.M_std[view, -p:], econ.M_mean[view, -p:])
 
 
 def with_moments(x: Tensor, layers: List[Tensor], seen: Seen | None, econ: Tables) -> Tensor:
@@ -1469,17 +1470,17 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     if not econ.M_mean.numel():
         return
     M, n = state["M"], econ.M_mean.shape[1]
-    shift, unit = M.mean(0), M.std(0)  # (V, n)
+    shift, unit = M.mean(0) * n**0.5, M.std(0) * n**0.5  # (V, n)
     moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
     shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
     for name, view in (("policy", 0), ("value", -1)):
         W1, b1 = layers_of(state[name].detach(), econ, cfg)[:2]
-        b1.add_(W1[:, -n:] @ shift[view])
+        b1.add_(W1[:, -n:] @ shift[view] / n**0.5)
         W1[:, -n:].mul_(unit[view])
     econ.M_mean.add_(econ.M_std * shift)
     econ.M_std.mul_(unit)
     for name in ("M", "M_next"):
-        state[name].sub_(shift).div_(unit)
+        state[name].sub_(shift / n**0.5).div_(unit)
 
 
 def needs_noise(cfg: Config) -> bool:
@@ -1715,7 +1716,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
         if residuals and value_only(state, cfg):  # the policy is what it was, the states are others
             figures["policy_residual"] = residuals[-1]
-        trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
+        trouble = find_trouble(figures, max(residuals[-3:], default=math.inf), econ)  # one draw may be lucky
         if trouble:
             failures += 1
             tqdm.write(f"iteration {state['iteration'] + 1} taken back: {trouble}")
