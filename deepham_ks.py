@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.2.0"
+__version__ = "2.3.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
