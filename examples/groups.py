@@ -39,7 +39,8 @@ def economy(cal: Calibration) -> dk.Economy:
         s_names=[f"group {j}, {name}" for j in range(J) for name in base.s_names], z_names=base.z_names)
 
 
-CONFIG = dk.Config(n_agents=120, n_economies=40, moments="groups")
+# more economies of fewer households: the moments of each are one point among thirty dimensions
+CONFIG = dk.Config(n_agents=60, n_economies=80, moments="groups")
 
 if __name__ == "__main__":
     sys.exit(dk.main(economy=economy, calibration=Calibration, config=CONFIG))

@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING, PLANNER = (f"tests/test_{name}.py" for name in (
-    "economy", "networks", "accuracy", "grid", "training", "planner"))
+ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS = (f"tests/test_{name}.py" for name in (
+    "economy", "networks", "accuracy", "grid", "training", "planner", "moments"))
 
 # what: (the line as it is, as it is mistaken, where it is noticed)
 MISTAKES = {
@@ -19,15 +19,14 @@ MISTAKES = {
     "income forgets z": ("R * k + econ.income[joint(s, z, econ)] * w, R", "R * k + econ.income[s] * w, R", ECONOMY),
     "next state without the list of reachable ones": (
         "return econ.reach[s, draw(u, econ.cum_s[row])]", "return draw(u, econ.cum_s[row])", ECONOMY),
-    "next state ignores z'": ("z * econ.TFP.shape[0] + z_next, econ)", "z * econ.TFP.shape[0] + z, econ)", ECONOMY),
+    "next state ignores z'": ("row = joint(s, z * econ.TFP.shape[0] + z_next, econ)", "row = joint(s, z * econ.TFP.shape[0] + z, econ)", ECONOMY),
     "expectation forgets who is where": (
         "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)",
         "(econ.probability[s].movedim(-1, 0) * values)", ECONOMY),
     "present value with one discount factor": (
         "discounted = np.tile(self.beta, Z)[:, None] * self.P", "discounted = self.beta[0] * self.P", ECONOMY),
     "initial panel forgets the rare state": (
-        "draw(uniform(shape, rng, device), of_s[z]), z)",
-        "draw(uniform(shape, rng, device), of_s[z]) * 0, z)", ECONOMY),
+        "draw(u, of_s[z]), z)", "draw(u, of_s[z]) * 0, z)", ECONOMY),
     "networks do not see z": (
         "econ.sees[joint(s, z, econ)]], -1)", "econ.sees[s]], -1)", NETWORKS),
     "control variate takes K' as it came for what was expected": (
@@ -50,14 +49,22 @@ MISTAKES = {
     "Euler errors with one discount factor": (
         "worth = econ.beta[states.s] * expected(R_next", "worth = econ.beta[0] * expected(R_next", ACCURACY),
     "Bellman errors with one discount factor": (
-        "above, beta, k_next = m - econ.k_min, econ.beta[states.s], ",
-        "above, beta, k_next = m - econ.k_min, econ.beta[0], ", ACCURACY),
+        "above, beta = m - econ.k_min, econ.beta[states.s]", "above, beta = m - econ.k_min, econ.beta[0]", ACCURACY),
     "planner's Delta left out of the costates": (
         "marginal_utility(c, econ) * dc + Delta, econ.beta[s]",
         "marginal_utility(c, econ) * dc, econ.beta[s]", PLANNER),
     "planner's Delta' over everybody's states alike": (
         "    p = weight * econ.probability[joint(s, z, econ)].movedim(-1, 0)\n",
         "    p = weight * (econ.probability[joint(s, z, econ)].movedim(-1, 0) > 0)\n", PLANNER),
+    "next moments with everybody's state as it is": (
+        "s_next = econ.reach[s]  # (B, N, reachable)", "s_next = s.unsqueeze(-1).expand(*s.shape, econ.reach.shape[1])",
+        MOMENTS),
+    "moments of the policy in the value network's place": (
+        "[:, view], state[\"k_panel\"]", "[:, 0], state[\"k_panel\"]", MOMENTS),
+    "learnt moments without their derivative": (
+        "return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)",
+        "return torch.cat([jacobian, 0 * slopes.sum(1)], 1)", MOMENTS),
+    "moments in new units, networks in the old": ("        W1[:, -n:].mul_(unit[view])\n", "", MOMENTS),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),
