@@ -707,12 +707,19 @@ def network_capital(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Te
     return econ.k_min + saved_share(network(policy, features(k, s, m, K, z, econ, M))) * (m - econ.k_min)
 
 
+def periods_at_once(k: Tensor, successors: int) -> int:
+    """How many periods of paths (T, M) to evaluate together: on a CPU few, which stay in its cache; on a GPU, which
+    waits for launches, as many as hold four million states."""
+    on_cpu = 4 if successors == 1 else 2
+    return max(1, 2**22 // (successors * k.shape[1])) if k.is_cuda else on_cpu
+
+
 def consumption_and_slope(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
                           M: Tensor | None = None, at: Tensor | None = None) -> Tuple[Tensor, Tensor]:
     """c and dc/dk of the policy network at the states of a path, (T, M); a few periods at a time stay in the cache.
     The moments of the states are the rows at (T, M) of M (dates, V, n)."""
     c, dc = torch.empty_like(k), torch.empty_like(k)
-    chunk = 4
+    chunk = periods_at_once(k, 1)
     for t in range(0, k.shape[0], chunk):
         k_t, s_t, K_t, z_t = k[t : t + chunk], s[t : t + chunk], K[t : t + chunk], z[t : t + chunk]
         M_t = policy_view(M, at, t, t + chunk)
@@ -1037,7 +1044,7 @@ def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K
     came. Moments: rows at (T + 1, M) of M (dates, V, n), and of M_next (dates, Z, V, n), which is E[M' | z']."""
     T = k.shape[0] - 1
     surprise, surprise_k, came, came_k = [torch.empty_like(k[:T]) for _ in range(4)]
-    chunk = 2  # periods at a time: memory on a GPU, cache on a CPU
+    chunk = periods_at_once(k, econ.next_s.shape[1])
     for t in range(0, T, chunk):
         last = min(t + chunk, T)
         s_t, z_t = s[t:last], z[t:last]

@@ -19,7 +19,9 @@ MISTAKES = {
     "income forgets z": ("R * k + econ.income[joint(s, z, econ)] * w, R", "R * k + econ.income[s] * w, R", ECONOMY),
     "next state without the list of reachable ones": (
         "return econ.reach[s, draw(u, econ.cum_s[row])]", "return draw(u, econ.cum_s[row])", ECONOMY),
-    "next state ignores z'": ("row = joint(s, z * econ.TFP.shape[0] + z_next, econ)", "row = joint(s, z * econ.TFP.shape[0] + z, econ)", ECONOMY),
+    "next state ignores z'": (
+        "row = joint(s, z * econ.TFP.shape[0] + z_next, econ)", "row = joint(s, z * econ.TFP.shape[0] + z, econ)",
+        ECONOMY),
     "expectation forgets who is where": (
         "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)",
         "(econ.probability[s].movedim(-1, 0) * values)", ECONOMY),
@@ -60,7 +62,7 @@ MISTAKES = {
         "s_next = econ.reach[s]  # (B, N, reachable)", "s_next = s.unsqueeze(-1).expand(*s.shape, econ.reach.shape[1])",
         MOMENTS),
     "moments of the policy in the value network's place": (
-        "[:, view], state[\"k_panel\"]", "[:, 0], state[\"k_panel\"]", MOMENTS),
+        'state["M"][at, view], state["k_panel"]', 'state["M"][at, 0], state["k_panel"]', MOMENTS),
     "learnt moments without their derivative": (
         "return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)",
         "return torch.cat([jacobian, 0 * slopes.sum(1)], 1)", MOMENTS),
