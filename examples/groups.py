@@ -39,7 +39,7 @@ def economy(cal: Calibration) -> dk.Economy:
         s_names=[f"group {j}, {name}" for j in range(J) for name in base.s_names], z_names=base.z_names)
 
 
-# more economies of fewer households, as the moments of each are one point among J dimensions; and shorter steps, which are
+# more economies of fewer households, as the moments of each are one point among J dimensions; and shorter steps,
 # averaged out for longer, as few points leave more noise
 CONFIG = dk.Config(n_agents=60, n_economies=80, moments="groups", policy_rate=0.3, iterations=80, averaging=40)
 
