@@ -711,7 +711,7 @@ def periods_at_once(k: Tensor, successors: int) -> int:
     """How many periods of paths (T, M) to evaluate together: on a CPU few, which stay in its cache; on a GPU, which
     waits for launches, as many as hold four million states."""
     on_cpu = 4 if successors == 1 else 2
-    return max(1, 2**22 // (successors * k.shape[1])) if k.is_cuda else on_cpu
+    return max(1, 4_194_304 // (successors * k.shape[1])) if k.is_cuda else on_cpu
 
 
 def consumption_and_slope(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
