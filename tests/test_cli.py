@@ -687,6 +687,22 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
     assert bench["policy_step_flops"](dk.Config()) > 1e9
 
 
+def test_operations_of_an_iteration_do_not_creep_up(monkeypatch):
+    """On a GPU every one is a launch. A period of simulation takes 50 and one of roll-outs 50, of shocks 23, of
+    costates 22; the committed count of the default preset is that many times its periods, and little else."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    committed = json.loads((ROOT / "benchmarks" / "operations.json").read_text())["default"]
+    found = runpy.run_path(str(ROOT / "benchmarks" / "operations.py"))["operations"](dk.krusell_smith(), SMOKE)
+    sizes = {"simulate": SMOKE.periods, "draw_shocks": SMOKE.periods, "roll_out": SMOKE.horizon,
+             "costates": SMOKE.horizon}
+    default = dataclasses.asdict(dk.Config())
+    for stage, periods in sizes.items():
+        of_default = default["periods" if periods == SMOKE.periods else "horizon"]
+        assert found[stage] / periods <= committed[stage] / of_default + 2, stage  # 2: what stands before the loops, over 20 periods
+    assert committed["all"] - sum(committed[stage] for stage in sizes) < 4000
+    assert sum(found.values()) == 2 * found["all"]
+
+
 def test_every_variant_of_the_ablation_is_a_command(benchmark, metrics):
     ablation, columns = benchmark("ablation"), set()
     for name, flags in ablation["VARIANTS"].items():

@@ -279,15 +279,17 @@ def moments(root):
     runs = {path.stem: load(root, f"benchmarks/moments/{path.name}", command)
             for path in sorted((root / "benchmarks" / "moments").glob("*.json"))}
     learnt = [metrics for name, metrics in runs.items() if name.startswith("seed")]
-    if not learnt or "unemployment" not in runs or any("error" in metrics for metrics in runs.values()):
+    if not learnt or any("error" in metrics for metrics in runs.values()):
         raise BadInput(f"benchmarks/moments: runs are missing or ended in an error; make them with: {command}")
     only_K = load(root, "metrics.json", "python deepham_ks.py")
-    header = ["figure", "N", f"one learnt moment, {len(learnt)} seeds", "unemployment share given", "K alone",
-              "grid in K"]
+    given = [runs["unemployment"]] if "unemployment" in runs else []
+    header = ["figure", "N", f"one learnt moment, {len(learnt)} seeds",
+              *("unemployment share given" for _ in given), "K alone", "grid in K"]
     rows = []
     for name, figure, digits in (("Bellman error, own c, mean (utils)", "bellman_own_c mean", 5),
                                  ("Euler error, log10 mean", "euler_log10 mean", 2),
-                                 ("Euler error, log10 99th percentile", "euler_log10 p99", 2)):
+                                 ("Euler error, log10 99th percentile", "euler_log10 p99", 2),
+                                 ("std of capital (goods)", "capital std", 2)):
         for N, size in (("50", "small"), ("500", "middle"), ("5,000", "large"), ("inf", "limit")):
             def of(metrics, who, size=size, figure=figure):
                 return at(figure)(metrics["middle"][who] if size == "middle" else metrics[who][size])
@@ -295,7 +297,7 @@ def moments(root):
             spread = sorted(of(metrics, "network") for metrics in learnt)
             rows.append([name if N == "50" else "", N,
                          f"{show(spread[0], digits)} to {show(spread[-1], digits)}",
-                         show(of(runs["unemployment"], "network"), digits),
+                         *(show(of(metrics, "network"), digits) for metrics in given),
                          "" if size == "middle" else show(of(only_K, "network"), digits),
                          show(of(learnt[0], "grid"), digits)])
     meaning, left = learnt[0]["network"]["small"]["moments"], learnt[0]["curvature"]
