@@ -1144,10 +1144,9 @@ def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tens
     K, z = K_path[window, economy], z_path[window, economy]
     start_wide, start_even, drawn = uniform((3, M), rng, device)
     household = torch.randint(panel.k.numel(), (M,), generator=rng, device=device)
-    poorest = k_range[0] - econ.k_min
-    low, unit = poorest / 10, poorest.clamp(min=0.1 * econ.c_ss)
+    low, unit = (k_range[0] - econ.k_min) / 10, 0.1 * econ.c_ss
     high = torch.maximum(cfg.wide_top * k_range[1], 5 * econ.K_mean) - econ.k_min  # at first the panel is too narrow
-    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense near the poorest
+    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense where c bends most
     k = torch.where(start_wide < cfg.wide_share, wide, panel.k.flatten()[household])
     any_s = torch.randint(econ.beta.shape[0], (M,), generator=rng, device=device)
     s = torch.where(start_even < cfg.even_share, any_s, panel.s.flatten()[household])
@@ -1723,7 +1722,7 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
         if residuals and value_only(state, cfg):  # the policy is what it was, the states are others
             figures["policy_residual"] = residuals[-1]
-        trouble = find_trouble(figures, max(residuals[-3:], default=math.inf), econ)  # one draw may be lucky
+        trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
         if trouble:
             failures += 1
             tqdm.write(f"iteration {state['iteration'] + 1} taken back: {trouble}")
