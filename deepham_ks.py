@@ -3123,7 +3123,7 @@ def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
 
 
 def print_verdict(rows: list) -> None:
-    line = "{:<44}{:>10}{:>10}{:>11}{:>11}  {}"
+    line = "{:<52}{:>10}{:>10}{:>11}{:>11}  {}"
     print("\n" + line.format(*COLUMNS[:-1], "verdict"))
     for name, *numbers, passed in rows:
         shown = ["-" if x is None else f"{x:.4g}" for x in numbers]

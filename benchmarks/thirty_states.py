@@ -76,7 +76,8 @@ def one(name: str) -> None:
 
 def draw(path: Path, kept: Path = KEPT) -> None:
     """Training seconds and memory against J, and how many nodes a grid in J mean capitals would have."""
-    found = [json.loads((kept / f"{name}.json").read_text()) for name, J in RUNS.items() if isinstance(J, int)]
+    found = [json.loads((kept / f"{name}.json").read_text()) for name, J in RUNS.items()
+             if isinstance(J, int) and (kept / f"{name}.json").exists()]
     J = [x["groups"] for x in found]
     with dk.figure(path, 3.2) as fig:
         seconds, memory, nodes = fig.subplots(1, 3)
@@ -99,8 +100,7 @@ def main():
         if not (KEPT / f"{name}.json").exists():
             print(name, flush=True)
             subprocess.run([sys.executable, __file__, "--one", name], check=True)
-    if all((KEPT / f"{name}.json").exists() for name, J in RUNS.items() if isinstance(J, int)):
-        draw(HERE / "groups.png")
+    draw(HERE / "groups.png")
 
 
 if __name__ == "__main__":

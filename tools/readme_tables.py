@@ -313,8 +313,11 @@ def moments(root):
 def groups(root):
     """J identical groups against the default economy's grid, and seven groups that differ."""
     command = "python benchmarks/thirty_states.py"
-    rows = []
-    for J in (1, 3, 10, 30):
+    rows, kept = [], root / "benchmarks" / "groups"
+    made = [J for J in (1, 3, 10, 30) if (kept / f"J{J}.json").exists()]
+    if not made:
+        raise BadInput(f"benchmarks/groups: no runs; make them with: {command}")
+    for J in made:
         x = load(root, f"benchmarks/groups/J{J}.json", command)
         euler = [" / ".join(show(x[who]["euler_log10"][part], 2) for part in ("mean", "p99")) for who in
                  ("network", "grid")]
@@ -324,6 +327,8 @@ def groups(root):
     header = ["J", "states s", "parameters of a network", "training (s)", "iterations", "memory (GB)",
               "W1 to the truth (goods)", "Euler log10 mean / p99", "truth in K", "nodes of a grid, 12 each"]
     text = f"`{command}`, J identical groups, N = 5,000 ({x['device']}).\n\n" + table(header, rows)
+    if not (kept / "spread.json").exists():
+        return text
     x = load(root, "benchmarks/groups/spread.json", command)
     if "error" in x:
         return f"{text}\n\nWith discount factors that differ: {x['error']}"
