@@ -22,7 +22,8 @@ FLAG = re.compile(r"(?<![\w-])--[A-Za-z][A-Za-z0-9-]*")
 FENCED = re.compile(r"^```.*?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 KIND = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PATH = re.compile(r"[\w.*/-]+(\.(py|md|txt|json|csv|png|pth|pt|ipynb|sh|cff|toml|cuh?)|/)|LICENSE|\.ci/run")
-ONLY_IN_RUNS = re.compile(r"(checkpoint(\.previous)?\.pt|(runs|\.venv)/.*)")  # what a user's own run writes
+# what a user's own run writes
+ONLY_IN_RUNS = re.compile(r"(checkpoint(\.previous)?\.pt|figures/moments\.png|(runs|\.venv)/.*)")
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,17 @@ def project(smoke_run, tmp_path):
     for i, changes in enumerate(({}, {"seed": 1, "std_percent": 1.5, "bellman": 2e-4}, {"flags": "--mu 0.9"})):
         (tmp_path / f"benchmarks/calibrations/{i}.json").write_text(json.dumps(good | changes))
     (tmp_path / "benchmarks/calibrations/3.json").write_text(json.dumps({"flags": "--mu 1", "seed": 0, "error": "no"}))
+    for folder in ("moments", "groups"):
+        (tmp_path / "benchmarks" / folder).mkdir()
+    learnt = json.loads(json.dumps(metrics["network"]))
+    learnt["small"]["moments"] = {name: {"K": [0.25], "unemployment": [-0.75]} for name in ("policy", "value")}
+    curvature = [{"draws": 200, "V_utils": x} for x in (4e-5, 6e-7)]
+    write("benchmarks/moments/seed0.json", network=learnt, curvature=curvature,
+          middle={who: metrics[who]["small"] for who in ("network", "grid")})
+    of_judge = {who: {"euler_log10": {"mean": x, "p99": x + 0.5}} for who, x in (("network", -3.9), ("grid", -4.1))}
+    for J in (3, 30):
+        write(f"benchmarks/groups/J{J}.json", groups=J, states=2 * J, parameters=1000 * J, seconds=10.0 * J,
+              iterations=80, memory_gb={"host": 0.5}, w1=0.01 * J, **of_judge)
     blocks = [f"text before\n<!-- {name}:start -->\nto be written\n<!-- {name}:end -->\n" for name in TOOL["BLOCKS"]]
     (tmp_path / "README.md").write_text("".join(blocks) + "text after\n")
     return tmp_path, metrics, write
@@ -240,11 +252,12 @@ def test_tables_are_written_between_the_markers(project, capsys):
     (w1,) = {line for line in text.splitlines() if line.startswith("| W1 distance") and line.endswith("| 9.2 |")}
     value = f"{metrics['comparison']['small']['w1']:.3f}"
     assert w1.split("|")[2:5] == [" 20 ", f" {value} ", f" {value} to {value} "]
-    limit = [line.split("|")[1:4] for line in text[: text.index("gamma2")].splitlines() if "| inf |" in line]
+    until = text[: text.index("gamma2")]
+    limit = [line.split("|")[1:4] for line in until.splitlines() if "| inf |" in line]
     euler = f" {metrics['network']['limit']['euler_log10']['mean']:.2f} "
     assert len(limit) == 6 and limit[0] == ["  ", " inf ", f" {metrics['comparison']['limit']['w1']:.3f} "]
     assert limit[2] == ["  ", " inf ", euler]
-    assert len([line for line in text.splitlines() if re.match(r"\| [0-4] \|", line)]) == 5
+    assert len([line for line in text.splitlines() if re.match(r"\| [0-4] \| \D", line)]) == 5
     assert TOOL["main"](["--check"], root) == 0 and TOOL["main"]([], root) == 0
     better = json.loads(json.dumps(metrics["comparison"]))
     better["small"]["w1"] = 0.125
@@ -295,6 +308,23 @@ def test_rows_of_planner_game_and_calibrations(project):
     found = block(root, "calibrations")
     assert "2 of 4 runs meet every goal" in found and "| `--gamma 3` | 1 | std, Bellman |" in found
     assert "| `--mu 1` | 0 | no solution |" in found and "--mu 0.9" not in found
+
+
+def test_rows_of_moments_and_groups(project):
+    root, metrics, write = project
+    assert TOOL["main"]([], root) == 0
+    found = block(root, "moments")
+    N50 = [f"{metrics[who]['small']['bellman_own_c']['mean']:.5f}" for who in ("network", "grid")]
+    assert f"| 50 | {N50[0]} to {N50[0]} | {N50[0]} | {N50[1]} |" in found
+    assert "policy's Q +0.25 with K and -0.75 with the share" in found and "4.0e-05 utils at N = 50" in found
+    found = block(root, "groups")
+    assert "| 3 | 6 | 3,000 | 30 | 80 | 0.5 | 0.030 | -3.90 / -3.40 | -4.10 / -3.60 | 2e+03 |" in found
+    assert "| 30 | 60 |" in found and "| 10 |" not in found and "seven groups" not in found
+    spread = metrics | {"calibration": {"beta": 0.9862, "spread": 0.0068}}
+    write("benchmarks/groups/spread.json", **spread)
+    assert TOOL["main"]([], root) == 0 and "beta 0.9862 +- 0.0068" in block(root, "groups")
+    (root / "benchmarks/moments/seed0.json").write_text('{"error": "no"}')
+    assert TOOL["main"]([], root) == 2
 
 
 def test_published_numbers_are_the_default_economys(project):
