@@ -265,8 +265,7 @@ class Economy:
                  "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
                  "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
                  "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
-                  "group": ((S,), (-1, inf)),
-                 "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
+                 "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
                  "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
         even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
         given = {"sees_s": np.eye(S), "sees_z": even} | {name: x for name, x in vars(self).items() if x is not None}
@@ -796,17 +795,24 @@ def layers_of(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
     return unpack(theta, cfg.hidden, learnt_shapes(econ, cfg))
 
 
+def given_moments(cfg: Config) -> List[str]:
+    return [name for name in cfg.moments.split(",") if name]
+
+
+def needs_noise(cfg: Config) -> bool:
+    """Whether the networks see who is in which s: then economies must differ in it as finite ones do."""
+    return cfg.learnt_moments > 0 or "unemployment" in given_moments(cfg)
+
+
 def with_units(econ: Tables, cfg: Config) -> Tables:
     """Tables with a centre and a unit for each moment that the networks see; UserError for a name that is none."""
-    for name in filter(None, cfg.moments.split(",")):
-        if name not in MOMENTS:
-            raise UserError(f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
+    for name in given_moments(cfg):
+        require(name in MOMENTS, f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
     anybody = torch.zeros(1, 1, dtype=econ.beta.dtype, device=econ.beta.device)
-    given = [MOMENTS[name](anybody, anybody.long(), econ) for name in cfg.moments.split(",") if name]
+    given = [MOMENTS[name](anybody, anybody.long(), econ) for name in given_moments(cfg)]
     n, V = sum(x.shape[-1] for x in given) + cfg.learnt_moments, 2 if cfg.learnt_moments else 1
-    if 2 * n > cfg.n_agents:
-        raise UserError(f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise --n-agents "
-                        "or take fewer")
+    require(2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
+            "--n-agents or take fewer")
     return econ._replace(M_mean=anybody.new_zeros(V, n), M_std=anybody.new_ones(V, n))
 
 
@@ -839,7 +845,7 @@ def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tens
 
 def contributions(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> Tensor:
     """What households add to the moments that networks (lists of layers) see: (...) -> (..., V, n)."""
-    given = [MOMENTS[name](k, s, econ) for name in cfg.moments.split(",") if name]
+    given = [MOMENTS[name](k, s, econ) for name in given_moments(cfg)]
     if not cfg.learnt_moments:
         return torch.cat(given, -1).unsqueeze(-2)
     x = learnt_inputs(k, s, econ)
@@ -925,9 +931,12 @@ def learnt_slopes(layers: List[Tensor], seen: Seen | None, econ: Tables) -> Tens
 
 
 def with_learnt(jacobian: Tensor, layers: List[Tensor], slopes: Tensor | None) -> Tensor:
-    """A jacobian (n, P) with the columns of Q beside it: moments enter where b1 does, through W1."""
-    if slopes is None:
+    """A jacobian (n, P) with the columns of Q beside it, zero without slopes: moments enter where b1 does, through
+    W1."""
+    if len(layers) == 6:
         return jacobian
+    if slopes is None:
+        return torch.nn.functional.pad(jacobian, (0, sum(layer.numel() for layer in layers[6:])))
     H, n = layers[0].shape
     by_moment = jacobian[:, H * n : H * n + H] @ layers[0][:, -slopes.shape[1] :]
     return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)
@@ -1280,12 +1289,11 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
     goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says; learnt
     moments then stay as they are, since next period's are not seen."""
     at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
-    x, slopes = with_moments(at.x, layers, seen, econ), learnt_slopes(layers, seen, econ)
+    x, slopes = with_moments(at.x, layers, seen, econ), None if bellman else learnt_slopes(layers, seen, econ)
     _, g_k_target, unit = value_targets(batch, econ)
     level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
     if bellman:
         gap, jacobian = bellman_level(layers, x, at, batch, econ, kernels, M_next)
-        slopes = None if slopes is None else 0 * slopes
     else:
         gap, jacobian = utility_level(layers, x, at, batch, econ, kernels)
 
@@ -1487,11 +1495,6 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     econ.M_std.mul_(unit)
     for name in ("M", "M_next"):
         state[name].sub_(shift / n**0.5).div_(unit)
-
-
-def needs_noise(cfg: Config) -> bool:
-    """Whether the networks see who is in which s: then economies must differ in it as finite ones do."""
-    return cfg.learnt_moments > 0 or "unemployment" in cfg.moments.split(",")
 
 
 def keep_moments(state: dict, networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> None:
@@ -1876,7 +1879,7 @@ class Solution(Policy):
         if not self.sees_moments:
             return self.policy(k, s, K, z)
         econ, layers = self.single if k.dtype == torch.float32 else (self.econ, self.layers)
-        return self.policy(k, s, K, z, moments_of(list(layers.values()), k, s, econ, self.config).unsqueeze(1))
+        return self.policy(k, s, K, z, moments_of([layers["policy"]], k, s, econ, self.config).unsqueeze(1))
 
     def moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor, weight: Tensor | float = 1.0) -> tuple:
         if not self.sees_moments:
@@ -3167,7 +3170,10 @@ def stage(seconds: dict, name: str):
 
 
 def choose_device(device: str) -> str:
-    if device == "auto" and not torch.cuda.is_available():  # of too old a driver torch itself warns
+    if device == "auto" and not torch.cuda.is_available():
+        driver = Path("/proc/driver/nvidia/version")
+        require(not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
+                f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
         print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 

@@ -456,6 +456,18 @@ def test_bad_input_on_the_real_command_line(deepham, tmp_path, argv, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_too_old_a_driver_is_named(tmp_path, monkeypatch, capsys):
+    """A CUDA build of torch that finds no CUDA where there is an NVIDIA driver: not a word of a missing GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(dk, "Path", lambda name: tmp_path)
+    with pytest.raises(dk.UserError, match="NVIDIA driver.*cu126.*--device cpu"):
+        dk.choose_device("auto")
+    assert dk.choose_device("cpu") == "cpu" and capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert dk.choose_device("auto") == "cpu" and "no CUDA device found" in capsys.readouterr().out
+
+
 def damage(path, how):
     data = bytearray(path.read_bytes())
     if how == "cut":

@@ -61,8 +61,8 @@ MISTAKES = {
     "next moments with everybody's state as it is": (
         "s_next = econ.reach[s]  # (B, N, reachable)", "s_next = s.unsqueeze(-1).expand(*s.shape, econ.reach.shape[1])",
         MOMENTS),
-    "moments of the policy in the value network's place": (
-        'state["M"][at, view], state["k_panel"]', 'state["M"][at, 0], state["k_panel"]', MOMENTS),
+    "units of the policy's moments in the value network's place": (
+        "** 0.5 * econ.M_std[view, -p:]", "** 0.5 * econ.M_std[0, -p:]", MOMENTS),
     "learnt moments without their derivative": (
         "return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)",
         "return torch.cat([jacobian, 0 * slopes.sum(1)], 1)", MOMENTS),

@@ -134,6 +134,24 @@ def test_derivatives_through_the_mean_of_the_cross_section(world):
             assert torch.allclose(found, want, atol=1e-10) and want[:, -20:].abs().max() > 1e-6
 
 
+def test_steps_see_the_moments_that_the_simulation_had(world):
+    """At the dates of a batch, each network its own: as kept after the simulation, and as its Q has them."""
+    econ, cfg = world.econ, world.cfg
+    state = dk.initial_state(econ, cfg, 0, torch.Generator().manual_seed(0))
+    shape = cfg.periods, cfg.n_economies, cfg.n_agents
+    g, (Z, S) = torch.Generator().manual_seed(1), world.economy.income.shape
+    k, s = world.economy.K_ss * torch.rand(shape, generator=g, dtype=F64), torch.randint(S, shape, generator=g)
+    for name in ("M", "M_next", "k_panel"):
+        state[name] = state[name].double()
+    state["z_path"] = torch.randint(Z, shape[:2], generator=g)
+    dk.keep_moments(state, world.networks, k, s, econ, cfg)
+    at = torch.tensor([0, 7, 150, 20])
+    nothing = torch.zeros(len(at), 0, dtype=F64)
+    for view in (0, 1):
+        found = dk.with_moments(nothing, world.layers(view), dk.seen_by(view, state, at, econ, cfg), econ)
+        assert torch.allclose(found, state["M"][at, view]) and found.std() > 1e-3
+
+
 def trained(economy, cfg=SMOKE, seed=0, **options):
     return dk.solve(economy, cfg, seed=seed, device="cpu", compile="none", **options)
 
