@@ -518,10 +518,16 @@ def output(K: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return econ.TFP[z] * K**econ.alpha * econ.L[z] ** (1 - econ.alpha)
 
 
+def earnings(s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """(income(z, s) w, R): what cash on hand is made of, beside k."""
+    R, w = prices(K, z, econ)
+    return econ.income[joint(s, z, econ)] * w, R
+
+
 def cash_on_hand(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
     """m = R k + income(z, s) w, what c + k' is paid from; returns (m, R)."""
-    R, w = prices(K, z, econ)
-    return R * k + econ.income[joint(s, z, econ)] * w, R
+    y, R = earnings(s, K, z, econ)
+    return R * k + y, R
 
 
 # Period utility: these four, each in units of steady-state consumption, are all that the method knows of it.
@@ -597,13 +603,23 @@ def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
 
 def features(k: Tensor, s: Tensor, m: Tensor, K: Tensor, z: Tensor, econ: Tables,
              M: Tensor | None = None) -> Tensor:
-    """Inputs of both networks, (...) -> (..., N_OWN + F + G + n). Log cash on hand carries the curvature, log capital
-    what is left of it where the limit is near and cash hardly moves with k; the third is bounded. M (..., n): the
-    moments that this network sees, if there are any."""
+    """Inputs of both networks, (...) -> (..., N_OWN + F + G + n). M (..., n): the moments that this network sees, if
+    there are any."""
+    return with_own(k, m, features_of_others(k, s, K, z, econ, M), econ)
+
+
+def with_own(k: Tensor, m: Tensor, others: Tensor, econ: Tables) -> Tensor:
+    """What k and m say, and others. Log cash on hand carries the curvature, log capital what is left of it where the
+    limit is near and cash hardly moves with k; the third is bounded."""
     above = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss)
-    own = [torch.log(above / (econ.K_ss + econ.c_ss)), *capital_inputs(k, econ),
-           (econ.K_scale * torch.log(K / econ.K_mean)).expand_as(k)]
-    x = torch.cat([torch.stack(own, -1), econ.sees[joint(s, z, econ)]], -1)
+    own = [torch.log(above / (econ.K_ss + econ.c_ss)), *capital_inputs(k, econ)]
+    return torch.cat([torch.stack(own, -1), others], -1)
+
+
+def features_of_others(like: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables, M: Tensor | None = None) -> Tensor:
+    """The inputs that a household's own capital does not move, of like's shape (...): ln K, s and z, moments."""
+    ln_K = (econ.K_scale * torch.log(K / econ.K_mean)).expand_as(like).unsqueeze(-1)
+    x = torch.cat([ln_K, econ.sees[joint(s, z, econ)]], -1)
     return x if M is None else torch.cat([x, M.expand(x.shape[:-1] + M.shape[-1:])], -1)
 
 
@@ -703,7 +719,12 @@ def network_capital(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Te
                     M: Tensor | None = None) -> Tensor:
     """k' of the policy network; K and z broadcast against k and s, M against k with one dimension more."""
     m, _ = cash_on_hand(k, s, K, z, econ)
-    return econ.k_min + saved_share(network(policy, features(k, s, m, K, z, econ, M))) * (m - econ.k_min)
+    return savings(policy, features(k, s, m, K, z, econ, M), m, econ)
+
+
+def savings(policy: List[Tensor], x: Tensor, m: Tensor, econ: Tables) -> Tensor:
+    """k' of the policy network at inputs x and cash on hand m."""
+    return econ.k_min + saved_share(network(policy, x)) * (m - econ.k_min)
 
 
 def periods_at_once(k: Tensor, successors: int) -> int:
@@ -1025,11 +1046,13 @@ def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, e
              M: Tensor | None = None, at: Tensor | None = None) -> Tensor:
     """k (T + 1, M) of M price-taking households along given paths s, K, z (T + 1, M), from k (M,); the moments are
     the rows at (T + 1, M) of M (dates, V, n)."""
-    path = torch.empty_like(K)
+    path, T = torch.empty_like(K), K.shape[0] - 1
     path[0] = k
-    for t in range(K.shape[0] - 1):
-        M_t = policy_view(M, at, t, t + 1)
-        path[t + 1] = network_capital(policy, path[t], s[t], K[t], z[t], econ, None if M_t is None else M_t[0])
+    y, R = earnings(s, K, z, econ)
+    others = features_of_others(path[:T], s[:T], K[:T], z[:T], econ, policy_view(M, at, 0, T))
+    for t in range(T):
+        m = R[t] * path[t] + y[t]
+        path[t + 1] = savings(policy, with_own(path[t], m, others[t], econ), m, econ)
     return path
 
 
