@@ -16,7 +16,7 @@ ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS = (f"tests/test_{n
 # what: (the line as it is, as it is mistaken, where it is noticed)
 MISTAKES = {
     "row of the tables with two states": ("    return z * econ.beta.shape[0] + s", "    return 2 * z + s", ECONOMY),
-    "income forgets z": ("R * k + econ.income[joint(s, z, econ)] * w, R", "R * k + econ.income[s] * w, R", ECONOMY),
+    "income forgets z": ("econ.income[joint(s, z, econ)] * w, R", "econ.income[s] * w, R", ECONOMY),
     "next state without the list of reachable ones": (
         "return econ.reach[s, draw(u, econ.cum_s[row])]", "return draw(u, econ.cum_s[row])", ECONOMY),
     "next state ignores z'": (
