@@ -524,10 +524,15 @@ def earnings(s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Ten
     return econ.income[joint(s, z, econ)] * w, R
 
 
+def cash(k: Tensor, y: Tensor, R: Tensor) -> Tensor:
+    """m = R k + y, what c + k' is paid from."""
+    return R * k + y
+
+
 def cash_on_hand(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """m = R k + income(z, s) w, what c + k' is paid from; returns (m, R)."""
+    """(m, R), with y = income(z, s) w in m."""
     y, R = earnings(s, K, z, econ)
-    return R * k + y, R
+    return cash(k, y, R), R
 
 
 # Period utility: these four, each in units of steady-state consumption, are all that the method knows of it.
@@ -1051,7 +1056,7 @@ def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, e
     y, R = earnings(s, K, z, econ)
     others = features_of_others(path[:T], s[:T], K[:T], z[:T], econ, policy_view(M, at, 0, T))
     for t in range(T):
-        m = R[t] * path[t] + y[t]
+        m = cash(path[t], y[t], R[t])
         path[t + 1] = savings(policy, with_own(path[t], m, others[t], econ), m, econ)
     return path
 
