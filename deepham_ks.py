@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.3.0"
+__version__ = "2.4.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -97,14 +97,14 @@ class Config:
     """Everything about the method. The defaults are the preset `default`."""
 
     n_agents: int = option(125, "N, households an economy", "[1, 1e7]")
-    n_economies: int = option(32, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
-    periods: int = option(300, "periods that each outer iteration simulates on from the last panel", "[2, 1e6]")
+    n_economies: int = option(96, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
+    periods: int = option(100, "periods that each outer iteration simulates on from the last panel", "[2, 1e6]")
     systematic: bool = option(True, "spread shocks to s evenly over households: less sampling noise in K")
-    horizon: int = option(150, "T, periods of utility before the value network takes over", "[2, 1e5]")
+    horizon: int = option(75, "T, periods of utility before the value network takes over", "[2, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
-    states: int = option(6, "periods of a roll-out to learn from, close to each other at its start", "[1, 1e5]")
+    states: int = option(5, "periods of a roll-out to learn from, close to each other at its start", "[1, 1e5]")
     iterations: int = option(120, "outer iterations at most: policy step, value step, simulate, roll out", "[1, 1e6]")
-    hidden: int = option(32, "width of the two tanh layers of both networks", "[1, 1024]")
+    hidden: int = option(28, "width of the two tanh layers of both networks", "[1, 1024]")
     moments: str = option("", "moments of the distribution, beside K, that the networks see: names of MOMENTS")
     learnt_moments: int = option(0, "moments that are learnt, functions of (k, s) averaged over households", "[0, 8]")
     optimizer: str = option(
@@ -119,10 +119,10 @@ class Config:
         1e-4, "gauss-newton: steps are full until savings have moved less than this share of K ten times", "(0, 1)"
     )
     averaging: int = option(
-        26, "gauss-newton: iterations from there on, in which steps fall like 1 / (1 + decay n)", "[0, 1e6]"
+        14, "gauss-newton: iterations from there on, in which steps fall like 1 / (1 + decay n)", "[0, 1e6]"
     )
     decay: float = option(0.25, "gauss-newton: how fast they fall: in these they average noise out", "[0, 1e3]")
-    damping: float = option(1e-4, "gauss-newton: least damping of the policy step, of the mean diagonal", "(0, 1e6]")
+    damping: float = option(1e-4, "gauss-newton: least damping, in units of the diagonal", "(0, 1e6]")
     slope_weight: float = option(
         1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]"
     )
@@ -139,7 +139,7 @@ class Config:
         1.0, "share of roll-outs that start in any s alike: rare states hold most of the error", "[0, 1]"
     )
     K_spread: float = option(
-        0.1, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
+        0.04, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
     )
     eval_agents: int = option(50, "households an economy when the solution is judged, small", "[2, 1e7]")
     eval_economies: int = option(64, "economies when the solution is judged, small", "[1, 1e6]")
@@ -167,7 +167,7 @@ class GridConfig:
     K_high: float = option(1.35, "largest K, a multiple of the centre", "(1, 100]")
     n_k_fine: int = option(2000, "k points of the policy table and of the histogram", "[10, 1e6]")
     n_K_fine: int = option(41, "K points of the policy table, which is linear in between", "[2, 1e4]")
-    periods: int = option(12_000, "periods simulated for the law of motion; a fifth of them at first", "[50, 1e7]")
+    periods: int = option(60_000, "periods simulated for the law of motion, a twentieth in most updates", "[50, 1e7]")
     burn_in: int = option(200, "first periods that the regression leaves out", "[1, 1e7]")
     sweeps: int = option(100, "most EGM sweeps between two updates of the law of motion", "[1, 1e6]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
@@ -179,16 +179,16 @@ class GridConfig:
 
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7, 4 nodes of K, for Krusell & Smith [0, 1000] x [30, 50]
 GRIDS = {"converged": GridConfig(), "published": GridConfig(n_k=100, exponent=7.0, n_K=4, K_low=0.76, K_high=1.27)}
-SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=2000, burn_in=50, tolerance=1e-5)
+SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=10_000, burn_in=50, tolerance=1e-5)
 PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 PRESETS = {
     "default": Config(),
     # game_nn_n50 of the authors' code, as far as this script has the choice
-    "paper": Config(n_agents=50, n_economies=384, periods=450, batch=384, states=10_000, iterations=6, averaging=0,
-                    hidden=24, optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000, value_steps=2000,
-                    slope_weight=0.0, level_weight=1.0, K_spread=0.0, systematic=False, control_variate=False,
-                    wide_share=0.0, even_share=0.0),
+    "paper": Config(n_agents=50, n_economies=384, periods=450, horizon=150, batch=384, states=10_000, iterations=6,
+                    averaging=0, hidden=24, optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000,
+                    value_steps=2000, slope_weight=0.0, level_weight=1.0, K_spread=0.0, systematic=False,
+                    control_variate=False, wide_share=0.0, even_share=0.0),
     "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, states=5, iterations=3, hidden=8,
                     averaging=1, final_value_steps=1,
                     eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
@@ -458,8 +458,19 @@ def draw_z(u: Tensor, z: Tensor, econ: Tables) -> Tensor:
 
 def draw_s(u: Tensor, z: Tensor, z_next: Tensor, s: Tensor, econ: Tables) -> Tensor:
     """s' given z and z', from uniform numbers u of s's shape; z, z' broadcast against it."""
-    row = joint(s, z * econ.TFP.shape[0] + z_next, econ)
-    return econ.reach[s, draw(u, econ.cum_s[row])]
+    return follow(lambda t, s: u, s, torch.stack([z, z_next]), econ)[1]
+
+
+def follow(draws: Callable, s: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
+    """Path s (periods + 1, ...) from s along z_path (periods + 1, ...), which broadcasts against it; draws(t, s) are
+    the uniform numbers of period t."""
+    s_path = s.new_empty(len(z_path), *s.shape)
+    s_path[0] = s
+    z_and_next = z_path[:-1] * econ.TFP.shape[0] + z_path[1:]
+    for t in range(len(z_and_next)):
+        s = s_path[t]
+        s_path[t + 1] = econ.reach[s, draw(draws(t, s), econ.cum_s[joint(s, z_and_next[t], econ)])]
+    return s_path
 
 
 def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
@@ -483,23 +494,21 @@ def expected(values: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return (econ.probability[joint(s, z, econ)].movedim(-1, 0) * values).sum(0)
 
 
-def spread_uniform(s: Tensor, rng: torch.Generator) -> Tensor:
-    """Uniform numbers (B, N), independent over time for a household but evenly spread over the households of an
-    economy in the same s (golden-ratio steps from a random start): as many leave as in a far larger economy."""
+def spread_uniform(s: Tensor, start: Tensor) -> Tensor:
+    """Uniform numbers (B, N) from start (B, 1), independent over time for a household but evenly spread over the
+    households of an economy in the same s (golden-ratio steps): as many leave as in a far larger economy."""
     rank = s.argsort(dim=1, stable=True).argsort(dim=1)
-    spread = (rank * 2654435769 % 2**32).to(torch.float32) / 2**32  # rank times the golden ratio, modulo 1
-    return (spread + uniform((len(s), 1), rng, s.device)) % 1.0
+    return (rank.double() * 0.6180339887498949 + start) % 1.0
 
 
 def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Generator, systematic: bool = False):
     """Paths s (periods + 1, B, N) and z (periods + 1, B, 1) from s (B, N), z (B, 1)."""
-    s_path, z_path = s.new_empty(periods + 1, *s.shape), z.new_empty(periods + 1, *z.shape)
-    s_path[0], z_path[0] = s, z
-    for t in range(periods):
-        z_next = draw_z(uniform(z.shape, rng, z.device), z_path[t], econ)
-        draws = spread_uniform(s_path[t], rng) if systematic else uniform(s.shape, rng, s.device)
-        s_path[t + 1], z_path[t + 1] = draw_s(draws, z_path[t], z_next, s_path[t], econ), z_next
-    return s_path, z_path
+    z_path = [z]
+    for u in uniform((periods, *z.shape), rng, z.device):
+        z_path.append(draw_z(u, z_path[-1], econ))
+    u = uniform((periods, *(z if systematic else s).shape), rng, s.device)
+    z_path = torch.stack(z_path)
+    return follow(lambda t, s: spread_uniform(s, u[t]) if systematic else u[t], s, z_path, econ), z_path
 
 
 # ---------------------------------------------------------------------------------------------- household
@@ -508,9 +517,8 @@ def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Gen
 def prices(K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
     """Gross return R and wage w, marginal products of Y = TFP K^alpha L^(1-alpha); any common shape."""
     ratio = K / econ.L[z]
-    R = 1 - econ.delta + econ.alpha * econ.TFP[z] * ratio ** (econ.alpha - 1)
-    w = (1 - econ.alpha) * econ.TFP[z] * ratio**econ.alpha
-    return R, w
+    product = econ.TFP[z] * ratio ** (econ.alpha - 1)  # Y / K
+    return 1 - econ.delta + econ.alpha * product, (1 - econ.alpha) * product * ratio
 
 
 def output(K: Tensor, z: Tensor, econ: Tables) -> Tensor:
@@ -601,9 +609,10 @@ K_INPUT, N_OWN = 3, 4  # column of ln K among the inputs, and how many inputs st
 
 
 def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """Two functions of k of order one."""
+    """Two functions of k: one so steep near the limit that units of the first layer differ within each bend that it
+    makes in c, this period or next, and one of order one."""
     rest = (k - econ.k_min).clamp(min=0.0)
-    return torch.log(rest / econ.c_ss + 0.1) / 3, rest / (rest + econ.K_ss)
+    return torch.log(rest / econ.c_ss + 0.1) / 0.4, rest / (rest + econ.K_ss)
 
 
 def features(k: Tensor, s: Tensor, m: Tensor, K: Tensor, z: Tensor, econ: Tables,
@@ -631,7 +640,7 @@ def features_of_others(like: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tabl
 def feature_slopes(k: Tensor, m: Tensor, R: Tensor, econ: Tables) -> Tensor:
     """d features / dk: (...) -> (..., N_OWN + F + G + n). One household's k does not move the moments."""
     above, rest = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss), (k - econ.k_min).clamp(min=0.0)
-    own = [R / above, 1 / (rest + 0.1 * econ.c_ss) / 3, econ.K_ss / (rest + econ.K_ss) ** 2, torch.zeros_like(k)]
+    own = [R / above, 1 / (rest + 0.1 * econ.c_ss) / 0.4, econ.K_ss / (rest + econ.K_ss) ** 2, torch.zeros_like(k)]
     others = [econ.sees.shape[1] + econ.M_mean.shape[1]]
     zeros = torch.zeros(list(k.shape) + others, dtype=k.dtype, device=k.device)
     return torch.cat([torch.stack(own, -1), zeros], -1)
@@ -1013,9 +1022,10 @@ def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables,
         s, z = s_path[n], z_path[n]
 
 
-def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """y = a(z) + b(z) x by least squares, float64, over (periods, B): coefficients (Z, 2) and R2 (Z,). Where x does not
-    move (one z, say) b is still(z) and R2 is NaN; where z never comes a is NaN as well."""
+def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor, instrument: Tensor | None = None):
+    """y = a(z) + b(z) x by least squares, or by an instrument of x, float64, over (periods, B): coefficients (Z, 2) and
+    R2 (Z,). Where x does not move (one z, say), or little with the instrument, b is still(z); where it does not move
+    R2 is NaN, and where z never comes a."""
     here = (z == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods, B)
 
     def mean(v):
@@ -1023,8 +1033,10 @@ def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor) -> Tuple[Tensor
 
     x_mean, y_mean = mean(x), mean(y)
     dx, dy = x - x_mean.view(-1, 1, 1), y - y_mean.view(-1, 1, 1)
-    moves = mean(dx * dx) > 1e-10
-    b = torch.where(moves, mean(dx * dy) / mean(dx * dx), still.double())
+    v = x if instrument is None else instrument
+    dv = v - mean(v).view(-1, 1, 1)
+    moves = (mean(dx * dx) > 1e-10) & (mean(dv * dx) ** 2 > 0.1 * mean(dv * dv) * mean(dx * dx))
+    b = torch.where(moves, mean(dv * dy) / mean(dv * dx), still.double())
     r2 = 1 - mean((dy - b.view(-1, 1, 1) * dx) ** 2) / torch.where(moves, mean(dy * dy), torch.nan)
     return torch.stack([y_mean - b * x_mean, b], 1), r2
 
@@ -1035,13 +1047,30 @@ def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor
     return regress_by_z(ln_K[1:], ln_K[:-1], z_path[:-1], still)
 
 
-def expected_capital(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
-    """E[K' | K, z] at all but the last date of simulated paths (periods, B); realised K' also has the sampling noise of
-    N households in it. Where networks see moments it is K' itself, which these are there to tell."""
+def driven_by_z(law: Tensor, z_path: Tensor) -> Tensor:
+    """The part of ln K that the history of z alone explains, by a law of motion (Z, 2): (periods, B)."""
+    a, b = (law[:, 0] - law[:, 0].nanmean()).nan_to_num(), law[:, 1].mean().clamp(0.0, 0.999)
+    t = torch.arange(len(z_path), device=z_path.device)
+    lag = t.unsqueeze(1) - t - 1
+    return torch.where(lag < 0, 0.0, b ** lag.clamp(min=0)) @ a[z_path]
+
+
+def belief(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
+    """The law of motion (Z, 2) of infinitely many households, from simulated paths of few: what ln K owes to luck of
+    the rich, or to K_spread, lasts longer than what it owes to z, and would make b too large, so the history of z is
+    the instrument. NaN where z never comes."""
+    ln_K, z = torch.log(K_path.double()), z_path[:-1]
+    law, _ = law_of_motion(K_path, z_path, torch.zeros_like(econ.TFP))
+    return regress_by_z(ln_K[1:], ln_K[:-1], z, law[:, 1], driven_by_z(law, z))[0]
+
+
+def expected_capital(K_path: Tensor, z_path: Tensor, law: Tensor, econ: Tables) -> Tensor:
+    """E[K' | K, z] by a law of motion at all but the last date of simulated paths (periods, B); realised K' also has
+    the sampling noise of N households in it. Where networks see moments it is K' itself, which these are there to
+    tell."""
     if econ.M_mean.numel():
         return K_path[1:]
-    alm, _ = law_of_motion(K_path, z_path, torch.zeros_like(econ.TFP))
-    return torch.exp(by_law(alm[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
+    return torch.exp(by_law(law[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- learning
@@ -1114,16 +1143,17 @@ def costates(c: Tensor, dc: Tensor, k: Tensor, s: Tensor, R: Tensor, Delta: Tens
     u, u_k, beta = utility(c, econ) + Delta * k, marginal_utility(c, econ) * dc + Delta, econ.beta[s]
     saved = torch.cat([(1 - dc / R)[1:], torch.ones_like(R[:1])])  # of a unit of cash next period
     growth = beta * (saved * came_k).abs() / marginal_utility(c, econ)
-    lost = 1 - 1 / growth.clamp(min=1.0)
-    most = torch.where(came_k == 0, math.inf, (came_k - surprise_k).abs())
-    U, lam, lam_next = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
+    kept, expected_k = 1 / growth.clamp(min=1.0), came_k - surprise_k
+    most = torch.where(came_k == 0, math.inf, expected_k.abs())
+    flow, of_next, of_saving = u + beta * ((1 - kept) * came - surprise), beta * kept, beta * (R - dc)
+    least, U, lam, lam_next = -most / 2, torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
     U_t, lam_t = V_T, V_k_T
     for i in range(c.shape[0]):
         t = c.shape[0] - 1 - i
-        rest = (1 - lost[t]) * (lam_t - came_k[t])
-        lam_next[t] = came_k[t] - surprise_k[t] + torch.minimum(torch.maximum(rest, -most[t] / 2), most[t])
-        U_t = u[t] + beta[t] * (U_t - surprise[t] - lost[t] * (U_t - came[t]))
-        lam_t = u_k[t] + beta[t] * (R[t] - dc[t]) * lam_next[t]
+        rest = torch.clamp(kept[t] * (lam_t - came_k[t]), least[t], most[t])
+        lam_next[t] = expected_k[t] + rest
+        U_t = torch.addcmul(flow[t], of_next[t], U_t)
+        lam_t = torch.addcmul(u_k[t], of_saving[t], lam_next[t])
         U[t], lam[t] = U_t, lam_t
     return U, lam, lam_next
 
@@ -1187,11 +1217,8 @@ def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tens
     k = torch.where(start_wide < cfg.wide_share, wide, panel.k.flatten()[household])
     any_s = torch.randint(econ.beta.shape[0], (M,), generator=rng, device=device)
     s = torch.where(start_even < cfg.even_share, any_s, panel.s.flatten()[household])
-    s_path = torch.empty_like(z)
-    s_path[0] = s
     shocks = uniform(z.shape, rng, device)
-    for t in range(cfg.horizon):
-        s_path[t + 1] = draw_s(shocks[t], z[t], z[t + 1], s_path[t], econ)
+    s_path = follow(lambda t, s: shocks[t], s, z, econ)
     return k, s_path, K, z, K_next[window[:-1], economy], window * K_path.shape[1] + economy
 
 
@@ -1205,6 +1232,7 @@ def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Table
     V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ, M_T)
     surprise = [torch.zeros_like(c)] * 4
     if cfg.control_variate:
+        _, V_k_T = value_and_costate(policy, value, k[-1], s[-1], K[-1], z[-1], econ, None if M is None else M[at[-1]])
         surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ, M, M_next, at)
     k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
     R, _ = prices(K, z, econ)
@@ -1236,8 +1264,10 @@ def add_gram(A: Tensor, jacobian: Tensor) -> None:
 def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, damping: Tensor, floor: float,
                       loss: Callable) -> Tuple[Tensor, Tensor, Tensor]:
     """rate times a Levenberg-Marquardt step, solved in float64. rows(part) gives, for a slice of the n states, pairs
-    of a residual and its jacobian = -d residual / d theta (n, P). The mean squared residual is added to the damping
-    (Yamashita & Fukushima 2001): careful far from the solution, free near it. A step that does not lower the loss is
+    of a residual and its jacobian = -d residual / d theta (n, P). The damping is in units of each parameter's own
+    diagonal (Marquardt 1963), so that what only few states see, the bends near the limit, is free to move, and of a
+    tenth of the mean one. The mean squared residual is added to it (Yamashita & Fukushima 2001): careful far from the
+    solution, free near it. A step that does not lower the loss is
     not taken, and the damping rises tenfold: decided on the device, so that nothing waits for it. Returns theta,
     damping and whether the step was taken."""
     A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), loss(theta)
@@ -1246,7 +1276,7 @@ def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, dampi
             add_gram(A, jacobian)
             gradient.addmv_(jacobian.T, residual)
     A = A.double()
-    A.diagonal().add_((damping + now / n) * A.diagonal().mean())
+    A.diagonal().add_((damping + now / n) * (A.diagonal() + 0.1 * A.diagonal().mean()))
     factor, _ = torch.linalg.cholesky_ex(A)
     step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1)
     trial = theta + rate * step.to(theta.dtype)
@@ -1338,7 +1368,7 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
         slope_rows = kernels.slope_jacobian(layers, x[part], at.dx[part] * slope[part].unsqueeze(1))
         yield now[1, part], with_learnt(slope_rows, layers, of_part)
 
-    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping / 10,
+    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping,
                              lambda theta: residuals(theta).square().sum())
 
 
@@ -1476,7 +1506,9 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     if econ.equilibrium == "planner":
         law, _ = regress_by_z(gains.double(), torch.log(state["K_path"].double()), state["z_path"], econ.TFP * 0)
         econ.Delta_law.add_(state["rates"][3] * torch.where(law.isnan(), 0.0, law - econ.Delta_law))
-    state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], econ))
+    law = belief(state["K_path"], state["z_path"], econ)
+    state["K_law"].add_(state["rates"][4] * torch.where(law.isnan(), 0.0, law - state["K_law"]))
+    state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], state["K_law"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     if k_path:
         keep_moments(state, networks, torch.stack(k_path), torch.stack(s_path), econ, cfg)
@@ -1554,7 +1586,7 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     """One policy and one value step on the same states; whether they were taken, (2,)."""
-    (policy_rate, value_rate, momentum, _), damping = state["rates"], state["damping"]
+    (policy_rate, value_rate, momentum, *_), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
                                             seen_by(0, state, states.at, econ, cfg))
     value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
@@ -1655,7 +1687,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "iteration": 0,
         **networks,
         "damping": torch.full((2,), 1e-2, device=device),
-        "rates": torch.zeros(4, device=device),  # of the policy step, the value step, momentum, the law of Delta
+        "rates": torch.zeros(5, device=device),  # of the policy step, the value step, momentum, the laws of Delta and K
         "last_step": torch.zeros_like(networks["policy"]),
         "k_range": torch.stack([panel.k.min(), panel.k.max()]),
         "caution": 1.0,
@@ -1665,6 +1697,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         **panel._asdict(),
         "K_mean": econ.K_mean,
         "Delta_law": econ.Delta_law,
+        "K_law": torch.tensor([0.0, 1.0], dtype=torch.float64, device=device).repeat(len(econ.TFP), 1),
         "K_path": torch.zeros(cfg.periods, cfg.n_economies, device=device),
         "K_next": torch.zeros(cfg.periods - 1, cfg.n_economies, device=device),  # E[K' | K, z]
         "z_path": torch.zeros(cfg.periods, cfg.n_economies, device=device, dtype=torch.int64),
@@ -1680,13 +1713,15 @@ def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     """Steps of full size until savings have settled, near the end of that phase with momentum, which is for the last
     slow errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are
     smaller for a while after an iteration that was taken back. The cross-section of a policy that is still far from
-    its first-order condition says nothing of the planner's Delta, which waits."""
+    its first-order condition says nothing of the planner's Delta, which waits; the law of motion of K that households
+    believe in follows by halves, and falling like the steps."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
     momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle and not optimizers else 0.0
     near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
-    rates = [state["caution"] * (1 - momentum) * cfg.policy_rate / fall, state["caution"] / fall, momentum, 0.2 * near]
+    step, law = state["caution"] / fall, 1.0 if state["iteration"] == 0 or optimizers else 0.5
+    rates = [(1 - momentum) * cfg.policy_rate * step, step, momentum, 0.2 * near, law * step]
     state["rates"].copy_(torch.tensor(rates))
 
 
@@ -2160,22 +2195,22 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
                             centre * np.linspace(config.K_low, config.K_high, config.n_K), econ.tables())
     k = power_grid(config.n_k_fine, econ.k_min, k_max, config.exponent)
     K = np.linspace(nodes.K[0], nodes.K[-1], config.n_K_fine)
-    z_path = draw_z_path(config.periods, econ, np.random.default_rng(config.seed))
-    Z = len(econ.TFP)
+    z_path, burn_in = draw_z_path(config.periods, econ, np.random.default_rng(config.seed)), config.burn_in
+    comes = [burn_in + np.flatnonzero(z_path[burn_in:] == z)[:20][-1] for z in np.unique(z_path[burn_in:])]
+    short, Z = max(config.periods // 20, 2 * burn_in, max(comes) + 2), len(econ.TFP)  # every z comes 20 times
     laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), econ.tables().Delta_law.numpy()]  # of ln K' and of Delta
     wage, above = prices(nodes.K, np.arange(Z)[:, None], econ)[1], nodes.m - econ.k_min
     permanent = 0.9 * (econ.L[:, None] * wage)[:, None, :, None]
     c = np.minimum(above, (1 - econ.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], econ)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
-    gap, damping, settled = np.inf, config.damping, False
+    gap, damping, long = np.inf, config.damping, None
+    correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
     for update in range(config.max_updates):
         c, k_endo, change, bounded = solve_household(c, laws, nodes, econ, config)
         table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
-        settling, settled = not settled and gap < 3e-5, settled or gap < 3e-5  # then on the long path, for good
-        path = z_path if settled else z_path[: config.periods // 5]
-        K_path, mass, new = simulated_laws(table, k, K, mass, path, laws, econ, config)
-        kept = K_path[config.burn_in :]
+        K_path, mass, new = simulated_laws(table, k, K, mass, z_path[:short], laws, econ, config)
+        kept = K_path[burn_in:]
         near = update >= 4 or econ.equilibrium == "planner"  # at first, a market's policies are far from any solution
         low, high = (0.8, 1.28) if near else (0.4, 2.5)
         if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
@@ -2183,8 +2218,14 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
             return law_of_motion_fixed_point(econ, config, centre, k_max, bar, tries - 1)
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
             return law_of_motion_fixed_point(econ, config, centre, 2 * k_max, bar, tries - 1)
-        steps = [found - law for (found, _), law in zip(new, laws)]
+        steps = [found + to_long - law for (found, _), to_long, law in zip(new, correction, laws)]
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
+        if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
+            long_path, mass, long = simulated_laws(table, k, K, mass, z_path, laws, econ, config)
+            for _ in range(2):  # from the end of a short path, as always
+                _, mass, new = simulated_laws(table, k, K, mass, z_path[:short], laws, econ, config)
+            correction = np.array([of_long - of_short for (of_long, _), (of_short, _) in zip(long, new)])
+            gap = gap_last = math.inf
         bar.update()
         bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
         if max(gap, change) < config.tolerance:
@@ -2197,9 +2238,10 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
                 notes.append(f"grid: at {100 * bounded:.2g}% of the nodes saving is worth nothing; c is bounded there")
             values = scipy.interpolate.CubicSpline(nodes.K, V, axis=2)(K)
             return GridSolution(econ=tables, table=torch.from_numpy(table), value_table=torch.from_numpy(values),
-                                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1], K_mean=kept.mean(),
-                                alm_coefficients=laws[0], alm_r2=new[0][1], Delta_r2=new[1][1], notes=tuple(notes))
-        if gap > gap_last and not settling:  # the law of motion overshoots: more K expected means less saved
+                                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1],
+                                K_mean=long_path[burn_in:].mean(), alm_coefficients=laws[0], alm_r2=long[0][1],
+                                Delta_r2=long[1][1], notes=tuple(notes))
+        if gap > gap_last:  # the law of motion overshoots: more K expected means less saved
             damping /= 2
         laws = [law + damping * step for law, step in zip(laws, steps)]
     raise UserError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
@@ -2801,7 +2843,7 @@ def check(cfg: Config, grid: GridConfig, run: Run) -> None:
             f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
     require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
             f"give --periods {cfg.horizon + 1} or more")
-    require(grid.burn_in <= grid.periods // 5 - 3, f"--grid-burn-in {grid.burn_in} leaves too little of a fifth of "
+    require(grid.burn_in <= grid.periods // 5 - 3, f"--grid-burn-in {grid.burn_in} leaves too little of "
             f"--grid-periods {grid.periods}: lower it")
 
 
@@ -2813,7 +2855,7 @@ def departures(cfg, reference) -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 5  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 6  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 

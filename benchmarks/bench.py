@@ -139,7 +139,7 @@ def stages(cfg, device):
         return torch.stack(K), torch.stack(z)
 
     K_path, z_path = simulate()
-    K_next = dk.expected_capital(K_path, z_path, econ)
+    K_next = dk.expected_capital(K_path, z_path, dk.belief(K_path, z_path, econ), econ)
     paths = dk.sample_households(panel, K_path, K_next, z_path, state["k_range"], econ, cfg, rng)
     batch = dk.roll_out_batch(policy, value, paths, econ, cfg, kernels)
     states = dk.thin(batch, cfg)

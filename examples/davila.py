@@ -37,7 +37,7 @@ def economy(cal: Calibration) -> dk.Economy:
 
 
 # where few households hold much, K and the planner's Delta have more sampling noise
-CONFIG = dk.Config(n_agents=500, n_economies=8, K_spread=0.02)
+CONFIG = dk.Config(n_agents=500, n_economies=24, K_spread=0.02)
 
 if __name__ == "__main__":
     sys.exit(dk.main(economy=economy, calibration=Calibration, config=CONFIG))

@@ -30,7 +30,7 @@ def economy(cal: dk.Calibration) -> dk.Economy:
 
 
 # where few households hold much, K has more sampling noise
-CONFIG = dk.Config(n_agents=1000, n_economies=16)
+CONFIG = dk.Config(n_agents=1000, n_economies=48)
 
 if __name__ == "__main__":
     sys.exit(dk.main(economy=economy, config=CONFIG))

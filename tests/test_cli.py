@@ -416,7 +416,7 @@ BAD = [
     (["--grid-k-max", "inf"], "--grid-k-max"),
     (["--grid-exponent", "0.9"], "--grid-exponent"),
     (["--grid-periods", "6e3"], "--grid-periods"),
-    (["--grid-burn-in", "398"], "--grid-burn-in"),
+    (["--grid-burn-in", "1998"], "--grid-burn-in"),
     (["--grid-damping", "0", "--grid", "none"], "--grid-damping"),
     (["--evaluate", "--resume"], "--evaluate"),
     (["--evaluate"], "--evaluate"),
@@ -700,8 +700,8 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
 
 
 def test_operations_of_an_iteration_do_not_creep_up(monkeypatch):
-    """On a GPU every one is a launch. A period of simulation takes 51 and one of roll-outs 29, of shocks 23, of
-    costates 22; the committed count of the default preset is that many times its periods, and little else."""
+    """On a GPU every one is a launch. A period of simulation takes 49 and one of roll-outs 29, of shocks 16, of
+    costates 9; the committed count of the default preset is that many times its periods, and little else."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     committed = json.loads((ROOT / "benchmarks" / "operations.json").read_text())["default"]
     found = runpy.run_path(str(ROOT / "benchmarks" / "operations.py"))["operations"](dk.krusell_smith(), SMOKE)
@@ -712,7 +712,7 @@ def test_operations_of_an_iteration_do_not_creep_up(monkeypatch):
         of_default = default["periods" if periods == SMOKE.periods else "horizon"]
         before_the_loop = 2  # operations a period, over as few as these
         assert found[stage] / periods <= committed[stage] / of_default + before_the_loop, stage
-    assert committed["all"] - sum(committed[stage] for stage in sizes) < 4000
+    assert committed["all"] <= 12_000 and committed["all"] - sum(committed[stage] for stage in sizes) < 4000
     assert sum(found.values()) == 2 * found["all"]
 
 

@@ -272,8 +272,8 @@ def households_in(S):
 def test_spread_uniform_is_uniform_and_independent_over_time(S):
     rng, s = torch.Generator().manual_seed(0), households_in(S)
     assert len(s.unique()) == S
-    draws = torch.stack([dk.spread_uniform(s, rng) for _ in range(4000)]).double()  # (draw, economy, household)
-    assert 0 <= draws.min() and draws.max() < 1
+    draws = torch.stack([dk.spread_uniform(s, torch.rand(4, 1, generator=rng)) for _ in range(4000)])
+    assert draws.shape == (4000, 4, 200) and 0 <= draws.min() and draws.max() < 1
     for household in (0, 1, 2, 13, 199):  # in every s
         series = draws[:, 2, household].numpy()
         assert scipy.stats.kstest(series, "uniform").pvalue > 1e-4
@@ -287,7 +287,7 @@ def test_spread_uniform_is_even_in_each_state(S):
     rng = torch.Generator().manual_seed(0)
     for _ in range(20):
         s = torch.randint(S, (5, 3000), generator=rng)
-        uniform = dk.spread_uniform(s, rng).double()
+        uniform = dk.spread_uniform(s, torch.rand(5, 1, generator=rng))
         for economy in range(5):
             for state in range(S):
                 drawn = uniform[economy, s[economy] == state].sort().values

@@ -62,6 +62,25 @@ def test_attributes(converged):
     assert converged.notes == () and converged.K_low < converged.K_mean < converged.K_high
 
 
+def test_law_of_motion_is_that_of_the_whole_path():
+    """Nearly all updates see a twentieth of the path; the law that they end at is that of all of it."""
+    config, economy = dataclasses.replace(SMALL, periods=20_000, tolerance=1e-6), dk.krusell_smith()
+    grid = dk.solve_grid(economy, config)
+    k = dk.power_grid(config.n_k_fine, economy.k_min, grid.k_max, config.exponent)
+    K = np.linspace(grid.K_low, grid.K_high, config.n_K_fine)
+    z_path = dk.draw_z_path(config.periods, economy, np.random.default_rng(config.seed))
+    mass = dk.dispersed_mass(k, grid.K_mean, z_path[0], economy)
+    for path in (z_path[:4000], z_path):  # the first brings the distribution where it stays
+        K_path, mass = dk.simulate_histogram(grid.table.numpy(), k, K, mass, path, economy)
+
+    def distance(periods):
+        kept = [torch.from_numpy(x[config.burn_in : periods, None]) for x in (K_path, z_path)]
+        law, _ = dk.law_of_motion(*kept, torch.zeros(2))
+        return (law.numpy() - grid.alm_coefficients) @ [1, np.log(grid.K_mean)]
+
+    assert np.abs(distance(20_000)).max() < 0.2 * np.abs(distance(1000)).max()
+
+
 def test_law_of_motion(converged, smoke_grid):
     """K' forecast to 0.02%: the known coefficients are rounded by 5e-5, which is 5e-5 (1 + ln 40) = 0.023% at most."""
     K = np.linspace(36, 43, 29)

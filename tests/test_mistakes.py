@@ -18,10 +18,10 @@ MISTAKES = {
     "row of the tables with two states": ("    return z * econ.beta.shape[0] + s", "    return 2 * z + s", ECONOMY),
     "income forgets z": ("econ.income[joint(s, z, econ)] * w, R", "econ.income[s] * w, R", ECONOMY),
     "next state without the list of reachable ones": (
-        "return econ.reach[s, draw(u, econ.cum_s[row])]", "return draw(u, econ.cum_s[row])", ECONOMY),
+        "econ.reach[s, draw(draws(t, s), econ.cum_s[joint(s, z_and_next[t], econ)])]",
+        "draw(draws(t, s), econ.cum_s[joint(s, z_and_next[t], econ)])", ECONOMY),
     "next state ignores z'": (
-        "row = joint(s, z * econ.TFP.shape[0] + z_next, econ)", "row = joint(s, z * econ.TFP.shape[0] + z, econ)",
-        ECONOMY),
+        "z_path[:-1] * econ.TFP.shape[0] + z_path[1:]", "z_path[:-1] * econ.TFP.shape[0] + z_path[:-1]", ECONOMY),
     "expectation forgets who is where": (
         "(econ.probability[joint(s, z, econ)].movedim(-1, 0) * values)",
         "(econ.probability[s].movedim(-1, 0) * values)", ECONOMY),
@@ -33,6 +33,9 @@ MISTAKES = {
         "econ.sees[joint(s, z, econ)]], -1)", "econ.sees[s]], -1)", NETWORKS),
     "control variate takes K' as it came for what was expected": (
         "successors(k_came, s_t, K_next[t:last], z_t, econ)", "successors(k_came, s_t, K_came, z_t, econ)", NETWORKS),
+    "law of motion by least squares": (
+        "law[:, 1], driven_by_z(law, z))[0]", "law[:, 1], ln_K[:-1])[0]", NETWORKS),
+    "law of motion of the grid's short path": ("found + to_long - law for", "found - law for", GRID),
     "costates with one discount factor": (
         "marginal_utility(c, econ) * dc + Delta, econ.beta[s]\n",
         "marginal_utility(c, econ) * dc + Delta, econ.beta[0] + 0 * c\n", NETWORKS),

@@ -51,7 +51,7 @@ def world(economy):
     k0 = torch.expm1(1.25 * torch.rand(M, generator=g, dtype=F64) * math.log(4 * economy.K_ss))
     k0[:4] = torch.tensor([0.0, 0.01, 0.1, 1.0])
     paths, n = (economy.k_min + k0, state % S, K, state // S), dk.n_inputs(econ)
-    policy, value = random_parameters(n, 0), random_parameters(n, 1)
+    policy, value = random_parameters(n, 4), random_parameters(n, 1)
     policy[-1] -= output_at(paths, policy, econ).median() + 1e-3  # half of the states are at the borrowing limit
     return World(economy, econ, policy, value, paths, 0.98 * K[1:])
 
@@ -159,14 +159,15 @@ def test_slope_equals_autograd():
 
 
 def test_features_tell_states_apart(world):
-    """Every (k, s, K, z) has inputs of its own, of order one, ln K / K_mean is the one column of K, and s and z are
-    seen as the economy's tables have them."""
+    """Every (k, s, K, z) has inputs of its own, all of order one but for the steep one of k, ln K / K_mean is the one
+    column of K, and s and z are seen as the economy's tables have them."""
     economy, econ, *_ = world
     k = torch.linspace(economy.k_min, 4 * economy.K_ss, 9, dtype=F64)
     k, s, K, z = dk.on_grid(k.numpy(), economy.K_ss * np.linspace(0.8, 1.25, 4), econ)
     m, _ = dk.cash_on_hand(k, s, K, z, econ)
     x = dk.features(k, s, m, K, z, econ)
-    assert x.shape == (*k.shape, dk.n_inputs(econ)) and x.abs().max() < 6
+    assert x.shape == (*k.shape, dk.n_inputs(econ)) and (x.abs().amax((0, 1, 2, 3)) < 6).sum() == x.shape[-1] - 1
+    assert 6 < x.abs().max() < 12
     assert len(x.reshape(-1, x.shape[-1]).unique(dim=0)) == k.numel()
     assert torch.allclose(x[..., dk.K_INPUT], 8 * torch.log(K / economy.K_ss))
     seen = np.concatenate([economy.sees_s[s], economy.sees_z[z]], -1)
@@ -323,8 +324,9 @@ def test_surprises(world):
 
 def test_control_variate_takes_the_last_draw_out(world, eager):
     """One period before the end U is an exact expectation: the same whatever the last draw and however far K' came from
-    what was expected. Where K' came as expected, the mean of every label over the draws is what it is without. Here
-    nothing holds what later periods give back, however large: V and V_k as they came are left out."""
+    what was expected. Where K' came as expected, its mean over the draws is what it is without, and the next costate is
+    the mean of the envelope's. Here nothing holds what later periods give back, however large: V and V_k as they came
+    are left out."""
     economy, econ, policy, value, (k0, s, K, z), K_next = world
 
     def without_bounds(*states):
@@ -332,8 +334,10 @@ def test_control_variate_takes_the_last_draw_out(world, eager):
 
     eager = eager._replace(surprises=without_bounds)
     ways = {"without": (False, K[1:2]), "with": (True, K[1:2]), "K' came otherwise": (True, K_next[:1])}
-    mean, U = dict.fromkeys(ways, 0.0), {way: [] for way in ways}
+    mean, U, EV_k = dict.fromkeys(ways, 0.0), {way: [] for way in ways}, 0.0
+    k1 = dk.network_capital(layers_of(policy), k0, s[0], K[0], z[0], econ)
     for s1, z1, p in possible(economy, s[0], z[0]):
+        EV_k = EV_k + p * dk.value_and_costate(layers_of(policy), layers_of(value), k1, s1, K[1], z1, econ)[1]
         for way, (control_variate, K_expected) in ways.items():
             paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1]), K_expected, 0 * s[:2]
             cfg = config(horizon=1, control_variate=control_variate)
@@ -342,8 +346,9 @@ def test_control_variate_takes_the_last_draw_out(world, eager):
             U[way].append(batch.U[0])
     spread = {way: (torch.stack(x) - x[0]).abs().max() for way, x in U.items()}
     assert spread["without"] > 1e-3 and spread["with"] < 1e-9 and spread["K' came otherwise"] < 1e-9
-    assert torch.allclose(mean["with"], mean["without"], rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(mean["with"], mean["K' came otherwise"], rtol=1e-6)
+    assert torch.allclose(mean["with"][0], mean["without"][0], rtol=1e-10, atol=1e-10)
+    assert torch.allclose(mean["with"][2], EV_k, rtol=1e-10)
+    assert all(not torch.allclose(*ends, rtol=1e-6) for ends in zip(mean["with"], mean["K' came otherwise"]))
 
 
 def test_what_later_periods_give_back_is_held(tables):
@@ -372,20 +377,49 @@ def test_what_later_periods_give_back_is_held(tables):
     assert all(20 < n < 180 for n in held)
 
 
+def paths_by_law(noise, slow=0.0):
+    """ln K (400, 200) by the law 0.12 + 0.01 z + 0.965 ln K, and beside it what is not due to z and dies out at the
+    rate slow."""
+    g = torch.Generator().manual_seed(0)
+    z = (torch.rand(400, 200, generator=g) < 0.125).cumsum(0) % 2  # eight periods in a state
+    by_z, beside = torch.full((400, 200), 3.57, dtype=F64), torch.zeros(400, 200, dtype=F64)
+    for t in range(399):
+        by_z[t + 1] = 0.12 + 0.01 * z[t] + 0.965 * by_z[t]
+        beside[t + 1] = slow * beside[t] + noise * torch.randn(200, generator=g, dtype=F64)
+    return by_z + beside, z
+
+
 def test_expected_capital_takes_the_sampling_noise_out():
     """Exact where K' follows a law of motion; the realised K' of paths with noise lies around it, with mean zero in
     each z."""
     econ = dk.krusell_smith().tables()
-    g = torch.Generator().manual_seed(0)
-    z = torch.randint(2, (400, 5), generator=g)
     for noise in (0.0, 1e-3):
-        ln_K = torch.full((400, 5), 3.6, dtype=F64)
-        for t in range(399):
-            shock = noise * torch.randn(5, generator=g, dtype=F64)
-            ln_K[t + 1] = 0.12 + 0.01 * z[t] + 0.965 * ln_K[t] + shock
-        gap = ln_K[1:] - torch.log(dk.expected_capital(ln_K.exp(), z, econ))
-        assert gap.shape == (399, 5) and all(gap[z[:-1] == i].mean().abs() < 1e-12 for i in (0, 1))
-        assert gap.std() == pytest.approx(noise, rel=0.05, abs=1e-12)
+        ln_K, z = paths_by_law(noise)
+        law = dk.belief(ln_K.exp(), z, econ)
+        gap = ln_K[1:] - torch.log(dk.expected_capital(ln_K.exp(), z, law, econ))
+        assert gap.shape == (399, 200) and all(gap[z[:-1] == i].mean().abs() < 1e-12 for i in (0, 1))
+        assert gap.std() == pytest.approx(noise * (1 + 0.965**2) ** 0.5, rel=0.05, abs=1e-12)
+
+
+@pytest.mark.parametrize("slow", [0.9, 0.99])
+def test_belief_is_of_what_z_does_to_capital(slow):
+    """Where ln K has in it what is not due to z and dies out more or less slowly, least squares takes the persistence
+    of both for that of one; the history of z as an instrument does not."""
+    econ = dk.krusell_smith().tables()
+    ln_K, z = paths_by_law(6e-3, slow)
+    plain, _ = dk.law_of_motion(ln_K.exp(), z, torch.zeros(2))
+    ours = dk.belief(ln_K.exp(), z, econ)
+    wrong = (plain[:, 1] - 0.965).abs().min()
+    assert wrong > 0.005 and (ours[:, 1] - 0.965).abs().max() < 0.2 * wrong
+
+
+def test_belief_where_z_says_nothing():
+    """One z, a z that never comes, or capital that z does not move: as least squares has it."""
+    g, econ = torch.Generator().manual_seed(0), dk.krusell_smith().tables()
+    K = torch.exp(3.6 + 0.01 * torch.randn(200, 5, generator=g, dtype=F64))
+    for z in (torch.zeros(200, 5, dtype=torch.int64), torch.randint(2, (200, 5), generator=g)):
+        plain, _ = dk.law_of_motion(K, z, torch.zeros(2))
+        assert torch.allclose(dk.belief(K, z, econ), plain, equal_nan=True)
 
 
 def test_sampled_households(economy, tables, rng):
@@ -397,7 +431,7 @@ def test_sampled_households(economy, tables, rng):
     K_path, z_path = (torch.stack(x) for x in zip(*[(paths[0][1][:, 0], z[:, 0]) for _, z, paths in simulated]))
     K_path = K_path + torch.arange(30).unsqueeze(1)  # every (period, economy) its own number
     k_range = torch.stack([panel.k.min(), panel.k.max()])
-    expected = dk.expected_capital(K_path, z_path, tables)
+    expected = dk.expected_capital(K_path, z_path, dk.belief(K_path, z_path, tables), tables)
     k, s, K, z, K_next, row = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, cfg, rng)
     assert K_next.shape == (5, 4000)
     assert k.shape == (4000,) and s.shape == K.shape == z.shape == (6, 4000)
@@ -480,7 +514,7 @@ def rows(jacobian, residual, theta):
 def levenberg_marquardt(J, residual, damping, n):
     """The step by plain linear algebra: damping and the mean squared residual of n states, of the mean diagonal."""
     A = J.T @ J
-    damped = A + (damping + residual.square().sum() / n) * A.diagonal().mean() * torch.eye(len(A), dtype=F64)
+    damped = A + (damping + residual.square().sum() / n) * torch.diag(A.diagonal() + 0.1 * A.diagonal().mean())
     return torch.linalg.solve(damped, J.T @ residual)
 
 
