@@ -141,7 +141,7 @@ def test_weights_file(smoke_run):
     k, s, K, z = np.array([2.0, 50.0]), np.array([0, 1]), 39.0, 1
     R, w = dk.prices(torch.tensor(K).double(), torch.tensor(z), econ.tables())
     m = float(R) * k + ours["income"][z].numpy() * float(w)
-    x = np.stack([np.log(m / (econ.K_ss + econ.c_ss)), np.log(k / econ.c_ss + 0.1) / 3, k / (k + econ.K_ss),
+    x = np.stack([np.log(m / (econ.K_ss + econ.c_ss)), np.log(k / econ.c_ss + 0.1) / 0.4, k / (k + econ.K_ss),
                   np.full(2, 8 * np.log(K / weights["K_mean"])), 2.0 * s - 1, np.ones(2)], 1)
 
     def output(name):

@@ -207,7 +207,7 @@ def project(smoke_run, tmp_path):
         (tmp_path / name).write_text(json.dumps(metrics | changes))
 
     write("metrics.json")
-    for seed in range(5):
+    for seed in range(10):
         write(f"benchmarks/seeds/seed{seed}.json", seed=seed)
     unpublished = [row | {"published": None} for row in metrics["verdict"]]
     write("benchmarks/gamma2.json", calibration=metrics["calibration"] | {"gamma": 2.0}, verdict=unpublished)

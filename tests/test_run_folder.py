@@ -115,7 +115,7 @@ def test_grid_flags_change_the_grid_and_nothing_else():
     (["--grid-n", "50"], "unrecognized arguments: --grid-n"), (["--grid-exponent", "nan"], "--grid-exponent nan"),
     (["--grid-K-low", "1"], "--grid-K-low 1.0: give a value in (0, 1)"), (["--grid", "fine"], "--grid: invalid choice"),
     (["--grid", "none", "--grid-damping", "1.1"], "--grid-damping 1.1"),
-    (["--grid-burn-in", "99", "--grid-periods", "500"], "--grid-burn-in 99 leaves too little of a fifth of")])
+    (["--grid-burn-in", "99", "--grid-periods", "500"], "--grid-burn-in 99 leaves too little of --grid-periods 500")])
 def test_impossible_values_are_refused_in_one_line(argv, words):
     assert words in refused(*argv)
 
