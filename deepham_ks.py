@@ -2204,7 +2204,7 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
     c = np.minimum(above, (1 - econ.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], econ)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
-    gap, damping, long = np.inf, config.damping, None
+    gap, damping, long, steps = np.inf, config.damping, None, np.zeros((2, Z, 2))
     correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
     for update in range(config.max_updates):
         c, k_endo, change, bounded = solve_household(c, laws, nodes, econ, config)
@@ -2218,7 +2218,7 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
             return law_of_motion_fixed_point(econ, config, centre, k_max, bar, tries - 1)
         if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
             return law_of_motion_fixed_point(econ, config, centre, 2 * k_max, bar, tries - 1)
-        steps = [found + to_long - law for (found, _), to_long, law in zip(new, correction, laws)]
+        last, steps = steps, [found + to_long - law for (found, _), to_long, law in zip(new, correction, laws)]
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
             long_path, mass, long = simulated_laws(table, k, K, mass, z_path, laws, econ, config)
@@ -2241,8 +2241,8 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
                                 k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1],
                                 K_mean=long_path[burn_in:].mean(), alm_coefficients=laws[0], alm_r2=long[0][1],
                                 Delta_r2=long[1][1], notes=tuple(notes))
-        if gap > gap_last:  # the law of motion overshoots: more K expected means less saved
-            damping /= 2
+        if gap > gap_last and any(np.vdot(new @ x, old @ x) < 0 for new, old in zip(steps, last)):
+            damping /= 2  # the law of motion overshoots: more K expected means less saved
         laws = [law + damping * step for law, step in zip(laws, steps)]
     raise UserError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
                     f"(c moves {change:.0e}, K forecast {gap:.0e}); lower --grid-damping or judge with --grid none")
