@@ -1267,9 +1267,8 @@ def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, dampi
     of a residual and its jacobian = -d residual / d theta (n, P). The damping is in units of each parameter's own
     diagonal (Marquardt 1963), so that what only few states see, the bends near the limit, is free to move, and of a
     tenth of the mean one. The mean squared residual is added to it (Yamashita & Fukushima 2001): careful far from the
-    solution, free near it. A step that does not lower the loss is
-    not taken, and the damping rises tenfold: decided on the device, so that nothing waits for it. Returns theta,
-    damping and whether the step was taken."""
+    solution, free near it. A step that does not lower the loss is not taken, and the damping rises tenfold: decided on
+    the device, so that nothing waits for it. Returns theta, damping and whether the step was taken."""
     A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), loss(theta)
     for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
         for residual, jacobian in rows(slice(start, start + 2048)):

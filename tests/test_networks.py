@@ -512,7 +512,8 @@ def rows(jacobian, residual, theta):
 
 
 def levenberg_marquardt(J, residual, damping, n):
-    """The step by plain linear algebra: damping and the mean squared residual of n states, of the mean diagonal."""
+    """The step by plain linear algebra: damping and the mean squared residual of n states, of each parameter's diagonal
+    and a tenth of the mean one."""
     A = J.T @ J
     damped = A + (damping + residual.square().sum() / n) * torch.diag(A.diagonal() + 0.1 * A.diagonal().mean())
     return torch.linalg.solve(damped, J.T @ residual)
