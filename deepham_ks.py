@@ -1064,6 +1064,11 @@ def belief(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
     return regress_by_z(ln_K[1:], ln_K[:-1], z, law[:, 1], driven_by_z(law, z))[0]
 
 
+def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
+    """The law (Z, 2), in place, moves this share of the way to what was found, where z came."""
+    law.add_(share * torch.where(found.isnan(), 0.0, found - law))
+
+
 def expected_capital(K_path: Tensor, z_path: Tensor, law: Tensor, econ: Tables) -> Tensor:
     """E[K' | K, z] by a law of motion at all but the last date of simulated paths (periods, B); realised K' also has
     the sampling noise of N households in it. Where networks see moments it is K' itself, which these are there to
@@ -1228,12 +1233,12 @@ def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Table
     k0, s, K, z, K_next, at = paths
     k = kernels.roll_out(policy, k0, s, K, z, econ, M, at)
     c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ, M, at[:-1])
-    M_T = None if M is None else M[at[-1], -1]
-    V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ, M_T)
-    surprise = [torch.zeros_like(c)] * 4
     if cfg.control_variate:
-        _, V_k_T = value_and_costate(policy, value, k[-1], s[-1], K[-1], z[-1], econ, None if M is None else M[at[-1]])
         surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ, M, M_next, at)
+        V_T, V_k_T = surprise[2][-1], surprise[3][-1]
+    else:
+        surprise, M_T = [torch.zeros_like(c)] * 4, None if M is None else M[at[-1], -1]
+        V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ, M_T)
     k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
     R, _ = prices(K, z, econ)
     Delta = expected_Delta(marginal_utility(c, econ), k, s, K, z, econ)
@@ -1504,9 +1509,8 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         state[name].copy_(tensor)
     if econ.equilibrium == "planner":
         law, _ = regress_by_z(gains.double(), torch.log(state["K_path"].double()), state["z_path"], econ.TFP * 0)
-        econ.Delta_law.add_(state["rates"][3] * torch.where(law.isnan(), 0.0, law - econ.Delta_law))
-    law = belief(state["K_path"], state["z_path"], econ)
-    state["K_law"].add_(state["rates"][4] * torch.where(law.isnan(), 0.0, law - state["K_law"]))
+        approach(econ.Delta_law, law, state["rates"][3])
+    approach(state["K_law"], belief(state["K_path"], state["z_path"], econ), state["rates"][4])
     state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], state["K_law"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     if k_path:

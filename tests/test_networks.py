@@ -329,10 +329,11 @@ def test_control_variate_takes_the_last_draw_out(world, eager):
     are left out."""
     economy, econ, policy, value, (k0, s, K, z), K_next = world
 
-    def without_bounds(*states):
-        return *dk.surprises(*states)[:2], *[torch.zeros_like(states[2][1:])] * 2
+    def without_bounds(*arguments):
+        *labels, came, came_k, econ = arguments
+        return dk.costates(*labels, 0 * came, 0 * came_k, econ)
 
-    eager = eager._replace(surprises=without_bounds)
+    eager = eager._replace(costates=without_bounds)
     ways = {"without": (False, K[1:2]), "with": (True, K[1:2]), "K' came otherwise": (True, K_next[:1])}
     mean, U, EV_k = dict.fromkeys(ways, 0.0), {way: [] for way in ways}, 0.0
     k1 = dk.network_capital(layers_of(policy), k0, s[0], K[0], z[0], econ)
