@@ -22,6 +22,7 @@ successors of a state. A policy is any function (k, s, K, z) -> k'.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -48,6 +49,7 @@ import numpy as np
 import scipy.interpolate
 import scipy.stats
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
@@ -937,12 +939,17 @@ class Seen(NamedTuple):
     centre: Tensor  # (p,) centre of the learnt moments
 
 
+def by_date(state: dict, name: str) -> Tensor | None:
+    """Moments, or cross-sections, at all dates of all economies of the simulation, one a row; None without moments."""
+    return state[name].flatten(0, 1) if name in state else None
+
+
 def seen_by(view: int, state: dict, at: Tensor, econ: Tables, cfg: Config) -> Seen | None:
     """view 0: the policy network, -1: the value network; at (n,) the dates of the states."""
     if not econ.M_mean.numel():
         return None
     p = cfg.learnt_moments
-    of_view = state["M"][at, view], state["k_panel"][at], state["s_panel"][at]
+    of_view = by_date(state, "M")[at, view], by_date(state, "k_panel")[at], by_date(state, "s_panel")[at]
     return Seen(*of_view, econ.M_mean.shape[1] ** 0.5 * econ.M_std[view, -p:], econ.M_mean[view, -p:])
 
 
@@ -1076,6 +1083,93 @@ def expected_capital(K_path: Tensor, z_path: Tensor, law: Tensor, econ: Tables) 
     if econ.M_mean.numel():
         return K_path[1:]
     return torch.exp(by_law(law[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+# Under torchrun each rank has its share of the economies and of the roll-out's households, and its own random stream.
+# What the run decides on are sums over all of them, so that every rank decides alike. With one process these functions
+# do nothing.
+
+RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+               for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
+# the dimension along which ranks share a tensor of the state; of `batch_` it is the first
+SHARED = dict.fromkeys(("k", "s", "z"), 0) | dict.fromkeys(
+    ("K_path", "K_next", "z_path", "M", "M_next", "k_panel", "s_panel"), 1)
+
+
+def join_ranks(device: str) -> None:
+    """Once for every process: NCCL for what is on a GPU, gloo for what is not."""
+    if RANKS == 1 or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    together(lambda: dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"))
+    atexit.register(dist.destroy_process_group)
+
+
+def together(work: Callable) -> None:
+    """work(), which waits for every rank. UserError where one of them is gone."""
+    try:
+        work()
+    except RuntimeError as error:
+        raise UserError(f"a rank was lost after iteration {Interrupted.iteration}; the checkpoint of that iteration "
+                        "stays, go on with the same command and --resume") from error
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if RANKS > 1:
+        together(lambda: dist.all_reduce(x))
+    return x
+
+
+def gathered(x: Tensor, dim: int) -> Tensor:
+    """The ranks' tensors, one after the other along dim, bit for bit: zeros are added to their bytes."""
+    if RANKS == 1:
+        return x
+    parts = x.new_zeros(RANKS, *x.shape)
+    parts[RANK] = x
+    total(parts.view(torch.uint8))
+    return torch.cat(list(parts), dim)
+
+
+def of_first(make: Callable):
+    """What make() returns on the first rank."""
+    box = [make() if RANK == 0 else None]
+    if RANKS > 1:
+        together(lambda: dist.broadcast_object_list(box, device=torch.device("cpu")))
+    return box[0]
+
+
+def agreed(x: Tensor) -> None:
+    """x becomes what it is on the first rank: other machines round in other ways."""
+    if RANKS > 1:
+        x.copy_(total(x * (RANK == 0)))
+
+
+def own_share(cfg: Config) -> Config:
+    """What one rank simulates and rolls out."""
+    for name in ("n_economies", "batch"):
+        size = getattr(cfg, name)
+        require(size % RANKS == 0, f"{flag(name)} {size} is no multiple of the {RANKS} ranks: give "
+                f"{RANKS * math.ceil(size / RANKS)}")
+    return dataclasses.replace(cfg, n_economies=cfg.n_economies // RANKS, batch=cfg.batch // RANKS)
+
+
+def shared_along(name: str) -> int | None:
+    return 0 if name.startswith("batch_") else SHARED.get(name)
+
+
+def whole(state: dict) -> dict:
+    """The state of all ranks, on the CPU."""
+    return {name: x if shared_along(name) is None else gathered(x.cpu(), shared_along(name))
+            for name, x in state.items()}
+
+
+def own_part(state: dict) -> dict:
+    """Of a whole state."""
+    return {name: x if shared_along(name) is None else x.chunk(RANKS, shared_along(name))[RANK].clone()
+            for name, x in state.items()}
 
 
 # ---------------------------------------------------------------------------------------------- learning
@@ -1274,17 +1368,17 @@ def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, dampi
     tenth of the mean one. The mean squared residual is added to it (Yamashita & Fukushima 2001): careful far from the
     solution, free near it. A step that does not lower the loss is not taken, and the damping rises tenfold: decided on
     the device, so that nothing waits for it. Returns theta, damping and whether the step was taken."""
-    A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), loss(theta)
+    A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), total(loss(theta))
     for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
         for residual, jacobian in rows(slice(start, start + 2048)):
             add_gram(A, jacobian)
             gradient.addmv_(jacobian.T, residual)
-    A = A.double()
-    A.diagonal().add_((damping + now / n) * (A.diagonal() + 0.1 * A.diagonal().mean()))
+    A, gradient = total(A).double(), total(gradient)
+    A.diagonal().add_((damping + now / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
     factor, _ = torch.linalg.cholesky_ex(A)
     step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1)
     trial = theta + rate * step.to(theta.dtype)
-    taken = loss(trial) < now
+    taken = total(loss(trial)) < now
     theta = torch.where(taken, trial, theta)
     damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
     return theta, damping, taken
@@ -1306,8 +1400,12 @@ def inputs_of(batch: Batch, econ: Tables) -> Inputs:
 
 
 def value_targets(batch: Batch, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
-    """What g and dg/dk should be for V = U and V_k = lambda, and V_g / u'(c), which makes slopes unit-free."""
-    g = equivalent_of(batch.U, batch.s, batch.z, econ)
+    """What g and dg/dk should be for V = U and V_k = lambda, and V_g / u'(c), which makes slopes unit-free. Utility may
+    have a bound that a noisy sample U passes: it is held to half the least and twice the most consumption for ever."""
+    U, D = batch.U, econ.annuity[joint(batch.s, batch.z, econ)]
+    if econ.equilibrium == "market":
+        U = U.clamp(D * utility(batch.c.min() / 2, econ), D * utility(2 * batch.c.max(), econ))
+    g = equivalent_of(U, batch.s, batch.z, econ)
     _, V_g = value_of(g, batch.s, batch.z, econ)
     return g, batch.lam / V_g, V_g / marginal_utility(batch.c, econ)
 
@@ -1456,22 +1554,25 @@ def movement(watched: list) -> float:
 def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables, cfg: Config, taken) -> Tensor:
     """The figures of HISTORY from mean_K to value_damping and watched_savings(), on the device."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
-    value, M = layers_of(state["value"], econ, cfg), state.get("M")
+    value, M = layers_of(state["value"], econ, cfg), by_date(state, "M")
     g, g_k = network_and_slope(value, at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1), at.dx)
     free = batch.c < (at.m - econ.k_min) * (1 - 1e-6)
     at_limit = 1 - free.to(at.m.dtype).mean()
     first_order = torch.where(free, policy_residual(batch, econ), torch.zeros_like(at.m))
-    rms = [x.square().mean().sqrt() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
+    squares = [x.square().mean() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
     layers, states = layers_of(state["policy"], econ, cfg), States.expected(batch, econ)
     if M is not None:
-        states = states._replace(M=M[batch.at], M_next=state["M_next"][batch.at])
+        states = states._replace(M=M[batch.at], M_next=by_date(state, "M_next")[batch.at])
 
     def policy(k, s, K, z, M=None):
         return network_capital(layers, k, s, K, z, econ, None if M is None else M[..., 0, :])
 
     error, counts = euler_residuals(policy, states, econ)
-    euler = (error.abs() * counts).sum() / counts.sum()
-    figures = torch.stack([state["k"].mean(), objective, *rms, at_limit, euler, *taken, *state["damping"]])
+    euler, n = (error.abs() * counts).sum(), counts.sum()
+    mean_K, objective, *squares, at_limit, euler, n = total(torch.stack(
+        [state["k"].mean(), objective, *squares, at_limit, euler, n])) / RANKS
+    rms = [square.sqrt() for square in squares]
+    figures = torch.stack([mean_K, objective, *rms, at_limit, euler / n, *taken, *state["damping"]])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
 
@@ -1485,6 +1586,8 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         taken = update(state, states, econ, cfg, kernels)
     if cfg.optimizer == "adam":
         taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
+    for name in ("policy", "value"):
+        agreed(state[name])
     networks = [layers_of(state[name], econ, cfg) for name in ("policy", "value")]
 
     def policy(k, s, K, z):
@@ -1507,10 +1610,11 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         panel = Panel(k, s, z)
     for name, tensor in zip(Panel._fields, panel):
         state[name].copy_(tensor)
+    K_path, z_path = gathered(state["K_path"], 1), gathered(state["z_path"], 1)
     if econ.equilibrium == "planner":
-        law, _ = regress_by_z(gains.double(), torch.log(state["K_path"].double()), state["z_path"], econ.TFP * 0)
+        law, _ = regress_by_z(gathered(gains, 1).double(), torch.log(K_path.double()), z_path, econ.TFP * 0)
         approach(econ.Delta_law, law, state["rates"][3])
-    approach(state["K_law"], belief(state["K_path"], state["z_path"], econ), state["rates"][4])
+    approach(state["K_law"], belief(K_path, z_path, econ), state["rates"][4])
     state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], state["K_law"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     if k_path:
@@ -1519,18 +1623,23 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     if value_only(state, cfg):  # V of the final policy matters where that policy leads
         cfg = dataclasses.replace(cfg, wide_share=0.0)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
-    for name, tensor in zip(Batch._fields, thin(batch, cfg)):
-        state[f"batch_{name}"].copy_(tensor)
+    keep_batch(state, batch, cfg)
     if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
         for _ in range(10):  # the value network, a constant so far, meets its first labels
             value_update(state, states, state["rates"][1], econ, cfg, kernels)
     return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
 
 
+def range_of(k: Tensor) -> Tensor:
+    """Least and largest k on all ranks (2,)."""
+    ends = gathered(torch.stack([k.min(), k.max()]), 0)
+    return torch.stack([ends.min(), ends.max()])
+
+
 def widened(k_range: Tensor, k: Tensor) -> Tensor:
     """The simulated range of capital (2,): it grows at once and shrinks by a tenth an iteration, so that rare states
     are learnt from all the time and not by fits."""
-    now = torch.stack([k.min(), k.max()])
+    now = range_of(k)
     slowly = k_range + 0.1 * (now - k_range)
     return torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]])
 
@@ -1538,7 +1647,7 @@ def widened(k_range: Tensor, k: Tensor) -> Tensor:
 def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     """Where mean K has moved by more than a tenth, the input ln K is centred there anew; the first biases take the
     difference up, so that both networks stay the functions they were."""
-    shift = torch.log(state["K_path"] / econ.K_mean).mean()
+    shift = total(torch.log(state["K_path"] / econ.K_mean).mean()) / RANKS
     shift = torch.where(shift.abs() > 0.1, shift, torch.zeros_like(shift))
     econ.K_mean.mul_(torch.exp(shift))
     for name in ("policy", "value"):
@@ -1546,7 +1655,7 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
         b1.add_(econ.K_scale * shift * W1[:, K_INPUT])
     if not econ.M_mean.numel():
         return
-    M, n = state["M"], econ.M_mean.shape[1]
+    M, n = gathered(state["M"], 1).flatten(0, 1), econ.M_mean.shape[1]
     shift, unit = M.mean(0) * n**0.5, M.std(0) * n**0.5  # (V, n)
     moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
     shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
@@ -1563,11 +1672,11 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
 def keep_moments(state: dict, networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> None:
     """Moments at all dates of the simulation k, s (periods, B, N) and, where they are learnt, the cross-sections."""
     M, M_next = path_moments(networks, k, s, state["z_path"], econ, cfg)
-    state["M"].copy_(M)
-    state["M_next"].copy_(M_next)
+    state["M"].copy_(M.view_as(state["M"]))
+    state["M_next"].copy_(M_next.view_as(state["M_next"]))
     if cfg.learnt_moments:
-        state["k_panel"].copy_(k.flatten(0, 1))
-        state["s_panel"].copy_(s.flatten(0, 1))
+        state["k_panel"].copy_(k)
+        state["s_panel"].copy_(s)
 
 
 def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> Batch:
@@ -1576,13 +1685,18 @@ def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rn
     of_state = [state[name] for name in ("K_path", "K_next", "z_path", "k_range")]
     paths = sample_households(panel, *of_state, econ, cfg, rng)
     policy, value = [layers_of(state[name], econ, cfg) for name in ("policy", "value")]
-    return roll_out_batch(policy, value, paths, econ, cfg, kernels, state.get("M"), state.get("M_next"))
+    return roll_out_batch(policy, value, paths, econ, cfg, kernels, by_date(state, "M"), by_date(state, "M_next"))
+
+
+def keep_batch(state: dict, batch: Batch, cfg: Config) -> None:
+    for name, tensor in zip(Batch._fields, thin(batch, cfg)):
+        state[f"batch_{name}"].copy_(tensor)
 
 
 def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels, bellman: bool = False):
     damping, seen = state["damping"], seen_by(-1, state, states.at, econ, cfg)
     value, damping[1], taken = value_step(state["value"], rate, damping[1], states, econ, cfg, kernels, bellman, seen,
-                                          state.get("M_next"))
+                                          by_date(state, "M_next"))
     state["value"].copy_(value)
     return taken
 
@@ -1639,7 +1753,8 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
     def descend(name, loss):
         theta = optimizers[name].param_groups[0]["params"][0]
         with torch.enable_grad():
-            (theta.grad,) = torch.autograd.grad(loss(theta), theta)
+            (gradient,) = torch.autograd.grad(loss(theta), theta)
+        theta.grad = total(gradient) / RANKS
         optimizers[name].step()
 
     if state["iteration"] > 0:  # before, there is no simulated path
@@ -1679,12 +1794,12 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         networks[name] = torch.cat([initial_parameters(n, cfg.hidden, bias, seed_of),
                                     initial_learnt(econ, cfg, seed_of)]).to(device)
         layers_of(networks[name], econ, cfg)[0][:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
-    dates, moments = cfg.periods * cfg.n_economies, {}
+    dates, moments = (cfg.periods, cfg.n_economies), {}
     if econ.M_mean.numel():
         moments = {"M_mean": econ.M_mean, "M_std": econ.M_std,
-                   "M": torch.zeros(dates, *econ.M_mean.shape, device=device),
-                   "M_next": torch.zeros(dates, len(econ.TFP), *econ.M_mean.shape, device=device),
-                   "k_panel": torch.zeros(dates, cfg.n_agents if cfg.learnt_moments else 0, device=device)}
+                   "M": torch.zeros(*dates, *econ.M_mean.shape, device=device),
+                   "M_next": torch.zeros(*dates, len(econ.TFP), *econ.M_mean.shape, device=device),
+                   "k_panel": torch.zeros(*dates, cfg.n_agents if cfg.learnt_moments else 0, device=device)}
         moments["s_panel"] = moments["k_panel"].to(torch.int16)
     return {
         "iteration": 0,
@@ -1692,7 +1807,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "damping": torch.full((2,), 1e-2, device=device),
         "rates": torch.zeros(5, device=device),  # of the policy step, the value step, momentum, the laws of Delta and K
         "last_step": torch.zeros_like(networks["policy"]),
-        "k_range": torch.stack([panel.k.min(), panel.k.max()]),
+        "k_range": range_of(panel.k),
         "caution": 1.0,
         "settled": 0,  # iteration at which savings had settled
         "watched": [],  # the last ten of watched_savings()
@@ -1745,7 +1860,7 @@ def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | Non
 def unbounded_saving(state: dict, econ: Tables, cfg: Config) -> str:
     """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
     saves more and more; what bounds its wealth is R < 1 alone."""
-    k, s, z = state["k"], state["s"], state["z"]
+    k, s, z = (gathered(state[name], SHARED[name]) for name in Panel._fields)
     K = k.mean(1, keepdim=True)
     networks = [layers_of(state["policy"], econ, cfg)]
     M = moments_of(networks, k, s, econ, cfg) if econ.M_mean.numel() else None
@@ -2842,6 +2957,12 @@ def check(cfg: Config, grid: GridConfig, run: Run) -> None:
             "--evaluate trains nothing and --resume goes on training; give one of the two")
     require(run.device != "cuda" or torch.cuda.is_available(),
             "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
+    if RANKS > 1:
+        gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
+        require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
+                f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
+        own_share(cfg)
     require(cfg.eval_drop <= cfg.eval_periods - 3,
             f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
     require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
@@ -3020,7 +3141,9 @@ def exit_status(work, argv: list) -> int:
     except Interrupted as stop:
         again = shlex.join(["--resume", *(a for a in argv if a != "--resume")])
         saved = stop.iteration or "--resume" in argv
-        cure = f"continue with: python {shlex.quote(Interrupted.script)} {again}" if saved else "nothing was saved yet"
+        python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        again = f"{python} {shlex.quote(Interrupted.script)} {again}"
+        cure = f"continue with: {again}" if saved else "nothing was saved yet"
         line = f"stopped by {signal.Signals(stop.args[0]).name} after iteration {stop.iteration}; {cure}"
         status = 128 + stop.args[0]
     except OSError as error:  # standard output is a closed pipe or on a full disk
@@ -3034,7 +3157,10 @@ def exit_status(work, argv: list) -> int:
         Interrupted.pending = 0
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    print(f"deepham_ks: {line}", file=sys.stderr)
+    if RANK > 0 and status == 2:
+        time.sleep(10)  # what the first rank has to say ends this one; alone with a trouble it speaks
+    if RANK == 0 or status == 2:
+        print(f"deepham_ks: {f'rank {RANK}: ' * (RANK > 0)}{line}", file=sys.stderr)
     return status
 
 
@@ -3065,7 +3191,7 @@ def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, 
     V, n = econ.M_mean.shape
     laws = torch.zeros(len(econ.TFP), V, n, 2, dtype=torch.float64)
     for v, i in np.ndindex(V, n):
-        path = state["M"][:, v, i].view(state["K_path"].shape).double()
+        path = state["M"][:, :, v, i].double()
         law, _ = regress_by_z(path, torch.log(state["K_path"].double()), state["z_path"], 0 * path[0, : len(econ.TFP)])
         laws[:, v, i] = law.nan_to_num().cpu()
     units = {name: state.get(name, getattr(econ, name)).cpu().clone() for name in ("M_mean", "M_std")}
@@ -3284,37 +3410,67 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
     calibration = dataclasses.asdict(economy) if isinstance(economy, Calibration) else calibration or {}
     economy, device = as_economy(economy), choose_device(device)
     torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
+    join_ranks(device)
     econ, kernels = with_units(economy.tables(device, torch.float32), config), compile_kernels(compile)
+    state = trained(econ, config, kernels, seed, cuda_graphs and device == "cuda", output_dir, resume,
+                    {"calibration": calibration, "economy": economy_dict(economy)})
+    return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
+
+
+def generator(device: str, seed: int) -> torch.Generator:
+    """Of this rank's random numbers."""
     rng = torch.Generator()
     if device == "cuda":
         torch.cuda.init()
-        rng = torch.cuda.default_generators[0]
+        rng = torch.cuda.default_generators[torch.cuda.current_device()]
         torch._C._jit_set_texpr_fuser_enabled(False)  # compiles inside a capture; and the CPU build has no such fuser
         torch.backends.cuda.preferred_linalg_library("cusolver")  # a Cholesky factor that can be captured
-    rng.manual_seed(seed)
-    state, path = initial_state(econ, config, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
+    return rng.manual_seed(seed + RANK * 10**10)
+
+
+def resumed(state: dict, saved: dict, rng: torch.Generator, seed: int) -> bool:
+    """The state goes on from a checkpoint; whether with its random numbers."""
+    size = len(rng.get_state())
+    same = len(saved["rng"]) == RANKS * size  # of another size on another kind of device
+    if same:
+        rng.set_state(saved["rng"][RANK * size : (RANK + 1) * size].clone())
+    else:
+        print("the checkpoint is of another number of ranks or another kind of device: economies are shared anew and "
+              "random numbers start anew, so not bit for bit")
+        rng.manual_seed(seed + saved["iteration"] + RANK * 10**10)
+    device = state["policy"].device
+    state |= {name: x.to(device) if isinstance(x, Tensor) else x for name, x in own_part(saved).items()
+              if name in state or name.startswith("adam_")}
+    return same
+
+
+def trained(econ: Tables, config: Config, kernels: Kernels, seed: int, graphs: bool, output_dir, resume: bool,
+            of_run: dict) -> dict:
+    """The state of all ranks after the training, with a checkpoint after every outer iteration. of_run: what else a
+    checkpoint tells of its run."""
+    cfg, rng = own_share(config), generator(econ.TFP.device.type, seed)
+    state, path = initial_state(econ, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
     free = ("iterations", "eval_", "irf_")  # a run may be resumed to more iterations, or judged at other sizes
     fixed = {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith(free)}
-    of_run = {"calibration": calibration, "economy": economy_dict(economy), "config": fixed | {"seed": seed}}
+    of_run = of_run | {"config": fixed | {"seed": seed}}
     if resume:
-        saved = load_checkpoint(path, of_run | state, "--resume")
-        if saved["rng"].shape == rng.get_state().shape:  # of another size on another kind of device
-            rng.set_state(saved["rng"])
-        else:
-            print("the checkpoint is of another kind of device: random numbers start anew, so not bit for bit")
-            rng.manual_seed(seed + saved["iteration"])
-        state |= {name: x.to(device) if isinstance(x, Tensor) else x for name, x in saved.items()
-                  if name in state or name.startswith("adam_")}
+        like = of_run | whole(state)
+        same = resumed(state, of_first(lambda: load_checkpoint(path, like, "--resume")), rng, seed)
         follow = ("K_mean", "Delta_law", "M_mean", "M_std")
         econ = econ._replace(**{name: state[name] for name in follow if name in state})
+        if not same and state["iteration"] > 0:
+            with torch.no_grad():
+                keep_batch(state, roll_out_sample(state, econ, cfg, kernels, rng), cfg)
     Interrupted.iteration = state["iteration"]
 
     def after_iteration(state: dict) -> None:
         if path:
-            if state["iteration"] == 1 and path.exists():  # of an earlier run
-                with disk_errors(output_dir):
-                    os.replace(path, path.with_name("checkpoint.previous.pt"))
-            save_checkpoint(path, of_run | state | {"rng": rng.get_state()})
+            everything = of_run | whole(state) | {"rng": gathered(rng.get_state(), 0)}
+            if RANK == 0:
+                if state["iteration"] == 1 and path.exists():  # of an earlier run
+                    with disk_errors(output_dir):
+                        os.replace(path, path.with_name("checkpoint.previous.pt"))
+                save_checkpoint(path, everything)
         Interrupted.iteration = state["iteration"]
         last = {name: column[-1] for name, column in state["history"].items()}
         shown = ("mean_K", "value_residual", "policy_residual", "objective")
@@ -3324,9 +3480,10 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
         if bar.disable:
             print(f"iteration {state['iteration']} {words} seconds {last['seconds']:.2f}", flush=True)
 
-    with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=None, unit="it") as bar:
-        train(state, econ, config, kernels, rng, cuda_graphs and device == "cuda", after_iteration)
-    return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
+    hidden = True if RANK else None  # None: on a terminal only
+    with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=hidden, unit="it") as bar:
+        train(state, econ, cfg, kernels, rng, graphs, after_iteration)
+    return whole(state)
 
 
 def work(settings: Settings) -> int:
@@ -3335,7 +3492,8 @@ def work(settings: Settings) -> int:
 
     economy, calibration, cfg, grid_config, run = settings
     output_dir = Path(run.output_dir)
-    prepare(output_dir)
+    if RANK == 0:
+        prepare(output_dir)
     if run.device == "cpu" or not torch.cuda.is_available():
         limit_memory()
     seconds = {}
@@ -3348,6 +3506,8 @@ def work(settings: Settings) -> int:
         with stage(seconds, "training_with_checkpoints"):
             network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
                             cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
+    if RANK > 0:
+        return 0
     with stage(seconds, "grid"):
         grid = solve_grid(economy, grid_config, progress=True).to(network.device) if grid_config else None
     with stage(seconds, "accuracy"), torch.no_grad():
@@ -3402,8 +3562,9 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     dataclass whose fields, made by option(), become flags; config is its default preset. Returns 0 done, 1 an accuracy
     figure fails in --evaluate, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
-    return exit_status(lambda argv: work(parse(argv, economy, calibration, config)),
-                       sys.argv[1:] if argv is None else argv)
+    with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext():
+        return exit_status(lambda argv: work(parse(argv, economy, calibration, config)),
+                           sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
