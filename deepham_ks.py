@@ -54,7 +54,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 

@@ -582,6 +582,24 @@ def value_by_hand(g, batch, economy):
     return D * (g / 10 if economy.gamma == 1 else torch.exp((1 - economy.gamma) * g / 10) / (1 - economy.gamma))
 
 
+
+def test_labels_stay_where_utility_has_values(world, eager):
+    """For gamma > 1 utility is below zero and for gamma < 1 above: a noisy U beyond that has no equivalent. Any other
+    is what it was."""
+    batch = batch_of(world, eager, True)
+    g, _, _ = dk.value_targets(batch, world.econ)
+    assert torch.equal(g, dk.equivalent_of(batch.U, batch.s, batch.z, world.econ))
+    beyond = -torch.sign(torch.tensor(dk.utility_ss(world.econ))) * 1e-3  # zero for log utility, which has no bound
+    U = batch.U.clone()
+    U[:2] = beyond
+    g, slope, unit = dk.value_targets(batch._replace(U=U), world.econ)
+    assert g.isfinite().all() and slope.isfinite().all() and unit.isfinite().all()
+    if world.econ.gamma != 1:
+        end = batch.c.max() * 2 if world.econ.gamma > 1 else batch.c.min() / 2
+        equivalent = world.econ.c_ss * torch.exp(world.econ.value_unit * g[:2])
+        assert torch.allclose(equivalent, end.expand(g[:2].shape), rtol=1e-3)
+
+
 def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
     """The step of value_step against one from an autograd Jacobian of all residuals: g at which V = U, and dg/dk at
     which V_k = lambda, in units of u'(c)."""
