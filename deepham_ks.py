@@ -108,6 +108,7 @@ class Config:
     iterations: int = option(120, "outer iterations at most: policy step, value step, simulate, roll out", "[1, 1e6]")
     hidden: int = option(28, "width of the two tanh layers of both networks", "[1, 1024]")
     moments: str = option("", "moments of the distribution, beside K, that the networks see: names of MOMENTS")
+    value_networks: int = option(1, "value networks, trained on other draws; the policy sees their mean", "[1, 16]")
     learnt_moments: int = option(0, "moments that are learnt, functions of (k, s) averaged over households", "[0, 8]")
     optimizer: str = option(
         "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
@@ -666,6 +667,15 @@ def unpack(theta: Tensor, H: int, more=()) -> List[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
+def averaged(networks: list) -> List[Tensor]:
+    """The layers of a network whose output is the mean of those of several: units side by side, blind to each other."""
+    if len(networks) == 1:
+        return networks[0]
+    W1, b1, W2, b2, w3, b3 = zip(*networks)
+    return [torch.cat(W1), torch.cat(b1), torch.block_diag(*W2), torch.cat(b2), torch.cat(w3) / len(networks),
+            torch.stack(b3).mean()]
+
+
 def network(layers: List[Tensor], x: Tensor) -> Tensor:
     """Two tanh layers and a linear output: (..., n) -> (...)."""
     h = torch.tanh(linear(x, layers[0], layers[1]))
@@ -832,6 +842,16 @@ def layers_of(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
     return unpack(theta, cfg.hidden, learnt_shapes(econ, cfg))
 
 
+def value_networks(state: dict, econ: Tables, cfg: Config) -> list:
+    """The layers of each value network, views of the state."""
+    return [layers_of(theta, econ, cfg) for theta in state["value"].detach().chunk(cfg.value_networks)]
+
+
+def networks_of(state: dict, econ: Tables, cfg: Config) -> list:
+    """The layers of the policy network and of the value network, the mean of all there are."""
+    return [layers_of(state["policy"], econ, cfg), averaged(value_networks(state, econ, cfg))]
+
+
 def given_moments(cfg: Config) -> List[str]:
     return [name for name in cfg.moments.split(",") if name]
 
@@ -850,6 +870,8 @@ def with_units(econ: Tables, cfg: Config) -> Tables:
     n, V = sum(x.shape[-1] for x in given) + cfg.learnt_moments, 2 if cfg.learnt_moments else 1
     require(2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
             "--n-agents or take fewer")
+    require(cfg.value_networks == 1 or not cfg.learnt_moments, "--value-networks: the value network has learnt moments "
+            "of its own, so there is one; give 1 or no --learnt-moments")
     return econ._replace(M_mean=anybody.new_zeros(V, n), M_std=anybody.new_ones(V, n))
 
 
@@ -1503,6 +1525,15 @@ def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: See
     return (level.square() + slope.square()).mean() / 2
 
 
+def mean_value_loss(theta: Tensor, state: dict, batch: Batch, econ: Tables, cfg: Config) -> Tensor:
+    """Of all value networks, each on its own share of the households."""
+    n = cfg.value_networks
+    own = [batch] if n == 1 else [Batch(*[x[i::n] for x in batch]) for i in range(n)]
+    losses = [value_loss(part, some, econ, cfg, seen_by(-1, state, some.at, econ, cfg))
+              for part, some in zip(theta.chunk(n), own)]
+    return torch.stack(losses).mean()
+
+
 def policy_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: Seen | None = None) -> Tensor:
     """Minus the utility objective up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
     back-propagation through time without the graph through time."""
@@ -1525,8 +1556,8 @@ def thin(batch: Batch, cfg: Config) -> Batch:
     return Batch(*[path[taught(cfg)].flatten() for path in batch])
 
 
-HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "at_limit", "euler",
-           "policy_taken", "value_taken", "policy_damping", "value_damping", "rate", "movement")
+HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "value_spread",
+           "at_limit", "euler", "policy_taken", "value_taken", "policy_damping", "value_damping", "rate", "movement")
 WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mean capital at which savings are watched
 
 
@@ -1554,13 +1585,15 @@ def movement(watched: list) -> float:
 def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables, cfg: Config, taken) -> Tensor:
     """The figures of HISTORY from mean_K to value_damping and watched_savings(), on the device."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
-    value, M = layers_of(state["value"], econ, cfg), by_date(state, "M")
-    g, g_k = network_and_slope(value, at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1), at.dx)
+    (layers, value), M = networks_of(state, econ, cfg), by_date(state, "M")
+    x = at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1)
+    g, g_k = network_and_slope(value, x, at.dx)
+    apart = torch.stack([network(one, x) - g for one in value_networks(state, econ, cfg)]).square().mean()
     free = batch.c < (at.m - econ.k_min) * (1 - 1e-6)
     at_limit = 1 - free.to(at.m.dtype).mean()
     first_order = torch.where(free, policy_residual(batch, econ), torch.zeros_like(at.m))
     squares = [x.square().mean() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
-    layers, states = layers_of(state["policy"], econ, cfg), States.expected(batch, econ)
+    states = States.expected(batch, econ)
     if M is not None:
         states = states._replace(M=M[batch.at], M_next=by_date(state, "M_next")[batch.at])
 
@@ -1569,10 +1602,11 @@ def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables
 
     error, counts = euler_residuals(policy, states, econ)
     euler, n = (error.abs() * counts).sum(), counts.sum()
-    mean_K, objective, *squares, at_limit, euler, n = total(torch.stack(
-        [state["k"].mean(), objective, *squares, at_limit, euler, n])) / RANKS
-    rms = [square.sqrt() for square in squares]
-    figures = torch.stack([mean_K, objective, *rms, at_limit, euler / n, *taken, *state["damping"]])
+    mean_K, objective, *squares, apart, at_limit, euler, n = total(torch.stack(
+        [state["k"].mean(), objective, *squares, apart, at_limit, euler, n])) / RANKS
+    rms, damping = [square.sqrt() for square in (*squares, apart)], state["damping"]
+    rms[-1] *= econ.value_unit
+    figures = torch.stack([mean_K, objective, *rms, at_limit, euler / n, *taken, damping[0], damping[1:].mean()])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
 
@@ -1580,7 +1614,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     """One outer iteration, in place on the tensors of the state: learn from the states of the last roll-out, then
     simulate and roll out under the new policy. Returns its figures without waiting for them."""
     states = Batch(*[state[f"batch_{name}"] for name in Batch._fields])
-    taken = torch.zeros_like(state["damping"])
+    taken = state["damping"].new_zeros(2)
     if state["iteration"] > 0 and cfg.optimizer == "gauss-newton":
         update = bellman_update if value_only(state, cfg) else gauss_newton_updates
         taken = update(state, states, econ, cfg, kernels)
@@ -1588,7 +1622,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
     for name in ("policy", "value"):
         agreed(state[name])
-    networks = [layers_of(state[name], econ, cfg) for name in ("policy", "value")]
+    networks = networks_of(state, econ, cfg)
 
     def policy(k, s, K, z):
         M = moments_of(networks[:1], k, s, econ, cfg) if econ.M_mean.numel() else None
@@ -1650,8 +1684,9 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     shift = total(torch.log(state["K_path"] / econ.K_mean).mean()) / RANKS
     shift = torch.where(shift.abs() > 0.1, shift, torch.zeros_like(shift))
     econ.K_mean.mul_(torch.exp(shift))
-    for name in ("policy", "value"):
-        W1, b1 = layers_of(state[name].detach(), econ, cfg)[:2]
+    networks = [(0, layers_of(state["policy"].detach(), econ, cfg)),
+                *((-1, layers) for layers in value_networks(state, econ, cfg))]
+    for _, (W1, b1, *_) in networks:
         b1.add_(econ.K_scale * shift * W1[:, K_INPUT])
     if not econ.M_mean.numel():
         return
@@ -1659,8 +1694,7 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     shift, unit = M.mean(0) * n**0.5, M.std(0) * n**0.5  # (V, n)
     moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
     shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
-    for name, view in (("policy", 0), ("value", -1)):
-        W1, b1 = layers_of(state[name].detach(), econ, cfg)[:2]
+    for view, (W1, b1, *_) in networks:
         b1.add_(W1[:, -n:] @ shift[view] / n**0.5)
         W1[:, -n:].mul_(unit[view])
     econ.M_mean.add_(econ.M_std * shift)
@@ -1684,7 +1718,7 @@ def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rn
     panel = Panel(state["k"], state["s"], state["z"])
     of_state = [state[name] for name in ("K_path", "K_next", "z_path", "k_range")]
     paths = sample_households(panel, *of_state, econ, cfg, rng)
-    policy, value = [layers_of(state[name], econ, cfg) for name in ("policy", "value")]
+    policy, value = networks_of(state, econ, cfg)
     return roll_out_batch(policy, value, paths, econ, cfg, kernels, by_date(state, "M"), by_date(state, "M_next"))
 
 
@@ -1694,11 +1728,15 @@ def keep_batch(state: dict, batch: Batch, cfg: Config) -> None:
 
 
 def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels, bellman: bool = False):
-    damping, seen = state["damping"], seen_by(-1, state, states.at, econ, cfg)
-    value, damping[1], taken = value_step(state["value"], rate, damping[1], states, econ, cfg, kernels, bellman, seen,
-                                          by_date(state, "M_next"))
-    state["value"].copy_(value)
-    return taken
+    """A step of each value network on its own share of the households; whether all were taken."""
+    n, damping, taken = cfg.value_networks, state["damping"][1:], []
+    for i, theta in enumerate(state["value"].chunk(n)):
+        own = states if n == 1 else Batch(*[x[i::n] for x in states])
+        found, damping[i], step_taken = value_step(theta, rate, damping[i], own, econ, cfg, kernels, bellman,
+                                                   seen_by(-1, state, own.at, econ, cfg), by_date(state, "M_next"))
+        theta.copy_(found)
+        taken.append(step_taken)
+    return torch.stack(taken).all()
 
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
@@ -1760,13 +1798,12 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
     if state["iteration"] > 0:  # before, there is no simulated path
         states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
         for _ in range(cfg.value_steps):
-            seen = seen_by(-1, state, states.at, econ, cfg)
-            descend("value", lambda theta, seen=seen: value_loss(theta, states, econ, cfg, seen))
+            descend("value", lambda theta: mean_value_loss(theta, state, states, econ, cfg))
         for _ in range(cfg.policy_steps):
             batch = roll_out_sample(state, econ, cfg, kernels, rng)
             seen = seen_by(0, state, batch.at, econ, cfg)
             descend("policy", lambda theta, batch=batch, seen=seen: policy_loss(theta, batch, econ, cfg, seen))
-    return torch.ones_like(state["damping"])
+    return state["damping"].new_ones(2)
 
 
 def make_optimizers(state: dict, cfg: Config) -> dict:
@@ -1789,11 +1826,14 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
     device, n = econ.TFP.device, n_inputs(econ)
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
     n_states = cfg.batch * len(taught(cfg))
-    networks = {}
-    for name, bias, seed_of in (("policy", math.log(resting_share(econ)), seed), ("value", 0.0, seed + 1)):
-        networks[name] = torch.cat([initial_parameters(n, cfg.hidden, bias, seed_of),
-                                    initial_learnt(econ, cfg, seed_of)]).to(device)
-        layers_of(networks[name], econ, cfg)[0][:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
+
+    def started(bias, seed):
+        theta = torch.cat([initial_parameters(n, cfg.hidden, bias, seed), initial_learnt(econ, cfg, seed)]).to(device)
+        layers_of(theta, econ, cfg)[0][:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
+        return theta
+
+    policy = started(math.log(resting_share(econ)), seed)
+    value = torch.cat([started(0.0, seed + 1 + i) for i in range(cfg.value_networks)])
     dates, moments = (cfg.periods, cfg.n_economies), {}
     if econ.M_mean.numel():
         moments = {"M_mean": econ.M_mean, "M_std": econ.M_std,
@@ -1803,10 +1843,11 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         moments["s_panel"] = moments["k_panel"].to(torch.int16)
     return {
         "iteration": 0,
-        **networks,
-        "damping": torch.full((2,), 1e-2, device=device),
+        "policy": policy,
+        "value": value,
+        "damping": torch.full((1 + cfg.value_networks,), 1e-2, device=device),
         "rates": torch.zeros(5, device=device),  # of the policy step, the value step, momentum, the laws of Delta and K
-        "last_step": torch.zeros_like(networks["policy"]),
+        "last_step": torch.zeros_like(policy),
         "k_range": range_of(panel.k),
         "caution": 1.0,
         "settled": 0,  # iteration at which savings had settled
@@ -2979,7 +3020,7 @@ def departures(cfg, reference) -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 6  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 7  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 
@@ -3186,8 +3227,8 @@ def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, 
     """Everything needed to use the networks: layers, tables, configuration, what ln K and the moments are centred on,
     and what is usual of the moments at (1, ln K) in each z: M_law (Z, V, n, 2)."""
     econ = with_units(economy.tables(), cfg)
-    networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in layers_of(state[name], econ, cfg))))
-                for name in ("policy", "value")}
+    networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in layers)))
+                for name, layers in zip(("policy", "value"), networks_of(state, econ, cfg))}
     V, n = econ.M_mean.shape
     laws = torch.zeros(len(econ.TFP), V, n, 2, dtype=torch.float64)
     for v, i in np.ndindex(V, n):
@@ -3225,11 +3266,12 @@ def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None =
     if settings:
         cfg = settings.config
         econ = with_units(settings.economy.tables(), cfg)
-        shapes = layer_shapes(n_inputs(econ), cfg.hidden) + learnt_shapes(econ, cfg)
-        layers = {name: torch.zeros(shape) for name, shape in zip(LAYERS, shapes)}
-        asked = {name: getattr(cfg, name) for name in ("hidden", "moments", "learnt_moments")}
+        policy, value = ({name: torch.zeros(shape) for name, shape in zip(
+            LAYERS, layer_shapes(n_inputs(econ), n * cfg.hidden) + learnt_shapes(econ, cfg))}
+            for n in (1, cfg.value_networks))
+        asked = {name: getattr(cfg, name) for name in ("hidden", "value_networks", "moments", "learnt_moments")}
         like |= {"config": asked, "calibration": settings.calibration,
-                 "economy": economy_dict(settings.economy), "policy": layers, "value": layers}
+                 "economy": economy_dict(settings.economy), "policy": policy, "value": value}
     weights = load_checkpoint(Path(path), like, "--evaluate")
     return Solution(weights, choose_device(device), compile)
 

@@ -149,7 +149,7 @@ def test_steps_see_the_moments_that_the_simulation_had(world):
     nothing = torch.zeros(len(at), 0, dtype=F64)
     for view in (0, 1):
         found = dk.with_moments(nothing, world.layers(view), dk.seen_by(view, state, at, econ, cfg), econ)
-        assert torch.allclose(found, state["M"][at, view]) and found.std() > 1e-3
+        assert torch.allclose(found, dk.by_date(state, "M")[at, view]) and found.std() > 1e-3
 
 
 def trained(economy, cfg=SMOKE, seed=0, **options):

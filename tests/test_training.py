@@ -292,3 +292,88 @@ def test_euler_residuals_in_training_are_the_judges(economies):
     states = dk.States(batch.k, batch.s, batch.K, batch.z, batch.K_next)
     error = dk.euler_errors(network, states, network.econ).abs().mean().item()
     assert state["history"]["euler"][-1] == pytest.approx(error, rel=1e-3)
+
+
+# ---- several value networks
+
+
+def test_averaged_networks_are_the_mean_in_level_and_slope(economy):
+    econ, rng = economy.tables(), torch.Generator().manual_seed(0)
+    n = dk.n_inputs(econ)
+    size = sum(math.prod(shape) for shape in dk.layer_shapes(n, 5))
+    several = [dk.unpack(torch.randn(size, generator=rng).double(), 5) for _ in range(3)]
+    x, dx = (torch.randn(20, n, generator=rng).double() for _ in range(2))
+    g, g_k = dk.network_and_slope(dk.averaged(several), x, dx)
+    each = [dk.network_and_slope(layers, x, dx) for layers in several]
+    assert torch.allclose(g, torch.stack([one[0] for one in each]).mean(0))
+    assert torch.allclose(g_k, torch.stack([one[1] for one in each]).mean(0)) and g.std() > 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["gauss-newton", "adam"])
+def test_value_networks_learn_from_households_of_their_own(monkeypatch, optimizer):
+    """Each from its share of a roll-out, all of which is used; what the file holds is their mean."""
+    cfg = dataclasses.replace(SMOKE, value_networks=3, moments="variance", optimizer=optimizer, policy_rate=0.01,
+                              wide_share=1.0, averaging=0, final_value_steps=0)
+    name, batches = ("value_step", []) if optimizer == "gauss-newton" else ("value_loss", [])
+    real, place = getattr(dk, name), 3 if optimizer == "gauss-newton" else 1
+
+    def watched(*args, **kwargs):
+        batches.append(args[place].k)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dk, name, watched)
+    found = dk.solve(None, cfg, seed=3, device="cpu", compile="none")
+    for own in zip(*[iter(batches)] * 3):
+        sizes = [len(k) for k in own]
+        assert sum(sizes) == cfg.batch * len(dk.taught(cfg)) and max(sizes) - min(sizes) <= 1
+        one, two, three = (set(k[k > 0].tolist()) for k in own)
+        assert not (one & two or one & three or two & three)
+    H = cfg.hidden
+    W1, _, W2, _, w3, _ = found.layers["value"]
+    assert W1.shape[0] == len(w3) == 3 * H and not W2[:H, H:].any() and W2[:H, :H].all()
+    assert not torch.allclose(W1[:H], W1[H : 2 * H])
+    spread = found.weights["history"]["value_spread"]
+    assert min(spread[1:]) > 0 and (optimizer == "adam" or spread[-1] < spread[0])
+
+
+def test_one_value_network_has_no_spread():
+    assert set(dk.solve(None, SMOKE, device="cpu", compile="none").weights["history"]["value_spread"]) == {0.0}
+
+
+def test_spread_of_value_networks_is_in_consumption(monkeypatch):
+    """The rms distance of V's networks to their mean, in log consumption for ever."""
+    cfg, kept = dataclasses.replace(SMOKE, value_networks=2, iterations=2), {}
+    real = dk.iteration_figures
+
+    def keep(state, objective, batch, econ, cfg, taken):
+        x, (_, mean) = dk.inputs_of(batch, econ).x, dk.networks_of(state, econ, cfg)
+        level = [dk.value_of(dk.network(layers, x), batch.s, batch.z, econ)[0] / econ.annuity[
+            dk.joint(batch.s, batch.z, econ)] for layers in (*dk.value_networks(state, econ, cfg), mean)]
+        kept["spread"] = torch.stack([level[0] - level[2], level[1] - level[2]]).square().mean().sqrt().item()
+        return real(state, objective, batch, econ, cfg, taken)
+
+    monkeypatch.setattr(dk, "iteration_figures", keep)
+    found = dk.solve(None, cfg, seed=3, device="cpu", compile="none")  # log utility: V / annuity is log consumption
+    assert found.weights["history"]["value_spread"][-1] == pytest.approx(kept["spread"], rel=1e-4)
+
+
+def test_several_value_networks_are_saved_resumed_and_read(tmp_path):
+    cfg = dataclasses.replace(SMOKE, value_networks=2, averaging=0, final_value_steps=0)
+    straight = dk.solve(None, cfg, seed=4, device="cpu", compile="none")
+    dk.solve(None, dataclasses.replace(cfg, iterations=3), seed=4, device="cpu", compile="none", output_dir=tmp_path)
+    found = dk.solve(None, cfg, seed=4, device="cpu", compile="none", output_dir=tmp_path, resume=True)
+    for name in ("policy", "value"):
+        for one, other in zip(found.layers[name], straight.layers[name]):
+            assert torch.equal(one, other)
+    dk.save_checkpoint(tmp_path / dk.WEIGHTS, found.weights)
+    fixed = dk.krusell_smith()  # an economy without flags
+    asked = dk.parse(["--preset", "smoke", "--value-networks", "2"], fixed)
+    again = dk.load(tmp_path / dk.WEIGHTS, settings=asked)
+    assert np.array_equal(again.value(10.0, 1, 39.0, 0), found.value(10.0, 1, 39.0, 0))
+    with pytest.raises(dk.UserError, match="config.value_networks is 2 in the file and 1 in this run"):
+        dk.load(tmp_path / dk.WEIGHTS, settings=dk.parse(["--preset", "smoke"], fixed))
+
+
+def test_several_value_networks_and_learnt_moments_are_refused():
+    with pytest.raises(dk.UserError, match="--value-networks: the value network has learnt moments of its own"):
+        dk.solve(None, dataclasses.replace(SMOKE, value_networks=2, learnt_moments=1), device="cpu")
