@@ -1990,7 +1990,8 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
     rng.set_state(rng_before)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # with several ranks NCCL's own thread looks at earlier sums meanwhile, and may
+        with torch.cuda.graph(graph, capture_error_mode="global" if RANKS == 1 else "thread_local"):
             figures = step()
     except RuntimeError as error:  # after a failed capture the generator and the allocator are of no more use
         if is_out_of_memory(error):

@@ -155,7 +155,7 @@ def test_a_failed_capture_ends_in_one_line_and_the_run_goes_on_without(tmp_path)
     script = f"""
     import contextlib
     @contextlib.contextmanager
-    def failing(graph):
+    def failing(graph, **options):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
     torch.cuda.graph = failing

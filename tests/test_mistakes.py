@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS = (f"tests/test_{name}.py" for name in (
-    "economy", "networks", "accuracy", "grid", "training", "planner", "moments"))
+ECONOMY, NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS, RANKS = (f"tests/test_{name}.py" for name in (
+    "economy", "networks", "accuracy", "grid", "training", "planner", "moments", "ranks"))
 
 # what: (the line as it is, as it is mistaken, where it is noticed)
 MISTAKES = {
@@ -70,6 +70,17 @@ MISTAKES = {
         "return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)",
         "return torch.cat([jacobian, 0 * slopes.sum(1)], 1)", MOMENTS),
     "moments in new units, networks in the old": ("        W1[:, -n:].mul_(unit[view])\n", "", MOMENTS),
+    "value networks that learn from the same households": (
+        "own = states if n == 1 else Batch(*[x[i::n] for x in states])", "own = states", TRAINING),
+    "labels of V beyond what utility can be": (
+        "D * utility(2 * batch.c.max(), econ))", "D * utility(2 * batch.c.max(), econ) + torch.inf)", NETWORKS),
+    "law of motion of a rank's own economies": (
+        'K_path, z_path = gathered(state["K_path"], 1), gathered(state["z_path"], 1)',
+        'K_path, z_path = state["K_path"], state["z_path"]', RANKS),
+    "steps taken by a rank's own loss": ("taken = total(loss(trial)) < now", "taken = loss(trial) < now", RANKS),
+    "range of a rank's own households": (
+        "ends = gathered(torch.stack([k.min(), k.max()]), 0)", "ends = torch.stack([k.min(), k.max()])", RANKS),
+    "ranks with the same random numbers": ("rng.manual_seed(seed + RANK * 10**10)", "rng.manual_seed(seed)", RANKS),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),
