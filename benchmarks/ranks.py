@@ -27,7 +27,8 @@ CASES = [("strong", 1, 1), ("strong", 1, 2), ("strong", 2, 1), ("weak", 2, 1)]  
 
 def sizes(kind: str, ranks: int) -> dk.Config:
     """The default; weak: as many economies and roll-out households for every rank."""
-    cfg, more = dataclasses.replace(dk.Config(), iterations=ITERATIONS), ranks if kind == "weak" else 1
+    cfg = dataclasses.replace(dk.Config(), iterations=ITERATIONS, averaging=0, final_value_steps=0)  # policy and V
+    more = ranks if kind == "weak" else 1
     return dataclasses.replace(cfg, n_economies=more * cfg.n_economies, batch=more * cfg.batch)
 
 
