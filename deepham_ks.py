@@ -1516,6 +1516,12 @@ def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ
     return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping, loss)
 
 
+def shares_of(batch: Batch, cfg: Config) -> List[Batch]:
+    """The households that each value network learns from."""
+    n = cfg.value_networks
+    return [batch] if n == 1 else [Batch(*[x[i::n] for x in batch]) for i in range(n)]
+
+
 def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: Seen | None = None) -> Tensor:
     """Half the mean squared error of g, and of its slope, for Adam."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
@@ -1527,10 +1533,8 @@ def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: See
 
 def mean_value_loss(theta: Tensor, state: dict, batch: Batch, econ: Tables, cfg: Config) -> Tensor:
     """Of all value networks, each on its own share of the households."""
-    n = cfg.value_networks
-    own = [batch] if n == 1 else [Batch(*[x[i::n] for x in batch]) for i in range(n)]
-    losses = [value_loss(part, some, econ, cfg, seen_by(-1, state, some.at, econ, cfg))
-              for part, some in zip(theta.chunk(n), own)]
+    losses = [value_loss(part, own, econ, cfg, seen_by(-1, state, own.at, econ, cfg))
+              for part, own in zip(theta.chunk(cfg.value_networks), shares_of(batch, cfg))]
     return torch.stack(losses).mean()
 
 
@@ -1729,9 +1733,8 @@ def keep_batch(state: dict, batch: Batch, cfg: Config) -> None:
 
 def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels, bellman: bool = False):
     """A step of each value network on its own share of the households; whether all were taken."""
-    n, damping, taken = cfg.value_networks, state["damping"][1:], []
-    for i, theta in enumerate(state["value"].chunk(n)):
-        own = states if n == 1 else Batch(*[x[i::n] for x in states])
+    damping, taken = state["damping"][1:], []
+    for i, (theta, own) in enumerate(zip(state["value"].chunk(cfg.value_networks), shares_of(states, cfg))):
         found, damping[i], step_taken = value_step(theta, rate, damping[i], own, econ, cfg, kernels, bellman,
                                                    seen_by(-1, state, own.at, econ, cfg), by_date(state, "M_next"))
         theta.copy_(found)
@@ -3460,6 +3463,10 @@ def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str
     return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
 
 
+def seed_of_rank(seed: int) -> int:
+    return seed + RANK * 10**10
+
+
 def generator(device: str, seed: int) -> torch.Generator:
     """Of this rank's random numbers."""
     rng = torch.Generator()
@@ -3468,7 +3475,7 @@ def generator(device: str, seed: int) -> torch.Generator:
         rng = torch.cuda.default_generators[torch.cuda.current_device()]
         torch._C._jit_set_texpr_fuser_enabled(False)  # compiles inside a capture; and the CPU build has no such fuser
         torch.backends.cuda.preferred_linalg_library("cusolver")  # a Cholesky factor that can be captured
-    return rng.manual_seed(seed + RANK * 10**10)
+    return rng.manual_seed(seed_of_rank(seed))
 
 
 def resumed(state: dict, saved: dict, rng: torch.Generator, seed: int) -> bool:
@@ -3480,7 +3487,7 @@ def resumed(state: dict, saved: dict, rng: torch.Generator, seed: int) -> bool:
     else:
         print("the checkpoint is of another number of ranks or another kind of device: economies are shared anew and "
               "random numbers start anew, so not bit for bit")
-        rng.manual_seed(seed + saved["iteration"] + RANK * 10**10)
+        rng.manual_seed(seed_of_rank(seed + saved["iteration"]))
     device = state["policy"].device
     state |= {name: x.to(device) if isinstance(x, Tensor) else x for name, x in own_part(saved).items()
               if name in state or name.startswith("adam_")}

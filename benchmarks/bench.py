@@ -48,13 +48,8 @@ def median_seconds(work, device, repeats=5):
 
 def setting(cfg, device, seed=0):
     """As dk.solve() starts."""
-    econ, kernels, rng = ECONOMY.tables(device, torch.float32), dk.compile_kernels("torchscript"), torch.Generator()
-    if device == "cuda":
-        torch.cuda.init()
-        rng = torch.cuda.default_generators[0]
-        torch._C._jit_set_texpr_fuser_enabled(False)
-        torch.backends.cuda.preferred_linalg_library("cusolver")
-    rng.manual_seed(seed)
+    econ, kernels = ECONOMY.tables(device, torch.float32), dk.compile_kernels("torchscript")
+    rng = dk.generator(device, seed)
     return econ, kernels, rng, dk.initial_state(econ, cfg, seed, rng)
 
 

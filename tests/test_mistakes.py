@@ -71,7 +71,7 @@ MISTAKES = {
         "return torch.cat([jacobian, 0 * slopes.sum(1)], 1)", MOMENTS),
     "moments in new units, networks in the old": ("        W1[:, -n:].mul_(unit[view])\n", "", MOMENTS),
     "value networks that learn from the same households": (
-        "own = states if n == 1 else Batch(*[x[i::n] for x in states])", "own = states", TRAINING),
+        "Batch(*[x[i::n] for x in batch]) for i in range(n)]", "batch for _ in range(n)]", TRAINING),
     "labels of V beyond what utility can be": (
         "D * utility(2 * batch.c.max(), econ))", "D * utility(2 * batch.c.max(), econ) + torch.inf)", NETWORKS),
     "law of motion of a rank's own economies": (
@@ -80,7 +80,7 @@ MISTAKES = {
     "steps taken by a rank's own loss": ("taken = total(loss(trial)) < now", "taken = loss(trial) < now", RANKS),
     "range of a rank's own households": (
         "ends = gathered(torch.stack([k.min(), k.max()]), 0)", "ends = torch.stack([k.min(), k.max()])", RANKS),
-    "ranks with the same random numbers": ("rng.manual_seed(seed + RANK * 10**10)", "rng.manual_seed(seed)", RANKS),
+    "ranks with the same random numbers": ("return seed + RANK * 10**10", "return seed", RANKS),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),
