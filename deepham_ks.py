@@ -54,7 +54,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.5.0"
+__version__ = "2.5.1"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -1139,9 +1139,16 @@ def together(work: Callable) -> None:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
+    """The sum over ranks, in place. A signal is heard while others are waited for: inside all_reduce it is not, and a
+    rank that hangs or is lost in the middle of a message would leave this one there."""
+    def work():
+        sums = dist.all_reduce(x, async_op=not x.is_cuda)
+        while not (x.is_cuda or sums.is_completed()):
+            time.sleep(1e-4)
+        return x.is_cuda or sums.wait()
+
     if RANKS > 1:
-        together(lambda: dist.all_reduce(x))
+        together(work)
     return x
 
 
@@ -3200,12 +3207,14 @@ def exit_status(work, argv: list) -> int:
                 "--eval-agents-large, --eval-economies-large, --irf-agents or --irf-paths")
     finally:
         Interrupted.pending = 0
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, handler in before.items():  # torchrun ends the others once one is lost: the first has yet to say it
+            signal.signal(signum, handler if RANKS == 1 or RANK > 0 else signal.SIG_IGN)
     if RANK > 0 and status == 2:
         time.sleep(10)  # what the first rank has to say ends this one; alone with a trouble it speaks
     if RANK == 0 or status == 2:
-        print(f"deepham_ks: {f'rank {RANK}: ' * (RANK > 0)}{line}", file=sys.stderr)
+        print(f"deepham_ks: {f'rank {RANK}: ' * (RANK > 0)}{line}", file=sys.stderr, flush=True)
+    if RANKS > 1 and status > 128:
+        os._exit(status)  # the end of Python would wait for what other ranks still owe
     return status
 
 

@@ -41,7 +41,7 @@ def economy(cal: Calibration) -> dk.Economy:
 
 # more economies of fewer households, as the moments of each are one point among J dimensions; and shorter steps,
 # averaged out for longer, as few points leave more noise
-CONFIG = dk.Config(n_agents=60, n_economies=240, K_spread=0.1, moments="groups", policy_rate=0.3, iterations=80,
+CONFIG = dk.Config(n_agents=60, n_economies=240, K_spread=0.1, moments="groups", policy_rate=0.3, iterations=110,
                    averaging=40)
 
 if __name__ == "__main__":

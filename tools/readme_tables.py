@@ -3,8 +3,9 @@
   python tools/readme_tables.py            # rewrite README.md in place
   python tools/readme_tables.py --check    # exit 1 if that would change it
 
-NAME results: network, seeds, grid and published figures, from metrics.json (the reference run) and
-benchmarks/seeds/seed*.json (metrics.json of the other seeds). seeds: a row for each of the seeds 0 to 9.
+NAME results: network, seeds, grid and published figures, from benchmarks/seeds/seed*.json; that of seed 0 is the
+committed reference run, whose metrics.json in the top level a user's own run replaces. seeds: a row for each of the
+seeds 0 to 9.
 gamma2: network and grid at risk aversion 2, from benchmarks/gamma2.json. examples: a row for each script in examples/,
 from benchmarks/examples/*.json. planner and game: from benchmarks/planner/*.json. calibrations: from
 benchmarks/calibrations/*.json. moments: from benchmarks/moments/*.json. groups: from benchmarks/groups/*.json.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED_ROWS = tuple(range(10))
+REFERENCE = "benchmarks/seeds/seed0.json"
 EXAMPLES = ("stochastic_beta", "davila", "ar1")
 YOUNGER = {"value_networks": 1}  # options that some files do not have yet, and the value with which those ran
 
@@ -126,7 +128,7 @@ def load_seeds(root, reference):
                 ours, theirs = YOUNGER | ours, YOUNGER | theirs
             odd = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             if odd:
-                raise BadInput(f"{path.relative_to(root)}: {', '.join(odd)} not as in metrics.json; run {command}")
+                raise BadInput(f"{path.relative_to(root)}: {', '.join(odd)} not as in {REFERENCE}; run {command}")
         seeds[metrics["seed"]] = metrics
     if not seeds:
         raise BadInput("benchmarks/seeds: no seed*.json; make them with: "
@@ -145,13 +147,13 @@ def machine(metrics):
 
 
 def results(root):
-    reference = load(root, "metrics.json", "python deepham_ks.py")
+    reference = load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0")
     seeds = load_seeds(root, reference)
     header = ["figure", "N", f"network, seed {reference['seed']}", f"{len(seeds)} seeds, min to max", "grid",
               "published grid", "authors' network"]
     rows = []
     if not is_default(reference):
-        raise BadInput("metrics.json is not of the default economy; make it with: python deepham_ks.py")
+        raise BadInput(f"{REFERENCE} is not of the default economy; make it with: python deepham_ks.py")
     for name, n_agents, network, grid, digits, published, authors in ROWS:
         spread = sorted(network(metrics) for metrics in seeds.values())
         rows.append([name, count(reference, n_agents), show(network(reference), digits),
@@ -162,7 +164,7 @@ def results(root):
 
 
 def seeds(root):
-    runs = load_seeds(root, load(root, "metrics.json", "python deepham_ks.py"))
+    runs = load_seeds(root, load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0"))
     first = next(iter(runs.values()))
     n, N = (count(first, f"comparison {size} n_agents") for size in ("small", "large"))
     header = ["seed", "trained on", "training (s)", f"W1, N = {n}", f"W1, N = {N}", f"Bellman own c, N = {n}",
@@ -284,7 +286,7 @@ def moments(root):
     learnt = [metrics for name, metrics in runs.items() if name.startswith("seed")]
     if not learnt or any("error" in metrics for metrics in runs.values()):
         raise BadInput(f"benchmarks/moments: runs are missing or ended in an error; make them with: {command}")
-    only_K = load(root, "metrics.json", "python deepham_ks.py")
+    only_K = load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0")
     given = [runs["unemployment"]] if "unemployment" in runs else []
     header = ["figure", "N", f"one learnt moment, {len(learnt)} seeds",
               *("unemployment share given" for _ in given), "K alone", "grid in K"]
