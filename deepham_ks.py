@@ -1659,7 +1659,8 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     if econ.equilibrium == "planner":
         law, _ = regress_by_z(gathered(gains, 1).double(), torch.log(K_path.double()), z_path, econ.TFP * 0)
         approach(econ.Delta_law, law, state["rates"][3])
-    approach(state["K_law"], belief(K_path, z_path, econ), state["rates"][4])
+    if not econ.M_mean.numel():
+        approach(state["K_law"], belief(K_path, z_path, econ), state["rates"][4])
     state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], state["K_law"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     if k_path:
@@ -2556,6 +2557,14 @@ def euler_errors(solution, states: States, econ: Tables) -> Tensor:
     return error[free]
 
 
+def euler_sizes(solution, states: States, econ: Tables) -> dict:
+    """log10 of the absolute Euler errors, 10^-16 at least."""
+    error = np.maximum(euler_errors(solution, states, econ).abs().cpu().numpy(), 1e-16)
+    error = error if len(error) else np.array([1e-16])
+    return {name: np.log10(of(error)) for name, of in
+            (("mean", np.mean), ("p99", lambda x: np.percentile(x, 99)), ("max", np.max))}
+
+
 def inequality(x: np.ndarray, weight: np.ndarray | float = 1.0) -> dict:
     """Moments, quantiles, Gini, top shares and Lorenz curve (share held by the poorest 0, 5, ..., 100%) of x (n,), each
     with its weight."""
@@ -2606,16 +2615,12 @@ def errors_at(solution, states: States, econ: Tables) -> Tuple[dict, dict]:
     in_consumption = (own / (marginal_utility(c, econ) * c)).cpu().numpy()
     utils = econ.c_ss ** (1 - econ.gamma)
     own, best = [utils * x.cpu().numpy() for x in (own, best)]
-    euler = np.maximum(euler_errors(solution, states, econ).abs().cpu().numpy(), 1e-16)
-    euler = euler if len(euler) else np.array([1e-16])
 
     def sizes(error):
         return {"mean": np.abs(error).mean(), "rmse": np.sqrt(np.mean(error**2)), "max": np.abs(error).max()}
 
     figures = {"states": len(own), "bellman_own_c": sizes(own), "bellman_best_c": sizes(best),
-               "bellman_in_consumption": sizes(in_consumption),
-               "euler_log10": {"mean": np.log10(euler.mean()), "p99": np.log10(np.percentile(euler, 99)),
-                               "max": np.log10(euler.max())}}
+               "bellman_in_consumption": sizes(in_consumption), "euler_log10": euler_sizes(solution, states, econ)}
     return figures, {"sample_k": states.k.cpu().numpy(), "bellman": own}
 
 
@@ -2667,23 +2672,31 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
                           "welfare": ergodic_welfare(c, weight, econ),
                           "law_of_motion": law_of_motion_figures(kept, z_kept, len(econ.TFP))}
         figures[name]["risky_steady_state"] = risky_steady_state(
-            table, k, K, mass, economy, cfg, figures[name]["law_of_motion"]["coefficients"])
+            solution, table, k, K, mass, economy, econ, cfg, figures[name]["law_of_motion"]["coefficients"])
         if states.Delta is not None:
             figures[name]["Delta"] = float(states.Delta.mean())
         arrays[name] |= {"k": k, "weight": mean_mass, "K_path": kept, "z_path": z_kept}
     return figures, arrays
 
 
-def risky_steady_state(table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, economy: Economy, cfg: Config,
-                       alm: np.ndarray) -> dict:
+def risky_steady_state(solution, table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, economy: Economy, econ: Tables,
+                       cfg: Config, alm: np.ndarray) -> dict:
     """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
-    distribution followed for eval_drop periods, how much K still moved in the last tenth of them, and what the law of
-    motion says, exp(a / (1 - b))."""
-    of_z = range(len(economy.TFP))
-    paths = np.array([simulate_histogram(table, k, K, mass, np.full(max(cfg.eval_drop, 10), z), economy)[0]
-                      for z in of_z])
-    return {"K": paths[:, -1], "still_moves": np.ptp(paths[:, -max(cfg.eval_drop // 10, 2) :], axis=1),
-            "by_law_of_motion": np.exp(alm[:, 0] / (1 - alm[:, 1]))}
+    distribution followed for eval_drop periods, how much K still moved in the last tenth of them, what the law of
+    motion says, exp(a / (1 - b)), and the mean Euler error of the solution there, K' being what follows."""
+    periods, last, found = max(cfg.eval_drop, 10), [], {"K": [], "still_moves": [], "euler_log10": []}
+
+    def keep(*now):  # period, mass and k'
+        last[:] = [now]
+
+    for z in range(len(economy.TFP)):
+        z_path = np.full(periods, z)
+        path, _ = simulate_histogram(table, k, K, mass, z_path, economy, keep)
+        states = histogram_states(last, k, path, z_path, econ, cfg.eval_states // 10, solution)
+        found["K"].append(path[-1])
+        found["still_moves"].append(np.ptp(path[-max(periods // 10, 2) :]))
+        found["euler_log10"].append(euler_sizes(solution, states, econ)["mean"])
+    return found | {"by_law_of_motion": np.exp(alm[:, 0] / (1 - alm[:, 1]))}
 
 
 def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables, n: int,
@@ -3371,9 +3384,12 @@ def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
     if not default:
         ours, of_grid = [x["large"]["bellman_in_consumption"]["mean"] for x in (net, grid)]
         row(f"Bellman error over u'(c) c, mean, {N['large']}", ours, of_grid, None, None, 1.5 * of_grid + 1e-5)
-    rest = [x["limit"]["risky_steady_state"]["K"] for x in (net, grid)]
-    for name, ours, of_grid in zip(economy.z_names, *rest):
-        row(f"K* resting in {name} over the grid's - 1, N=inf", ours / of_grid - 1, 0.0, None, 0.001, 0.001)
+    rest = [x["limit"]["risky_steady_state"] for x in (net, grid)]
+    near = None if sees else 0.001  # households who know more than K rest elsewhere (benchmarks/resting.md)
+    for name, ours, of_grid in zip(economy.z_names, *[x["K"] for x in rest]):
+        row(f"K* resting in {name} over the grid's - 1, N=inf", ours / of_grid - 1, 0.0, None, near, near)
+    ours, of_grid = [max(x["euler_log10"]) for x in rest]
+    row("Euler error, log10 mean, at the worst K*, N=inf", ours, of_grid, None, *[of_grid + 0.1] * 2, float)
     for series in ("output", "capital") if judged else ():
         row(f"response of {series}, gap (p.p.)", both["impulse_response_gap"][series], 0.0, None, 0.02, 0.02)
     return rows

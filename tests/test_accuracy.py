@@ -500,6 +500,34 @@ def test_limit_agrees_with_households(smoke_grid, econ):
     assert figures["grid"]["capital"]["mean"] == pytest.approx(np.mean(K_path[::10]), abs=0.2)
 
 
+def test_risky_steady_state_and_the_errors_there(economies, toy_grid):
+    """Followed by hand in a state z that stays: K comes to rest, and the Euler errors are those of every (s, k), each
+    with its mass, the sums over (z', s') written out."""
+    economy, grid = economies["toy"], toy_grid
+    (k, K), S, Z = table_nodes(grid), 3, 3
+    cfg = dataclasses.replace(CFG, eval_drop=60, eval_states=20_000)
+    mass, alm = dk.dispersed_mass(k, grid.K_mean, 1, economy), np.array([[0.1, 0.9]] * Z)
+    found = dk.risky_steady_state(grid, grid.table.numpy(), k, K, mass, economy, grid.econ, cfg, alm)
+    np.testing.assert_allclose(found["by_law_of_motion"], np.exp(0.1 / 0.1))
+    for z in range(Z):
+        seen = []
+        K_path, _ = dk.simulate_histogram(grid.table.numpy(), k, K, mass, np.full(60, z), economy,
+                                          lambda t, mass, k_next, seen=seen: seen.append((mass, k_next)))
+        assert found["K"][z] == K_path[-1] and found["still_moves"][z] == np.ptp(K_path[-6:])
+        (mass_z, k_next), K_next = seen[-1], (seen[-1][0] * seen[-1][1]).sum()
+        s, worth = np.arange(S)[:, None], np.zeros((S, len(k)))
+        for z_next, s_next in np.ndindex(Z, S):
+            p = economy.P_z[z, z_next] * economy.Pi[z, z_next, :, s_next][:, None]
+            m, R = dk.cash_on_hand(*map(torch.as_tensor, (k_next, s_next, K_next, z_next)), grid.econ)
+            c = m.numpy() - grid.next_capital(k_next, s_next, K_next, z_next)
+            worth += p * economy.beta[:, None] * float(R) * c**-3.0
+        m, _ = dk.cash_on_hand(*map(torch.as_tensor, (k, s, K_path[-1], z)), grid.econ)
+        c_implied = np.minimum(worth ** (-1 / 3), m.numpy() - k[0])
+        error = np.abs(1 - c_implied / (m.numpy() - k_next))
+        free = mass_z * ((k_next > k[0]) | (c_implied < m.numpy() - k[0]))
+        assert abs(found["euler_log10"][z] - np.log10((free * error).sum() / free.sum())) < 0.02
+
+
 def test_histogram_states_represent_the_mass(economies, toy_grid):
     """Each date's states are spread evenly over its mass: shares of s and quantiles of k, K and z of the date."""
     economy, (k, K) = economies["toy"], table_nodes(toy_grid)

@@ -32,7 +32,7 @@ def at(path):
     """Reader of one figure: metrics -> number, at keys joined by blanks; NaN where it is null."""
     def read(metrics):
         for key in path.split():
-            metrics = metrics[key]
+            metrics = metrics[int(key) if isinstance(metrics, list) else key]
         return math.nan if metrics is None else float(metrics)
     return read
 
@@ -78,6 +78,10 @@ ROWS = [
     both("Bellman error, best c, mean (utils)", "small", "bellman_best_c mean", 5, "0.0253", "0.0184"),
     both("", "large", "bellman_best_c mean", 5),
     both("law of motion, Den Haan's max error (%)", "large", "law_of_motion den_haan_max_percent", 2),
+    both("risky steady state K*, bad state (goods)", "limit", "risky_steady_state K 0", 2),
+    both("the same by the law of motion, exp(a / (1 - b))", "limit", "risky_steady_state by_law_of_motion 0", 2),
+    both("risky steady state K*, good state (goods)", "limit", "risky_steady_state K 1", 2),
+    both("the same by the law of motion", "limit", "risky_steady_state by_law_of_motion 1", 2),
     one_size("impulse response of output, gap to the grid's (p.p.)", "comparison impulse_response_gap output", 4,
              "comparison impulse_response_gap n_agents"),
     one_size("impulse response of capital, gap to the grid's (p.p.)", "comparison impulse_response_gap capital", 4,
