@@ -189,7 +189,7 @@ PRESETS = {
     "default": Config(),
     # game_nn_n50 of the authors' code, as far as this script has the choice
     "paper": Config(n_agents=50, n_economies=384, periods=450, horizon=150, batch=384, states=10_000, iterations=6,
-                    averaging=0, hidden=24, optimizer="adam", policy_rate=4e-4, value_rate=1e-4, policy_steps=2000,
+                    averaging=0, hidden=24, optimizer="adam", policy_rate=4e-4, value_rate=1e-3, policy_steps=2000,
                     value_steps=2000, slope_weight=0.0, level_weight=1.0, K_spread=0.0, systematic=False,
                     control_variate=False, wide_share=0.0, even_share=0.0),
     "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, states=5, iterations=3, hidden=8,
@@ -1633,6 +1633,20 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
         taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
     for name in ("policy", "value"):
         agreed(state[name])
+    simulate_on(state, econ, cfg, kernels, rng)
+    if value_only(state, cfg):  # V of the final policy matters where that policy leads
+        cfg = dataclasses.replace(cfg, wide_share=0.0)
+    batch = roll_out_sample(state, econ, cfg, kernels, rng)
+    keep_batch(state, batch, cfg)
+    if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
+        for _ in range(10):  # the value network, a constant so far, meets its first labels
+            value_update(state, states, state["rates"][1], econ, cfg, kernels)
+    return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
+
+
+def simulate_on(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> None:
+    """The economies go on from where they are, under the current policy, and what is learnt of them is kept in the
+    state: paths, beliefs, range and centre of capital, moments."""
     networks = networks_of(state, econ, cfg)
 
     def policy(k, s, K, z):
@@ -1666,14 +1680,6 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     if k_path:
         keep_moments(state, networks, torch.stack(k_path), torch.stack(s_path), econ, cfg)
     recentre(state, econ, cfg)
-    if value_only(state, cfg):  # V of the final policy matters where that policy leads
-        cfg = dataclasses.replace(cfg, wide_share=0.0)
-    batch = roll_out_sample(state, econ, cfg, kernels, rng)
-    keep_batch(state, batch, cfg)
-    if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
-        for _ in range(10):  # the value network, a constant so far, meets its first labels
-            value_update(state, states, state["rates"][1], econ, cfg, kernels)
-    return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
 
 
 def range_of(k: Tensor) -> Tensor:
@@ -1797,7 +1803,7 @@ def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernel
 
 
 def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
-    """value_steps of Adam on one roll-out, then policy_steps, each on a roll-out of its own."""
+    """value_steps of Adam on one roll-out, then policy_steps, each on one of its own, in economies that follow."""
 
     def descend(name, loss):
         theta = optimizers[name].param_groups[0]["params"][0]
@@ -1810,7 +1816,9 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
         states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
         for _ in range(cfg.value_steps):
             descend("value", lambda theta: mean_value_loss(theta, state, states, econ, cfg))
-        for _ in range(cfg.policy_steps):
+        for step in range(cfg.policy_steps):
+            if step % 20 == 19:  # the paper simulates at every step: prices follow what households save
+                simulate_on(state, econ, cfg, kernels, rng)
             batch = roll_out_sample(state, econ, cfg, kernels, rng)
             seen = seen_by(0, state, batch.at, econ, cfg)
             descend("policy", lambda theta, batch=batch, seen=seen: policy_loss(theta, batch, econ, cfg, seen))
@@ -1818,11 +1826,11 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
 
 
 def make_optimizers(state: dict, cfg: Config) -> dict:
-    """Adam on the state's own tensors, for the presets that use it."""
+    """Adam on the state's own tensors, for the presets that use it, with the momentum of the authors' code."""
     if cfg.optimizer != "adam":
         return {}
-    rates = {"policy": cfg.policy_rate, "value": cfg.value_rate}
-    return {name: torch.optim.Adam([state[name].requires_grad_()], lr=rate) for name, rate in rates.items()}
+    return {name: torch.optim.Adam([state[name].requires_grad_()], getattr(cfg, f"{name}_rate"), betas=(0.99, 0.99))
+            for name in ("policy", "value")}
 
 
 def resting_share(econ: Tables) -> float:

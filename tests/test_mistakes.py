@@ -81,6 +81,12 @@ MISTAKES = {
     "range of a rank's own households": (
         "ends = gathered(torch.stack([k.min(), k.max()]), 0)", "ends = torch.stack([k.min(), k.max()])", RANKS),
     "ranks with the same random numbers": ("return seed + RANK * 10**10", "return seed", RANKS),
+    "a rank that is deaf while it waits": (
+        "        while not (x.is_cuda or sums.is_completed()):\n", "        while False:\n", RANKS),
+    "steps of Adam on prices of an older policy": (
+        "            if step % 20 == 19:", "            if False:", TRAINING),
+    "errors of the first period, not at rest": (
+        "        last[:] = [now]", "        last.extend([now] * (not last))", ACCURACY),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),

@@ -309,6 +309,24 @@ def test_averaged_networks_are_the_mean_in_level_and_slope(economy):
     assert torch.allclose(g_k, torch.stack([one[1] for one in each]).mean(0)) and g.std() > 0.1
 
 
+def test_prices_follow_the_policy_between_the_steps_of_adam(economy, monkeypatch):
+    """Households learn on paths of K that their own savings make: after 20 steps the economies go on."""
+    cfg = dataclasses.replace(dk.PRESETS["smoke"], optimizer="adam", policy_steps=45, value_steps=1, policy_rate=1e-2)
+    rng = torch.Generator().manual_seed(0)
+    econ = dk.with_units(economy.tables("cpu", torch.float32), cfg)
+    state, kernels = dk.initial_state(econ, cfg, 0, rng), dk.compile_kernels("none")
+    optimizers, seen = dk.make_optimizers(state, cfg), []
+    roll_out = dk.roll_out_sample
+    monkeypatch.setattr(dk, "roll_out_sample", lambda *args: seen.append(state["K_path"].clone()) or roll_out(*args))
+    with torch.no_grad():
+        dk.iterate(state, econ, cfg, kernels, rng, optimizers)
+        state["iteration"] = 1
+        seen.clear()
+        dk.adam_updates(state, econ, cfg, kernels, rng, optimizers)
+    changes = [i for i in range(1, len(seen)) if not torch.equal(seen[i], seen[i - 1])]
+    assert changes == [20, 40]  # the first roll-out is the value network's
+
+
 @pytest.mark.parametrize("optimizer", ["gauss-newton", "adam"])
 def test_value_networks_learn_from_households_of_their_own(monkeypatch, optimizer):
     """Each from its share of a roll-out, all of which is used; what the file holds is their mean."""
