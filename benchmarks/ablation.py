@@ -49,7 +49,8 @@ def row(name, flags, metrics):
 
 
 def main():
-    lines = ["# One departure at a time", "", "`python benchmarks/ablation.py`, seed 0.", "",
+    lines = ["# One departure at a time", "", f"`python benchmarks/ablation.py`, seed 0, version {dk.__version__}. "
+             "Seconds compare only where nothing else ran beside.", "",
              "| off | flags | training s | W1, N = 50 | W1, N = 5,000 | W1, N = inf | \\|dk'\\| mean / max | "
              "Euler log10 mean / p99 / max, N = 5,000 | Bellman own c, N = 5,000 |",
              "|---|---|---|---|---|---|---|---|---|"]
