@@ -1803,7 +1803,8 @@ def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernel
 
 
 def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
-    """value_steps of Adam on one roll-out, then policy_steps, each on one of its own, in economies that follow."""
+    """value_steps of Adam, a roll-out for every twenty, then policy_steps, each on one of its own, in economies that
+    follow."""
 
     def descend(name, loss):
         theta = optimizers[name].param_groups[0]["params"][0]
@@ -1813,9 +1814,10 @@ def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, 
         optimizers[name].step()
 
     if state["iteration"] > 0:  # before, there is no simulated path
-        states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
-        for _ in range(cfg.value_steps):
-            descend("value", lambda theta: mean_value_loss(theta, state, states, econ, cfg))
+        for step in range(cfg.value_steps):
+            if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
+                states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
+            descend("value", lambda theta, states=states: mean_value_loss(theta, state, states, econ, cfg))
         for step in range(cfg.policy_steps):
             if step % 20 == 19:  # the paper simulates at every step: prices follow what households save
                 simulate_on(state, econ, cfg, kernels, rng)
