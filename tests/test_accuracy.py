@@ -685,6 +685,21 @@ def test_verdict_rows(smoke_grid, network):
     check_rows([*itself.values(), *poor.values()])
 
 
+def test_a_network_that_sees_moments_is_judged_at_rest_by_its_euler_errors(smoke_grid):
+    """The grid in K is no judge of where it rests; of its errors there it is."""
+    figures = dk.compare(as_network(smoke_grid), smoke_grid, CFG)[0]
+    figures["network"]["limit"]["risky_steady_state"]["K"] = [36.0, 42.0]
+    for moments, judged in (("", True), ("variance", False)):
+        cfg = dataclasses.replace(CFG, moments=moments)
+        rows = {row[0]: row for row in dk.verdict(figures, dk.krusell_smith(), cfg)}
+        rest = [row for name, row in rows.items() if name.startswith("K*")]
+        assert len(rest) == 2 and all(row[5] is (False if judged else None) for row in rest)
+        assert rows["Euler error, log10 mean, at the worst K*, N=inf"][5] is True
+    figures["network"]["limit"]["risky_steady_state"]["euler_log10"] = [-9.0, -1.0]
+    rows = {row[0]: row for row in dk.verdict(figures, dk.krusell_smith(), CFG)}
+    assert rows["Euler error, log10 mean, at the worst K*, N=inf"][1::4] == (-1.0, False)
+
+
 def test_verdict_of_another_economy(economies, toy_grid):
     """Measured by the grid's figures of the same economy: nothing published, the grid passes by itself, a poor network
     does not."""
