@@ -263,8 +263,10 @@ def test_tables_are_written_between_the_markers(project, capsys):
     until = text[: text.index("gamma2")]
     limit = [line.split("|")[1:4] for line in until.splitlines() if "| inf |" in line]
     euler = f" {metrics['network']['limit']['euler_log10']['mean']:.2f} "
-    assert len(limit) == 6 and limit[0] == ["  ", " inf ", f" {metrics['comparison']['limit']['w1']:.3f} "]
+    rest = metrics["network"]["limit"]["risky_steady_state"]
+    assert len(limit) == 10 and limit[0] == ["  ", " inf ", f" {metrics['comparison']['limit']['w1']:.3f} "]
     assert limit[2] == ["  ", " inf ", euler]
+    assert [row[2] for row in limit[6:]] == [f" {rest[of][z]:.2f} " for z in (0, 1) for of in ("K", "by_law_of_motion")]
     assert len([line for line in text.splitlines() if re.match(r"\| [0-4] \| \D", line)]) == 5
     assert TOOL["main"](["--check"], root) == 0 and TOOL["main"]([], root) == 0
     better = json.loads(json.dumps(metrics["comparison"]))
