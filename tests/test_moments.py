@@ -245,6 +245,28 @@ def test_training_with_moments_learns_and_resumes_exactly(economies, tmp_path, m
         assert moved.abs().max() > 1e-4
 
 
+def test_without_moments_training_is_what_it_was_before_there_were_any(monkeypatch):
+    """With none given and none learnt no function of theirs runs, networks have six layers, nothing of them is kept;
+    and the same inputs under an idle moment, whose column of W1 is zero, give the same policy."""
+    cfg = dataclasses.replace(SMOKE, moments="", learnt_moments=0)
+    idle = dataclasses.replace(cfg, learnt_moments=1)
+    with monkeypatch.context() as patch:
+        for name in ("Q", "Q_jacobian", "contributions", "standard", "path_moments", "next_moments", "keep_moments"):
+            patch.setattr(dk, name, lambda *args, **kwargs: pytest.fail("moments are at work"))
+        found = dk.solve(None, cfg, seed=5, device="cpu", compile="none")
+    assert len(found.layers["policy"]) == 6 and not found.sees_moments
+    state = dk.initial_state(dk.with_units(dk.krusell_smith().tables("cpu", torch.float32), cfg), cfg, 5,
+                             torch.Generator().manual_seed(5))
+    assert not {"M", "M_next", "M_mean", "k_panel"} & state.keys()
+    econ = dk.with_units(found.econ, idle)
+    W1, *others = found.layers["policy"]
+    layers = [torch.cat([W1, torch.zeros_like(W1[:, :1])], 1), *others]
+    k, s, K, z = torch.linspace(0, 90, 50).double(), torch.arange(50) % 2, torch.full((50,), 39.0).double(), 1
+    M = torch.randn(50, 1, generator=torch.Generator().manual_seed(1)).double()
+    z = torch.full_like(s, z)
+    assert torch.allclose(dk.network_capital(layers, k, s, K, z, econ, M), found.policy(k, s, K, z), rtol=1e-12)
+
+
 def test_a_learnt_moment_is_told_by_its_figures(tmp_path, economies):
     """Preset smoke on the command line: the picture is there, correlations are between -1 and 1."""
     argv = ["--preset", "smoke", "--device", "cpu", "--learnt-moments", "1", "--output-dir", str(tmp_path / "run")]
