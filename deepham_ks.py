@@ -2037,7 +2037,10 @@ class Policy:
         """k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
         return self.policy(k, s, K, z)
 
-    def moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor, weight: Tensor | float = 1.0) -> tuple:
+    sees_moments = False  # beside K
+
+    def now_and_next_moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor,
+                             weight: Tensor | float = 1.0) -> tuple:
         """(M, E[M' | z']) of cross-sections (B, N), z (B, 1), or nothing where only K is seen of them."""
         return ()
 
@@ -2045,27 +2048,27 @@ class Policy:
         """For a policy that sees moments: k' (s, n) at nodes k as a function of the mass (s, n), K and z."""
         return None
 
-    def next_capital(self, k, s, K, z) -> np.ndarray:
-        """k' for numbers or arrays that broadcast: k, K in goods, s and z indices, or else a ValueError; moments, if
-        there are any, as usual at K and z."""
-        return self.on_arrays(self.policy, k, s, K, z)
+    def next_capital(self, k, s, K, z, M=None) -> np.ndarray:
+        """k' for numbers or arrays that broadcast: k, K in goods, s and z indices, or else a ValueError; M (..., V, n)
+        as moments() gives it, without which moments, if there are any, are as usual at K and z."""
+        return self.on_arrays(self.policy, k, s, K, z, M)
 
-    def value(self, k, s, K, z) -> np.ndarray:
+    def value(self, k, s, K, z, M=None) -> np.ndarray:
         """Expected discounted utility in utils, arguments as in next_capital."""
-        return self.on_arrays(self.utils, k, s, K, z)
+        return self.on_arrays(self.utils, k, s, K, z, M)
 
-    def utils(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
+    def utils(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor, *M: Tensor) -> Tensor:
         """V with u(c) = c^(1 - gamma) / (1 - gamma) or ln c, where values() has c in units of c_ss."""
         econ = self.econ
         if econ.gamma == 1.0:
-            return self.values(k, s, K, z) + econ.annuity[joint(s, z, econ)] * math.log(econ.c_ss)
-        return self.values(k, s, K, z) * econ.c_ss ** (1 - econ.gamma)
+            return self.values(k, s, K, z, *M) + econ.annuity[joint(s, z, econ)] * math.log(econ.c_ss)
+        return self.values(k, s, K, z, *M) * econ.c_ss ** (1 - econ.gamma)
 
     @property
     def device(self):
         return self.econ.TFP.device
 
-    def on_arrays(self, function: Callable, k, s, K, z) -> np.ndarray:
+    def on_arrays(self, function: Callable, k, s, K, z, M=None) -> np.ndarray:
         """Call a tensor function of the state with numbers or arrays."""
         k, s, K, z = np.broadcast_arrays(k, s, K, z)
         for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
@@ -2074,7 +2077,12 @@ class Policy:
                 raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
         types = torch.float64, torch.int64, torch.float64, torch.int64
         tensors = [torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), types)]
-        return function(*tensors).cpu().numpy()
+        if M is None:
+            return function(*tensors).cpu().numpy()
+        if not self.sees_moments or np.shape(M)[-2:] != tuple(self.econ.M_mean.shape):
+            raise ValueError(f"M is (..., V, n) as moments() gives it, here {np.shape(M)}")
+        M = torch.tensor(M, dtype=torch.float64, device=self.device)
+        return function(*tensors, M.expand(*k.shape, *M.shape[-2:])).cpu().numpy()
 
 
 class Solution(Policy):
@@ -2125,7 +2133,17 @@ class Solution(Policy):
         econ, layers = self.single if k.dtype == torch.float32 else (self.econ, self.layers)
         return self.policy(k, s, K, z, moments_of([layers["policy"]], k, s, econ, self.config).unsqueeze(1))
 
-    def moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor, weight: Tensor | float = 1.0) -> tuple:
+    def moments(self, k, s) -> np.ndarray:
+        """M (..., V, n) of cross-sections k, s (..., N), in the units in which next_capital() and value() take it."""
+        if not self.sees_moments:
+            raise ValueError("this solution sees nothing but K of the cross-section")
+        k, s = np.broadcast_arrays(k, s)
+        sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
+        M = moments_of(list(self.layers.values()), *sections, self.econ, self.config)
+        return M.reshape(*k.shape[:-1], *M.shape[1:]).cpu().numpy()
+
+    def now_and_next_moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor,
+                             weight: Tensor | float = 1.0) -> tuple:
         if not self.sees_moments:
             return ()
         networks = list(self.layers.values())
@@ -2502,7 +2520,7 @@ def cross_section(solution, k: Tensor, s: Tensor, K: Tensor, z: Tensor, k_next: 
     """The fields of States: k, s (B, N), and what all households of an economy share, (B, ...). weight (B, N) of
     households, whose mean is one."""
     now = {"k": k, "s": s, "K": K[:, 0], "z": z[:, 0], "K_next": (weight * k_next).mean(1)}
-    now |= zip(("M", "M_next"), solution.moments(k, s, k_next, z, weight))
+    now |= zip(("M", "M_next"), solution.now_and_next_moments(k, s, k_next, z, weight))
     if econ.equilibrium == "planner":
         of_all = planner_Delta(solution, k, s, k_next, K, now["K_next"].unsqueeze(1), z, weight, econ)
         now |= zip(("Delta", "Delta_next"), of_all)

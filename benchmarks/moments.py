@@ -42,7 +42,7 @@ def curvature(solution: dk.Solution, N: int, B: int = 64) -> dict:
     for s, z, paths in dk.simulate([solution.in_panel], panel, 300, econ, rng):
         pass
     k, K, k_next = [x.double() for x in paths[0]]
-    _, M_next = solution.moments(k, s, k_next, z)
+    _, M_next = solution.now_and_next_moments(k, s, k_next, z)
     K_next, gaps, gaps_u = k_next.mean(1, keepdim=True).expand_as(k), [], []
 
     def value_and_marginal(s1, z1, M):

@@ -201,9 +201,19 @@ def test_solutions_with_moments(economies, tmp_path, monkeypatch):
     usual = solution.policy(k, s, K, z)
     assert (here - usual).abs().max() > 1e-9
     assert torch.allclose(usual, torch.from_numpy(solution.next_capital(k, s, K, z)))
-    (M_now, M_next), k_next = solution.moments(k, s, here, z), here
+    (M_now, M_next), k_next = solution.now_and_next_moments(k, s, here, z), here
     assert torch.equal(M_now, M) and M_next.shape == (3, 3, 2, 3)
     assert torch.equal(M_next, dk.next_moments(networks, k_next, s, z, econ, cfg))
+    given = solution.moments(k.numpy(), s.numpy())
+    assert given.shape == (3, 2, 3) and torch.allclose(torch.from_numpy(given), M)
+    assert np.allclose(solution.moments(k[1], s[1]), given[1])
+    assert np.allclose(solution.next_capital(k, s, K, z, given[:, None]), here.numpy())
+    assert np.allclose(solution.next_capital(k[1], s[1], K[1], z[1], given[1]), here[1].numpy())
+    V = solution.values(k, s, K.expand_as(k), z.expand_as(s), M.unsqueeze(1).expand(3, 8, 2, 3))
+    assert np.allclose(solution.value(k, s, K, z, given[:, None]), V * economy.c_ss ** (1 - economy.gamma))
+    for M_bad in (given[:, None, :, :2], given[:, None, :1], 0.0):
+        with pytest.raises(ValueError, match="as moments"):
+            solution.next_capital(k, s, K, z, M_bad)
     solution.save(tmp_path / "w.pth")
     again = dk.load(tmp_path / "w.pth")
     assert torch.equal(again.in_panel(k, s, K, z), here) and torch.equal(again.policy(k, s, K, z), usual)
@@ -255,6 +265,10 @@ def test_without_moments_training_is_what_it_was_before_there_were_any(monkeypat
             patch.setattr(dk, name, lambda *args, **kwargs: pytest.fail("moments are at work"))
         found = dk.solve(None, cfg, seed=5, device="cpu", compile="none")
     assert len(found.layers["policy"]) == 6 and not found.sees_moments
+    with pytest.raises(ValueError, match="nothing but K"):
+        found.moments([1.0, 2.0], [0, 1])
+    with pytest.raises(ValueError, match="as moments"):
+        found.next_capital(1.0, 0, 40.0, 1, [[0.5]])
     state = dk.initial_state(dk.with_units(dk.krusell_smith().tables("cpu", torch.float32), cfg), cfg, 5,
                              torch.Generator().manual_seed(5))
     assert not {"M", "M_next", "M_mean", "k_panel"} & state.keys()
