@@ -1138,17 +1138,18 @@ def together(work: Callable) -> None:
                         "stays, go on with the same command and --resume") from error
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in place. A signal is heard while others are waited for: inside all_reduce it is not, and a
-    rank that hangs or is lost in the middle of a message would leave this one there."""
-    def work():
-        sums = dist.all_reduce(x, async_op=not x.is_cuda)
-        while not (x.is_cuda or sums.is_completed()):
-            time.sleep(1e-4)
-        return x.is_cuda or sums.wait()
+def heard(sums) -> None:
+    """Waits for sums where a signal is heard: inside all_reduce it is not, and a rank that hangs or is lost in the
+    middle of a message would leave this one there."""
+    while not sums.is_completed():
+        time.sleep(1e-4)
+    sums.wait()
 
+
+def total(x: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
     if RANKS > 1:
-        together(work)
+        together(lambda: dist.all_reduce(x) if x.is_cuda else heard(dist.all_reduce(x, async_op=True)))
     return x
 
 
@@ -2033,11 +2034,11 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
 class Policy:
     """What the network's and the grid's solution share: a policy and a value, on tensors and on numpy arrays."""
 
+    sees_moments = False  # beside K
+
     def in_panel(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
         """k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
         return self.policy(k, s, K, z)
-
-    sees_moments = False  # beside K
 
     def now_and_next_moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor,
                              weight: Tensor | float = 1.0) -> tuple:
@@ -2081,8 +2082,8 @@ class Policy:
             return function(*tensors).cpu().numpy()
         if not self.sees_moments or np.shape(M)[-2:] != tuple(self.econ.M_mean.shape):
             raise ValueError(f"M is (..., V, n) as moments() gives it, here {np.shape(M)}")
-        M = torch.tensor(M, dtype=torch.float64, device=self.device)
-        return function(*tensors, M.expand(*k.shape, *M.shape[-2:])).cpu().numpy()
+        M = np.broadcast_to(M, (*k.shape, *np.shape(M)[-2:]))
+        return function(*tensors, torch.tensor(M, dtype=torch.float64, device=self.device)).cpu().numpy()
 
 
 class Solution(Policy):

@@ -53,14 +53,14 @@ def on_nodes(function, k, K: float, z: int) -> np.ndarray:
 def exact_policy(K: float, z: int, switched, k: np.ndarray, econ: dk.Tables) -> np.ndarray:
     """k' (S, n) while K and z stay, where households expect to save switched(k', s', K, z') once z has become z': by
     endogenous gridpoints."""
-    m, R, c = [], [], []
+    m, R, c, (Z, S) = [], [], [], ECONOMY.income.shape
     for z_next in range(len(econ.TFP)):
         found = [on_nodes(lambda *at, i=i: dk.cash_on_hand(*at, econ)[i] + 0 * at[0], k, K, z_next) for i in (0, 1)]
         m, R = [*m, found[0]], [*R, float(found[1].mean())]
         c.append(0.05 * m[-1] if z_next == z else m[-1] - on_nodes(switched, k, K, z_next))
     for _ in range(5000):
         worth = np.array(R)[:, None, None] * dk.marginal_utility(np.array(c), econ)
-        worth = ECONOMY.beta[:, None] * np.einsum("stu,tun->sn", ECONOMY.P[z], worth)
+        worth = dk.expected_on_grid(np.broadcast_to(worth[:, :, None], (Z, Z, S, 1, len(k))), ECONOMY)[z, :, 0]
         k_endo = (dk.inverse_marginal_utility(worth, econ) + k - (m[z] - R[z] * k)) / R[z]
         k_next = np.array([np.interp(k, of_s, k) for of_s in k_endo])
         last, c[z] = c[z], m[z] - k_next

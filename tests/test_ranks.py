@@ -217,7 +217,7 @@ def test_a_rank_that_hangs_does_not_keep_the_first_from_hearing_a_signal(tmp_pat
 ])
 def test_errors_are_said_once_and_nothing_hangs(tmp_path, flags, line):
     process = torchrun(SCRIPT, "--preset", "smoke", "--device", "cpu", "--output-dir", tmp_path, *flags)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=30)
     assert process.returncode != 0 and said(err).startswith(f"deepham_ks: error: {line}")
     assert "exitcode  : 2" in err and "Traceback" not in err.split("deepham_ks: error")[0]
     assert not list(tmp_path.iterdir())

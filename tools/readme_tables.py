@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED_ROWS = tuple(range(10))
 REFERENCE = "benchmarks/seeds/seed0.json"
 EXAMPLES = ("stochastic_beta", "davila", "ar1")
-YOUNGER = {"value_networks": 1}  # options that some files do not have yet, and the value with which those ran
 
 
 class BadInput(Exception):
@@ -118,6 +117,10 @@ def load(root, name, command):
         raise BadInput(f"{name}: {error}; make it with: {command}") from error
 
 
+def load_reference(root):
+    return load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0")
+
+
 def load_seeds(root, reference):
     """seed -> metrics, all of the reference run's economy and configuration."""
     seeds = {}
@@ -128,8 +131,6 @@ def load_seeds(root, reference):
             raise BadInput(f"{path.relative_to(root)} is of seed {metrics['seed']}")
         for kind in ("calibration", "economy", "config", "grid_config"):
             ours, theirs = metrics[kind] or {}, reference[kind] or {}
-            if kind == "config":
-                ours, theirs = YOUNGER | ours, YOUNGER | theirs
             odd = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             if odd:
                 raise BadInput(f"{path.relative_to(root)}: {', '.join(odd)} not as in {REFERENCE}; run {command}")
@@ -151,7 +152,7 @@ def machine(metrics):
 
 
 def results(root):
-    reference = load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0")
+    reference = load_reference(root)
     seeds = load_seeds(root, reference)
     header = ["figure", "N", f"network, seed {reference['seed']}", f"{len(seeds)} seeds, min to max", "grid",
               "published grid", "authors' network"]
@@ -168,7 +169,7 @@ def results(root):
 
 
 def seeds(root):
-    runs = load_seeds(root, load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0"))
+    runs = load_seeds(root, load_reference(root))
     first = next(iter(runs.values()))
     n, N = (count(first, f"comparison {size} n_agents") for size in ("small", "large"))
     header = ["seed", "trained on", "training (s)", f"W1, N = {n}", f"W1, N = {N}", f"Bellman own c, N = {n}",
@@ -290,7 +291,7 @@ def moments(root):
     learnt = [metrics for name, metrics in runs.items() if name.startswith("seed")]
     if not learnt or any("error" in metrics for metrics in runs.values()):
         raise BadInput(f"benchmarks/moments: runs are missing or ended in an error; make them with: {command}")
-    only_K = load(root, REFERENCE, "python deepham_ks.py --output-dir runs/seed0")
+    only_K = load_reference(root)
     given = [runs["unemployment"]] if "unemployment" in runs else []
     header = ["figure", "N", f"one learnt moment, {len(learnt)} seeds",
               *("unemployment share given" for _ in given), "K alone", "grid in K"]
