@@ -47,6 +47,7 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import scipy.interpolate
+import scipy.sparse
 import scipy.stats
 import torch
 import torch.distributed as dist
@@ -1565,7 +1566,7 @@ def taught(cfg: Config) -> List[int]:
 
 def thin(batch: Batch, cfg: Config) -> Batch:
     """The states that teach, as one list."""
-    return Batch(*[path[taught(cfg)].flatten() for path in batch])
+    return Batch(*[torch.cat([path[t] for t in taught(cfg)]) for path in batch])
 
 
 HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "value_spread",
@@ -1577,8 +1578,9 @@ def watched_savings(state: dict, econ: Tables, cfg: Config) -> Tensor:
     """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its mean: (10,)."""
     Z, S = econ.shares.shape
     device, K = econ.TFP.device, econ.K_mean
-    k = econ.k_min + torch.tensor(WATCHED, device=device).view(-1, 1, 1, 1) * (K - econ.k_min)
-    of_K = K * torch.tensor([0.97, 1.0, 1.03], device=device).view(-1, 1, 1)
+    above = K - econ.k_min
+    k = econ.k_min + torch.stack([multiple * above for multiple in WATCHED]).view(-1, 1, 1, 1)
+    of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
     at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
     M = torch.zeros_like(econ.M_mean[0]) if econ.M_mean.numel() else None  # moments at their means
     k_next = network_capital(layers_of(state["policy"], econ, cfg), *at, econ, M)  # (10, 3, Z, S)
@@ -2257,25 +2259,42 @@ def solve_household(c: np.ndarray, laws: list, nodes, econ: Economy, config: Gri
     return c, k_endo, change, (worth < least).mean()
 
 
+def lottery(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
+    """The matrix (S n, S m n) that moves mass (S, m, n) to the two of the nodes k (n,) around k' (S, m, n), so that its
+    mean is k'."""
+    (S, _, n), (low, share) = k_next.shape, between(k_next, k)
+    rows = np.stack([low, low + 1], -1) + n * np.arange(S)[:, None, None, None]
+    return scipy.sparse.csc_array((np.stack([1 - share, share], -1).ravel(), rows.ravel(),
+                                   2 * np.arange(low.size + 1)), (S * n, low.size))
+
+
 def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray,
-                       econ: Economy, keep: Callable = lambda t, mass, k_next: None):
+                       econ: Economy, keep: Callable | None = None):
     """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
     two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,), or a function of (mass,
-    K, z). Returns K (periods,) and the last mass; keep(t, mass, k') sees every period."""
-    K_path, n = np.empty(len(z_path)), len(k)
+    K, z). Between two nodes of K each moves its share of the mass, which is the same but for households whose k' passes
+    a node of k there. Returns K (periods,) and the last mass; keep(t, mass, k') sees every period."""
+    K_path = np.empty(len(z_path))
+
+    @functools.cache
+    def between_nodes(z, j):
+        return lottery(table[z][:, j : j + 2], k)
+
     for t, z in enumerate(z_path):
         K_path[t] = mass.sum(0) @ k
         if callable(table):
-            k_next = table(mass, K_path[t], z)  # (s, n)
+            k_next, weight = table(mass, K_path[t], z)[:, None], np.ones(1)  # (s, 1, n)
         else:
             position = (K_path[t] - K[0]) / (K[1] - K[0])
             j = min(max(int(position), 0), len(K) - 2)
-            k_next = table[z, :, j] + (position - j) * (table[z, :, j + 1] - table[z, :, j])
-        keep(t, mass, k_next)
-        i, share = between(k_next, k)
-        right = mass * share
-        moved = [np.bincount(low, m - r, n) + np.bincount(low + 1, r, n) for low, m, r in zip(i, mass, right)]
-        mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ np.array(moved)
+            k_next, weight = table[z][:, j : j + 2], np.array([j + 1 - position, position - j])
+        if weight.min() < 0:  # beyond the nodes of K
+            k_next, weight = (weight @ k_next)[:, None], np.ones(1)
+        if keep:
+            keep(t, mass, weight @ k_next)
+        move = between_nodes(z, j) if len(weight) == 2 else lottery(k_next, k)
+        moved = move @ (mass[:, None] * weight[:, None]).ravel()
+        mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ moved.reshape(mass.shape)
     return K_path, mass
 
 
@@ -2373,12 +2392,11 @@ def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.nda
     tables, s, Deltas = econ.tables(), torch.arange(len(econ.beta))[:, None], np.zeros(len(z_path))
 
     def keep(t, mass, k_next):
-        if econ.equilibrium == "planner":
-            gain = gain_from_K(torch.from_numpy(k), s, torch.from_numpy(k_next), torch.tensor(mass.sum(0) @ k),
-                               torch.tensor(z_path[t]), tables)
-            Deltas[t] = (mass * gain.numpy()).sum()
+        gain = gain_from_K(torch.from_numpy(k), s, torch.from_numpy(k_next), torch.tensor(mass.sum(0) @ k),
+                           torch.tensor(z_path[t]), tables)
+        Deltas[t] = (mass * gain.numpy()).sum()
 
-    K_path, mass = simulate_histogram(table, k, K, mass, z_path, econ, keep)
+    K_path, mass = simulate_histogram(table, k, K, mass, z_path, econ, keep if econ.equilibrium == "planner" else None)
     kept = [torch.from_numpy(x[config.burn_in :, None]) for x in (K_path, Deltas, z_path)]
     of_K = law_of_motion(kept[0], kept[2], torch.from_numpy(laws[0][:, 1]))
     of_Delta = regress_by_z(kept[1], torch.log(kept[0]), kept[2], torch.zeros(len(laws[1]), dtype=torch.float64))

@@ -166,7 +166,7 @@ def test_a_failed_capture_ends_in_one_line_and_the_run_goes_on_without(tmp_path)
 
 
 def test_too_large_a_batch_is_one_line(tmp_path):
-    done = command(tmp_path, "--batch", "10000000")
+    done = command(tmp_path, "--batch", "10000000", "--horizon", "600", "--periods", "700")
     assert done.returncode == 2 and "out of memory" in done.stderr and done.stderr.count("\n") == 1
 
 

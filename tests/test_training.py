@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepham_ks as dk
 
@@ -123,6 +124,30 @@ def test_graphs_are_captured_once_a_phase_and_change_nothing(monkeypatch):
     for name, value in eager.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, graphs[name]), name
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses a tensor made of Python numbers, an index that is a list, a number read back: no CUDA graph can hold
+    them."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", [{}, {"moments": "variance"}, {"moments": "unemployment", "learnt_moments": 1},
+                                    {"value_networks": 2}], ids=str)
+@pytest.mark.parametrize("iteration", [1, SMOKE.iterations - 1])
+def test_an_iteration_neither_takes_from_the_host_nor_waits_for_it(economy, change, iteration):
+    econ, rng = economy.tables("cpu", torch.float32), torch.Generator().manual_seed(0)
+    cfg = dataclasses.replace(SMOKE, **change)
+    state, kernels = dk.initial_state(econ, cfg, 0, rng), dk.compile_kernels("none")
+    dk.set_rates(state, cfg, {})
+    with torch.no_grad():
+        dk.iterate(state, econ, cfg, kernels, rng, {})
+        state["iteration"] = iteration
+        with NothingFromTheHost():
+            dk.iterate(state, econ, cfg, kernels, rng, {})
 
 
 @pytest.mark.parametrize("k_min", [0.0, 20.0])
