@@ -2030,6 +2030,23 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
     return replay
 
 
+def replayed(policy: Callable) -> Callable:
+    """The same function of tensors of one shape, k first, as a CUDA graph for each dtype of k."""
+    graphs = {}
+
+    def replay(*now: Tensor) -> Tensor:
+        if now[0].dtype not in graphs:
+            held = [x.clone() for x in now]
+            step = capture(lambda: policy(*held), [], torch.Generator())  # it draws nothing
+            graphs[now[0].dtype] = held, step
+        held, step = graphs[now[0].dtype]
+        for of_graph, x in zip(held, now):
+            of_graph.copy_(x)
+        return step().clone()
+
+    return replay
+
+
 # ---------------------------------------------------------------------------------------------- solutions
 
 
@@ -2514,13 +2531,15 @@ def planner_Delta(solution, k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, K_n
     return now, torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1)
 
 
-def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int):
-    """Simulate solutions on the same shocks from the same dispersed panel: name -> (cross-sections of the pooled
-    periods, a dict of tensors (D, B, ...), K_path (periods, B)), and z_path (periods, B)."""
+def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int, graphs: bool = False):
+    """Simulate solutions on the same shocks from the same dispersed panel, on CUDA as graphs if asked: name ->
+    (cross-sections of the pooled periods, a dict of tensors (D, B, ...), K_path (periods, B)), and z_path (periods,
+    B)."""
     rng = torch.Generator().manual_seed(seed)  # on the CPU: the same shocks on every device
     panel = initial_panel(B, N, econ, rng)
     pooled, K_path, z_path = {name: [] for name in solutions}, {name: [] for name in solutions}, []
-    periods = simulate([solution.in_panel for solution in solutions.values()], panel, cfg.eval_periods, econ, rng)
+    policies = [replayed(solution.in_panel) if graphs else solution.in_panel for solution in solutions.values()]
+    periods = simulate(policies, panel, cfg.eval_periods, econ, rng)
     periods = tqdm(periods, f"simulation, N = {N}", cfg.eval_periods, leave=False, disable=None)
     for t, (s, z, paths) in enumerate(periods):
         if t < cfg.eval_drop:
@@ -2671,9 +2690,10 @@ def errors_at(solution, states: States, econ: Tables) -> Tuple[dict, dict]:
     return figures, {"sample_k": states.k.cpu().numpy(), "bellman": own}
 
 
-def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int) -> Tuple[dict, dict]:
+def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int,
+                graphs: bool = False) -> Tuple[dict, dict]:
     """All figures of solutions at one N on the same shocks, and the arrays behind them: name -> dict."""
-    simulated, z_path = ergodic_states(solutions, econ, cfg, B, N, seed)
+    simulated, z_path = ergodic_states(solutions, econ, cfg, B, N, seed, graphs)
     figures, arrays, z_path = {}, {}, z_path.cpu().numpy()
     for name, (pooled, K_path) in simulated.items():
         some = torch.randperm(pooled["k"].numel(), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
@@ -3351,14 +3371,15 @@ def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None =
     return Solution(weights, choose_device(device), compile)
 
 
-def compare(network: Solution, grid: GridSolution | None, cfg: Config) -> Tuple[dict, dict]:
+def compare(network: Solution, grid: GridSolution | None, cfg: Config, graphs: bool = False) -> Tuple[dict, dict]:
     """Every accuracy figure of both on the same shocks, by solution and size: small, large, and the limit of infinitely
     many households; under comparison the distances between both. The arrays behind the pictures, by size and
-    solution."""
+    solution. On CUDA panels can be simulated as graphs."""
     econ, economy = network.econ, network.economy
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    judged = {"small": judge_panel(solutions, econ, cfg, cfg.eval_economies, cfg.eval_agents, JUDGE_SEED),
-              "large": judge_panel(solutions, econ, cfg, cfg.eval_economies_large, cfg.eval_agents_large, JUDGE_SEED)}
+    judged = {"small": judge_panel(solutions, econ, cfg, cfg.eval_economies, cfg.eval_agents, JUDGE_SEED, graphs),
+              "large": judge_panel(solutions, econ, cfg, cfg.eval_economies_large, cfg.eval_agents_large, JUDGE_SEED,
+                                   graphs)}
     K_seen = np.concatenate([of["K_path"].ravel() for of in judged["small"][1].values()])
     top = grid.k_max if grid else 4 * max(arrays["network"]["k"].max() for _, arrays in judged.values())
     k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
@@ -3636,7 +3657,8 @@ def work(settings: Settings) -> int:
     with stage(seconds, "grid"):
         grid = solve_grid(economy, grid_config, progress=True).to(network.device) if grid_config else None
     with stage(seconds, "accuracy"), torch.no_grad():
-        figures, arrays = compare(network, grid, cfg)
+        graphs = run.cuda_graphs and network.device.type == "cuda"
+        figures, arrays = compare(network, grid, cfg, graphs)
     rows = verdict(figures, economy, cfg)
     with staged(output_dir) as folder:
         with stage(seconds, "results"):

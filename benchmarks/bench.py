@@ -59,7 +59,7 @@ def setting(cfg, device, seed=0):
 def pooled_capital(solution, cfg):
     """k (n,) of the panel that the small size is judged on; every solution starts from the same one."""
     simulated, _ = dk.ergodic_states({"": solution}, ECONOMY.tables(solution.device), cfg, cfg.eval_economies,
-                                     cfg.eval_agents, dk.JUDGE_SEED)
+                                     cfg.eval_agents, dk.JUDGE_SEED, solution.device.type == "cuda")
     return simulated[""][0]["k"].flatten().cpu().numpy()
 
 
@@ -116,7 +116,7 @@ def draw_time_to_accuracy(path, rows):
 # ---------------------------------------------------------------------------------------------- stages and scaling
 
 
-def stages(cfg, device):
+def stages(cfg, device, of_whole=True):
     """Seconds of each part of an outer iteration, and of the whole as it is run."""
     econ, kernels, rng, state = setting(cfg, device)
     dk.set_rates(state, cfg, {})
@@ -146,6 +146,8 @@ def stages(cfg, device):
         "value step": lambda: dk.value_step(state["value"], steps[0][1], steps[1][1], *steps[2:]),
     }
     seconds = {name: median_seconds(part, device) for name, part in parts.items()}
+    if not of_whole:
+        return seconds
     dk.iterate(state, econ, cfg, kernels, rng, {})  # the first one fills in what the next ones learn from
     state["iteration"] = 1
 
@@ -187,7 +189,7 @@ def scaling(device):
     rows = []
     for what, change in sizes:
         cfg = dataclasses.replace(base, **change)
-        part = stages(cfg, device)
+        part = stages(cfg, device, of_whole=False)
         rest = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
         size, household_periods = list(change.values())[0], cfg.n_agents * cfg.n_economies * cfg.periods
         rows.append((what, size, household_periods, part["simulate"], rest))

@@ -119,6 +119,25 @@ def test_comparison_in_another_economy(economies, toy_grid):
     assert poor["grid"]["limit"]["euler_log10"]["mean"] < -2.5 < -1.7 < poor["network"]["limit"]["euler_log10"]["mean"]
 
 
+def test_panels_replayed_as_graphs_are_the_same(smoke_grid, econ, monkeypatch):
+    """With what a CUDA graph does: the same step on the same memory, its result written where the last one was."""
+    steps = []
+
+    def capture(step, tensors, rng):
+        result = step().clone()
+        steps.append(result.dtype)
+        return lambda: result.copy_(step())
+
+    monkeypatch.setattr(dk, "capture", capture)
+    both = {"network": as_network(smoke_grid), "grid": smoke_grid}
+    (plain, z), (graphs, z_graphs) = [dk.ergodic_states(both, econ, CFG, B=3, N=30, seed=1, graphs=x) for x in (0, 1)]
+    assert 2 <= len(steps) <= 4 and torch.equal(z, z_graphs)
+    for name in both:
+        assert torch.equal(plain[name][1], graphs[name][1])
+        for part, x in plain[name][0].items():
+            assert torch.equal(x, graphs[name][0][part]), part
+
+
 def test_ergodic_states(smoke_grid, econ):
     """What is dropped, what is pooled, and K' the mean of k' that followed."""
     def simulated(seed):

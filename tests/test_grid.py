@@ -173,12 +173,21 @@ def test_value_is_in_utils(converged):
 
 def by_hand(mass, k, k_next):
     """mass (S, n) at k moved to the neighbours of k' (S, n), so that its mean moves to the mean of k'."""
-    moved, right = np.zeros_like(mass), scipy.interpolate.interp1d(k, np.arange(len(k)))(k_next)
+    moved, right = np.zeros_like(mass), np.interp(k_next, k, np.arange(len(k)))
     low = np.minimum(right.astype(int), len(k) - 2)
     for s in range(len(mass)):
         np.add.at(moved[s], low[s], mass[s] * (1 - (right - low)[s]))
         np.add.at(moved[s], low[s] + 1, mass[s] * (right - low)[s])
     return moved
+
+
+def moved_by_hand(mass, k, table, K, now):
+    """By the two nodes of K around now, each with its share; beyond them by k' as it goes on there."""
+    j = np.clip(np.searchsorted(K, now, "right") - 1, 0, len(K) - 2)
+    share = (now - K[j]) / (K[j + 1] - K[j])
+    if not 0 <= share <= 1:
+        return by_hand(mass, k, (1 - share) * table[:, j] + share * table[:, j + 1])
+    return (1 - share) * by_hand(mass, k, table[:, j]) + share * by_hand(mass, k, table[:, j + 1])
 
 
 def check_histogram(grid, economy, z_path):
@@ -196,18 +205,20 @@ def check_histogram(grid, economy, z_path):
         now = (mass * k).sum()
         k_next = grid.next_capital(k, np.arange(S)[:, None], now, z)
         assert K_path == pytest.approx([now, (mass * k_next).sum()], rel=1e-10)
-        moved = by_hand(mass, k, k_next)
+        moved, interpolated = moved_by_hand(mass, k, table[z], K, now), by_hand(mass, k, k_next)
         assert one_period == pytest.approx(economy.Pi[z, z].T @ moved, abs=1e-14)  # the last z stays
         (t, first, of_first), (t_last, mass, _) = seen
         assert (t, t_last) == (0, 1) and of_first == pytest.approx(k_next, rel=1e-10)
         assert mass == pytest.approx(economy.Pi[z, z_next].T @ moved, abs=1e-14)
         assert mass.sum() == pytest.approx(1, abs=1e-12) and after.sum() == pytest.approx(1, abs=1e-12)
-        yield z, z_next, first, mass
+        yield z, z_next, first, mass, (np.abs((moved - interpolated).sum(0).cumsum())[:-1] * np.diff(k)).sum()
 
 
 def test_histogram_keeps_mass_mean_and_unemployment(converged):
     """One period at a time: K' is the mean of k' over the histogram, unemployment is u(z')."""
-    for _, z_next, _, mass in check_histogram(converged, dk.krusell_smith(), np.array([1, 1, 0, 0, 1, 0, 1, 1])):
+    for _, z_next, _, mass, of_nodes in check_histogram(converged, dk.krusell_smith(),
+                                                        np.array([1, 1, 0, 0, 1, 0, 1, 1])):
+        assert of_nodes < 1e-3  # W1 from the histogram that k' between the two nodes of K moves
         assert mass[0].sum() == pytest.approx((0.10, 0.04)[z_next], abs=1e-12)
 
 
@@ -216,8 +227,21 @@ def test_histogram_keeps_mass_mean_and_shares(small):
     economy, grid = small
     z_path = dk.draw_z_path(80, economy, np.random.default_rng(1))
     assert set(z_path) == set(range(len(economy.TFP)))
-    for z, z_next, before, mass in check_histogram(grid, economy, z_path):
+    for z, z_next, before, mass, _ in check_histogram(grid, economy, z_path):
         assert mass.sum(1) == pytest.approx(before.sum(1) @ economy.Pi[z, z_next], abs=1e-12)
+
+
+@pytest.mark.parametrize("ends", [(0.9, 0.97), (1.03, 1.1)])
+def test_histogram_beyond_the_nodes_of_K(converged, ends):
+    """Policies go on as lines there, and no mass is negative."""
+    economy, ((k, K), table) = dk.krusell_smith(), (table_nodes(converged), converged.table.numpy())
+    K = np.linspace(*ends, len(K)) * converged.K_mean
+    mass = dk.dispersed_mass(k, converged.K_mean, 1, economy)
+    now = (mass * k).sum()
+    assert not K[0] <= now <= K[-1]
+    (_, found), after = dk.simulate_histogram(table, k, K, mass, np.array([1, 1]), economy)
+    moved = moved_by_hand(mass, k, table[1], K, now)
+    assert found == pytest.approx((moved * k).sum(), rel=1e-10) and (after >= 0).all()
 
 
 def test_histogram_ends_where_the_chain_does(small):
