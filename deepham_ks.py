@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -38,6 +39,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 import warnings
@@ -2291,14 +2293,14 @@ def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np
     two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,), or a function of (mass,
     K, z). Between two nodes of K each moves its share of the mass, which is the same but for households whose k' passes
     a node of k there. Returns K (periods,) and the last mass; keep(t, mass, k') sees every period."""
-    K_path = np.empty(len(z_path))
+    K_path, k_of_all = np.empty(len(z_path)), np.tile(k, len(mass))
 
     @functools.cache
     def between_nodes(z, j):
         return lottery(table[z][:, j : j + 2], k)
 
     for t, z in enumerate(z_path):
-        K_path[t] = mass.sum(0) @ k
+        K_path[t] = mass.ravel() @ k_of_all
         if callable(table):
             k_next, weight = table(mass, K_path[t], z)[:, None], np.ones(1)  # (s, 1, n)
         else:
@@ -2336,13 +2338,12 @@ def evaluate_grid(k_next: np.ndarray, nodes, k: np.ndarray, alm: np.ndarray, tab
     at = on_grid(k, nodes.K, econ)
     c = (cash_on_hand(*at, tables)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, tables) + expected_Delta(marginal_utility(c, tables), *at, tables) * at[0]).numpy()
-    (i, share), (_, spline) = between(k_next, k), forecast(alm, nodes)
+    at_k_next, (_, spline) = lottery(k_next.reshape(-1, 1, len(k)), k).T, forecast(alm, nodes)
     D = econ.annuity[..., None, None]
     V = u * D
     for _ in range(sweeps):
         EV = expected_on_grid(spline[:, None, None] @ V, econ)
-        low, high = np.take_along_axis(EV, i, -1), np.take_along_axis(EV, i + 1, -1)
-        change = u + low + share * (high - low) - V
+        change = u + (at_k_next @ EV.ravel()).reshape(EV.shape) - V
         V += change + change.mean() * (D - 1)
         if np.ptp(change) < 1e-7:
             break
@@ -2370,12 +2371,13 @@ class GridSolution(Policy):
         """A table at states of one shape: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
         n_K, n_k = table.shape[2:]
         low, width = self.econ.k_min, self.k_max - self.econ.k_min
-        i = (((k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).floor().clamp(max=n_k - 2)
-        left, right = [low + width * (x / (n_k - 1)) ** self.exponent for x in (i, i + 1)]
+        nodes = low + width * torch.linspace(0, 1, n_k, dtype=torch.float64, device=k.device) ** self.exponent
+        i = (((k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).long().clamp(max=n_k - 2)
+        left, right = nodes[i], nodes[i + 1]
         position = (K - self.K_low) / (self.K_high - self.K_low) * (n_K - 1)
         j = position.floor().clamp(0, n_K - 2)
         along_k, along_K, flat = (k - left) / (right - left), position - j, table.reshape(-1)
-        corner = (joint(s, z, self.econ) * n_K + j.long()) * n_k + i.long()
+        corner = (joint(s, z, self.econ) * n_K + j.long()) * n_k + i
         low, low1, high, high1 = [flat[corner + step] for step in (0, 1, n_k, n_k + 1)]
         below = low + along_k * (low1 - low)
         return below + along_K * (high + along_k * (high1 - high) - below)
@@ -3510,6 +3512,20 @@ def stage(seconds: dict, name: str):
     seconds[name] = time.perf_counter() - start
 
 
+def beside(work: Callable) -> Callable:
+    """work(), in a thread from now on, which no interrupt waits for; what is returned waits for its result."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
+
+
 def choose_device(device: str) -> str:
     if device == "auto" and not torch.cuda.is_available():
         driver = Path("/proc/driver/nvidia/version")
@@ -3570,7 +3586,6 @@ def generator(device: str, seed: int) -> torch.Generator:
         torch.cuda.init()
         rng = torch.cuda.default_generators[torch.cuda.current_device()]
         torch._C._jit_set_texpr_fuser_enabled(False)  # compiles inside a capture; and the CPU build has no such fuser
-        torch.backends.cuda.preferred_linalg_library("cusolver")  # a Cholesky factor that can be captured
     return rng.manual_seed(seed_of_rank(seed))
 
 
@@ -3640,9 +3655,17 @@ def work(settings: Settings) -> int:
     output_dir = Path(run.output_dir)
     if RANK == 0:
         prepare(output_dir)
-    if run.device == "cpu" or not torch.cuda.is_available():
+    on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    if not on_gpu:
         limit_memory()
     seconds = {}
+
+    def of_grid():
+        with stage(seconds, "grid"):
+            return solve_grid(economy, grid_config, progress=True) if grid_config else None
+
+    if on_gpu and RANK == 0:  # the processor has nothing to do there until the networks are judged
+        of_grid = beside(of_grid)
     if run.evaluate:
         network = load(output_dir / WEIGHTS, run.device, run.compile, settings)
     if run.preset != "paper":
@@ -3654,8 +3677,8 @@ def work(settings: Settings) -> int:
                             cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
     if RANK > 0:
         return 0
-    with stage(seconds, "grid"):
-        grid = solve_grid(economy, grid_config, progress=True).to(network.device) if grid_config else None
+    grid = of_grid()
+    grid = grid and grid.to(network.device)
     with stage(seconds, "accuracy"), torch.no_grad():
         graphs = run.cuda_graphs and network.device.type == "cuda"
         figures, arrays = compare(network, grid, cfg, graphs)

@@ -7,9 +7,12 @@ time_to_accuracy-*.csv and .png.
 
 import argparse
 import dataclasses
+import json
 import math
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,6 +54,33 @@ def setting(cfg, device, seed=0):
     econ, kernels = ECONOMY.tables(device, torch.float32), dk.compile_kernels("torchscript")
     rng = dk.generator(device, seed)
     return econ, kernels, rng, dk.initial_state(econ, cfg, seed, rng)
+
+
+# ---------------------------------------------------------------------------------------------- the whole command
+
+COMMANDS = {"cpu": ["deepham_ks.py"],
+            "gpu": ["deepham_ks.py", "deepham_ks.py --seed 1", "deepham_ks.py --learnt-moments 1",
+                    "examples/stochastic_beta.py --grid none", "examples/ar1.py --grid none"]}
+
+
+def whole_command(command):
+    """A row of the table: seconds by stage and from start to end, memory, and what came out."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        script, *flags = command.split()
+        done = subprocess.run([sys.executable, HERE.parent / script, *flags, "--output-dir", folder],
+                              capture_output=True, text=True)
+        wall, found = time.perf_counter() - start, Path(folder) / "metrics.json"
+        if not found.exists():
+            return [f"`{command}`", done.stderr.strip()[-200:], *8 * [""]]
+        metrics = json.loads(found.read_text())
+    seconds, rows = metrics["seconds"], [row["passed"] for row in metrics["verdict"] if row["passed"] is not None]
+    stages = [f"{seconds[name]:.1f}" for name in ("training", "grid", "accuracy", "results")]
+    memory = max(metrics["peak_memory_gb"].items(), key=lambda item: item[0] == "device")
+    euler, iterations = metrics["network"]["limit"]["euler_log10"]["mean"], metrics["convergence"]["iterations"]
+    print(command, *stages, f"{wall:.1f}", flush=True)
+    return [f"`{command}`", *stages, f"{wall:.1f}", f"{memory[1]:.2f} ({memory[0]})",
+            f"{iterations}", f"10^{euler:.2f}", f"{sum(rows)} of {len(rows)}" if rows else "-"]
 
 
 # ---------------------------------------------------------------------------------------------- time to accuracy
@@ -157,7 +187,15 @@ def stages(cfg, device, of_whole=True):
     if device == "cuda":
         tensors = [x for x in state.values() if isinstance(x, torch.Tensor)]
         seconds["whole iteration, launched from Python"] = median_seconds(whole, device, 3)
+        seconds["its capture, once a phase"] = -time.perf_counter()
         whole = dk.capture(whole, tensors, rng)
+        seconds["its capture, once a phase"] += time.perf_counter()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            whole()
+            wait(device)
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        seconds[f"its {len(on_device):,} kernels and copies, each by itself"] = sum(
+            event.time_range.elapsed_us() for event in on_device) / 1e6
     seconds["whole iteration"] = median_seconds(whole, device)
     return seconds
 
@@ -212,6 +250,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, cfg = "gpu" if device == "cuda" else "cpu", dk.PRESETS["default"]
     print(machine(device))
+    commands = [whole_command(command) for command in COMMANDS[kind]]
     of_grid, rows = judge(cfg, device), []
     for seed in options.seeds:
         rows += time_to_accuracy("default", cfg, seed, device, *of_grid, 5)
@@ -225,7 +264,11 @@ def main():
     steps = sum(part[name] for name in ("roll-out and costates", "policy step", "value step"))
     work, rate = cfg.batch * cfg.horizon, policy_step_flops(cfg) / steps
     command = " ".join(["python benchmarks/bench.py", *sys.argv[1:]])
-    lines = [f"# Benchmarks, {kind.upper()}", "", f"`{command}`", "", machine(device), "", "## Time to accuracy", "",
+    lines = [f"# Benchmarks, {kind.upper()}", "", f"`{command}`", "", machine(device), "", "## The whole command", "",
+             "Seconds; with a grid, on a GPU, the grid is solved while the networks train.", "",
+             "| command | training | grid | accuracy | results | start to end | peak memory GiB | outer iterations | "
+             "Euler error, mean, N = inf | verdict rows passed |", "|---" * 10 + "|",
+             *("| " + " | ".join(row) + " |" for row in commands), "", "## Time to accuracy", "",
              "W1 of pooled capital, N = 50, against the converged grid; judging is not counted. "
              f"Every point is in `time_to_accuracy-{kind}.csv`.", "",
              "| preset | seed | outer iterations | training s | W1 | mean \\|dk'\\| |", "|---|---|---|---|---|---|"]
@@ -236,8 +279,7 @@ def main():
     lines += ["", f"Policy and value step with their roll-out: {work / steps:.3g} household-periods a second, "
               f"{rate / 1e9:.0f} GFLOP/s in matrix products, {100 * rate / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s "
               "that a large float32 product reaches here.", ""]
-    if device == "cuda":
-        lines += [f"Peak device memory {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB.", ""]
+    (HERE / f"results-{kind}.md").write_text("\n".join(lines))
     lines += ["## Scaling", "", "Median seconds; 4 economies, N = 500, 160 periods, where not said otherwise.", "",
               "| what grows | to | household-periods simulated | simulate s | steps s |", "|---|---|---|---|---|"]
     lines += [f"| {w} | {size:,} | {hp:,} | {a:.3f} | {b:.3f} |" for w, size, hp, a, b in scaling(device)]

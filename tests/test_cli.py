@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -697,6 +698,23 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
     assert rows[-1][4] == pytest.approx(w1, rel=1e-3)
     assert rows[-1][5] == pytest.approx(metrics["comparison"]["policy_distance"]["mean"], rel=0.05)
     assert bench["policy_step_flops"](dk.Config()) > 1e9
+
+
+def test_work_beside_goes_on_at_once_and_its_errors_are_the_callers():
+    """As the grid is solved while a GPU trains."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def work():
+        began.set()
+        assert go_on.wait(60)
+        return 3
+
+    result = dk.beside(work)
+    assert began.wait(60)
+    go_on.set()
+    assert result() == 3
+    with pytest.raises(dk.UserError, match="no convergence"):
+        dk.beside(lambda: dk.require(False, "no convergence"))()
 
 
 def test_operations_of_an_iteration_do_not_creep_up(monkeypatch):

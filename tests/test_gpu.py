@@ -56,7 +56,6 @@ def command(folder, *flags):
 def test_cholesky_can_be_captured():
     """float64, n = 1313; three replays on new data against the CPU."""
     in_process("""
-    torch.backends.cuda.preferred_linalg_library("cusolver")
     A, b = torch.eye(1313, dtype=torch.float64, device="cuda"), torch.ones(1313, 1, dtype=torch.float64, device="cuda")
     def solve():
         return torch.cholesky_solve(b, torch.linalg.cholesky_ex(A)[0])
