@@ -59,8 +59,7 @@ def setting(cfg, device, seed=0):
 # ---------------------------------------------------------------------------------------------- the whole command
 
 COMMANDS = {"cpu": ["deepham_ks.py"],
-            "gpu": ["deepham_ks.py", "deepham_ks.py --seed 1", "deepham_ks.py --learnt-moments 1",
-                    "examples/stochastic_beta.py --grid none", "examples/ar1.py --grid none"]}
+            "gpu": ["deepham_ks.py", "examples/stochastic_beta.py --grid none", "deepham_ks.py --learnt-moments 1"]}
 
 
 def whole_command(command):
