@@ -503,8 +503,9 @@ def expected(values: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tensor:
 def spread_uniform(s: Tensor, start: Tensor) -> Tensor:
     """Uniform numbers (B, N) from start (B, 1), independent over time for a household but evenly spread over the
     households of an economy in the same s (golden-ratio steps): as many leave as in a far larger economy."""
-    rank = s.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank.double() * 0.6180339887498949 + start) % 1.0
+    order = s.argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(s.shape[1], device=s.device).expand_as(order))
+    return (rank.double() * 0.6180339887498949 + start).frac()
 
 
 def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Generator, systematic: bool = False):
@@ -3379,9 +3380,15 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config, graphs: b
     solution. On CUDA panels can be simulated as graphs."""
     econ, economy = network.econ, network.economy
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    judged = {"small": judge_panel(solutions, econ, cfg, cfg.eval_economies, cfg.eval_agents, JUDGE_SEED, graphs),
-              "large": judge_panel(solutions, econ, cfg, cfg.eval_economies_large, cfg.eval_agents_large, JUDGE_SEED,
-                                   graphs)}
+    of_small, of_large = [
+        functools.partial(judge_panel, solutions, econ, cfg, B, N, JUDGE_SEED, graphs) for B, N in
+        ((cfg.eval_economies, cfg.eval_agents), (cfg.eval_economies_large, cfg.eval_agents_large))]
+    threads = torch.get_num_threads()
+    two = network.device.type == "cpu" and threads > 1
+    with at_most(threads // 2 if two else threads):  # two panels beside each other, with half of the threads each
+        large = beside(of_large) if two else of_large
+        small, of_irf = of_small(), impulse_responses(solutions, econ, cfg, JUDGE_SEED)
+        judged = {"small": small, "large": large()}
     K_seen = np.concatenate([of["K_path"].ravel() for of in judged["small"][1].values()])
     top = grid.k_max if grid else 4 * max(arrays["network"]["k"].max() for _, arrays in judged.values())
     k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
@@ -3389,7 +3396,7 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config, graphs: b
     judged["limit"] = judge_limit(solutions, economy, econ, cfg, k, K, JUDGE_SEED)
     figures = {name: {size: of[name] for size, (of, _) in judged.items()} for name in solutions} | {"comparison": {}}
     arrays = {size: of for size, (_, of) in judged.items()}
-    arrays["irf"] = impulse_responses(solutions, econ, cfg, JUDGE_SEED)
+    arrays["irf"] = of_irf
     if not grid:
         return figures, arrays
     both, gaps = figures["comparison"], {}
@@ -3513,17 +3520,30 @@ def stage(seconds: dict, name: str):
 
 
 def beside(work: Callable) -> Callable:
-    """work(), in a thread from now on, which no interrupt waits for; what is returned waits for its result."""
+    """work(), without gradients in a thread from now on, which no interrupt waits for; what is returned waits for its
+    result."""
     future = concurrent.futures.Future()
 
     def run():
         try:
-            future.set_result(work())
+            with torch.no_grad():
+                future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     return future.result
+
+
+@contextlib.contextmanager
+def at_most(threads: int):
+    """So many threads of torch in each thread of Python."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_device(device: str) -> str:

@@ -94,6 +94,32 @@ def test_interchangeable(smoke_grid, network, econ):
         assert np.array_equal(z_network, z_grid)
 
 
+def test_panels_beside_each_other_are_the_same(network, smoke_grid, monkeypatch):
+    """With two threads the panels share them; with one they come in turn. No thread is kept, in trouble neither."""
+    def figures(threads):
+        with dk.at_most(threads):
+            of, arrays = dk.compare(network, smoke_grid, CFG)
+            assert torch.get_num_threads() == threads
+        return dk.plain(of["network"]["small"]), dk.plain(of["network"]["large"]), arrays["irf"]["network"]["capital"]
+
+    begun, before = [], torch.get_num_threads()
+    monkeypatch.setattr(dk, "beside", lambda work, beside=dk.beside: begun.append(work) or beside(work))
+    (small, large, irf), (small_alone, large_alone, irf_alone) = figures(2), figures(1)
+    assert len(begun) == 1
+    for ours, theirs in ((small, small_alone), (large, large_alone)):
+        assert ours["euler_log10"] == pytest.approx(theirs["euler_log10"], abs=1e-3)
+        assert ours["capital"]["quantiles"] == pytest.approx(theirs["capital"]["quantiles"], rel=1e-5)
+    assert np.allclose(irf, irf_alone, rtol=1e-5)
+
+    def trouble(*_):
+        raise ValueError
+
+    monkeypatch.setattr(dk, "impulse_responses", trouble)
+    with pytest.raises(ValueError):
+        figures(2)
+    assert torch.get_num_threads() == before
+
+
 def test_comparison_without_a_grid(network, smoke_grid):
     """The network's own figures, the same as beside a grid; nothing to compare."""
     alone, arrays = dk.compare(network, None, CFG)
