@@ -57,7 +57,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.5.1"
+__version__ = "2.6.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -117,7 +117,6 @@ class Config:
         "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
     )
     policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c. adam: rate", "(0, 1]")
-    momentum: float = option(0.4, "gauss-newton: share of the last policy step in the next one", "[0, 1)")
     value_rate: float = option(1e-3, "adam: rate of the value network", "(0, 1]")
     policy_steps: int = option(1, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(1, "adam: value steps an outer iteration", "[1, 1e6]")
@@ -1678,9 +1677,9 @@ def simulate_on(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: t
     K_path, z_path = gathered(state["K_path"], 1), gathered(state["z_path"], 1)
     if econ.equilibrium == "planner":
         law, _ = regress_by_z(gathered(gains, 1).double(), torch.log(K_path.double()), z_path, econ.TFP * 0)
-        approach(econ.Delta_law, law, state["rates"][3])
+        approach(econ.Delta_law, law, state["rates"][2])
     if not econ.M_mean.numel():
-        approach(state["K_law"], belief(K_path, z_path, econ), state["rates"][4])
+        approach(state["K_law"], belief(K_path, z_path, econ), state["rates"][3])
     state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], state["K_law"], econ))
     state["k_range"].copy_(widened(state["k_range"], panel.k))
     if k_path:
@@ -1764,12 +1763,10 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     """One policy and one value step on the same states; whether they were taken, (2,)."""
-    (policy_rate, value_rate, momentum, *_), damping = state["rates"], state["damping"]
+    (policy_rate, value_rate, *_), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
                                             seen_by(0, state, states.at, econ, cfg))
     value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
-    policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
-    state["last_step"].copy_(policy - state["policy"])
     state["policy"].copy_(policy)
     return torch.stack([taken, value_taken]).to(policy.dtype)
 
@@ -1873,8 +1870,7 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
         "policy": policy,
         "value": value,
         "damping": torch.full((1 + cfg.value_networks,), 1e-2, device=device),
-        "rates": torch.zeros(5, device=device),  # of the policy step, the value step, momentum, the laws of Delta and K
-        "last_step": torch.zeros_like(policy),
+        "rates": torch.zeros(4, device=device),  # of the policy step, the value step, the laws of Delta and K
         "k_range": range_of(panel.k),
         "caution": 1.0,
         "settled": 0,  # iteration at which savings had settled
@@ -1896,19 +1892,16 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
 
 
 def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
-    """Steps of full size until savings have settled, near the end of that phase with momentum, which is for the last
-    slow errors; then falling like 1 / n: from there on they average the noise out. Adam keeps its rates. All are
-    smaller for a while after an iteration that was taken back. The cross-section of a policy that is still far from
-    its first-order condition says nothing of the planner's Delta, which waits; the law of motion of K that households
-    believe in follows by halves, and falling like the steps."""
+    """Steps of full size until savings have settled, then falling like 1 / n: from there on they average the noise
+    out. Adam keeps its rates. All are smaller for a while after an iteration that was taken back. The cross-section of
+    a policy that is still far from its first-order condition says nothing of the planner's Delta, which waits; the law
+    of motion of K that households believe in follows by halves, and falling like the steps."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
-    momentum = cfg.momentum if movement(state["watched"]) < 10 * cfg.settle and not optimizers else 0.0
     near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
     step, law = state["caution"] / fall, 1.0 if state["iteration"] == 0 or optimizers else 0.5
-    rates = [(1 - momentum) * cfg.policy_rate * step, step, momentum, 0.2 * near, law * step]
-    state["rates"].copy_(torch.tensor(rates))
+    state["rates"].copy_(torch.tensor([cfg.policy_rate * step, step, 0.2 * near, law * step]))
 
 
 def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | None:
@@ -2176,6 +2169,8 @@ class Solution(Policy):
     def of_mass(self, k: np.ndarray) -> Callable | None:
         if not self.sees_moments:
             return None
+        if self.device.type == "cuda":  # so little work a period that launching it takes longer
+            return Solution(self.weights).of_mass(k)
         (econ, layers), S = self.single, len(self.economy.beta)
         nodes = np.append(k[:-1:5], k[-1])  # k' is interpolated in between
         of_all, of_nodes = [torch.tensor(x, dtype=torch.float32, device=self.device).expand(S, -1) for x in (k, nodes)]
@@ -3114,7 +3109,7 @@ def departures(cfg, reference) -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 7  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 8  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 

@@ -24,7 +24,6 @@ VARIANTS = {
     "roll-outs start in s as it comes": ["--even-share", "0"],
     "least damping times ten": ["--damping", f"{10 * CFG.damping:g}"],
     "no last value steps": ["--final-value-steps", "0"],
-    "no momentum": ["--momentum", "0"],
 }
 
 

@@ -701,26 +701,3 @@ def test_simulated_range_grows_at_once_and_shrinks_slowly():
     k_range = torch.tensor([2.0, 100.0])
     assert torch.equal(dk.widened(k_range, torch.tensor([[1.0, 300.0]])), torch.tensor([1.0, 300.0]))
     assert torch.allclose(dk.widened(k_range, torch.tensor([[12.0, 90.0]])), torch.tensor([3.0, 99.0]))
-
-
-def test_momentum_repeats_a_share_of_the_last_step(world, eager):
-    """theta moves by its step and momentum times the last move; a step that is not taken starts anew."""
-    econ = world.economy.tables(dtype=torch.float32)
-    moved = {}
-    for momentum in (0.0, 0.4):
-        cfg = config(horizon=12, states=3, momentum=momentum, n_agents=20, n_economies=3, periods=20, policy_rate=0.1)
-        rng = torch.Generator().manual_seed(0)
-        state = dk.initial_state(econ, cfg, 0, rng)
-        dk.set_rates(state, cfg, {})
-        assert state["rates"][2] == 0  # not in the first steps
-        dk.iterate(state, econ, cfg, eager, rng, {})
-        state["watched"] = 10 * [[0.5] * 10]  # savings that hardly move
-        dk.set_rates(state, cfg, {})
-        assert state["rates"].tolist()[:3] == pytest.approx([0.1 * (1 - momentum), 1, momentum])
-        state["rates"][0] = 0.1
-        state["last_step"].fill_(1e-3)
-        before, states = state["policy"].clone(), dk.Batch(*[state[f"batch_{name}"] for name in dk.Batch._fields])
-        taken = dk.gauss_newton_updates(state, states, econ, cfg, eager)
-        assert taken[0] == 1 and torch.equal(state["last_step"], state["policy"] - before)
-        moved[momentum] = state["last_step"]
-    assert torch.allclose(moved[0.4] - moved[0.0], torch.full_like(moved[0.0], 4e-4), atol=1e-6)

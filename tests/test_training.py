@@ -258,7 +258,7 @@ def test_watched_savings_are_those_of_the_policy(economy):
 def test_a_run_ends_when_savings_have_settled():
     """Steps are full until savings have moved less than --settle ten times in a row, then they fall."""
     cfg = dataclasses.replace(SMOKE, n_agents=50, batch=256, horizon=40, periods=60, hidden=16, iterations=80,
-                              averaging=3, final_value_steps=2, settle=0.9, policy_rate=0.3, momentum=0.0)
+                              averaging=3, final_value_steps=2, settle=0.9, policy_rate=0.3)
     state, _ = run(cfg)
     settled, moved, euler = state["settled"], state["history"]["movement"], np.array(state["history"]["euler"])
     change = [euler[t - 5 : t].mean() / euler[t - 10 : t - 5].mean() for t in range(11, settled + 1)]
