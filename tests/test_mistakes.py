@@ -50,7 +50,14 @@ MISTAKES = {
     "grid with one discount factor": ("P = (econ.beta[:, None, None] * econ.P)", "P = (econ.beta[0] * econ.P)", GRID),
     "grid table of two states": ("corner = (joint(s, z, self.econ) * n_K", "corner = ((2 * z + s) * n_K", GRID),
     "histogram forgets the transition": (
-        "mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ np.array(moved)", "mass = np.array(moved)", GRID),
+        "mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ moved.reshape(mass.shape)",
+        "mass = moved.reshape(mass.shape)", GRID),
+    "histogram moves by one node of K": (
+        "moved = move @ (mass[:, None] * weight[:, None]).ravel()",
+        "moved = move @ (mass[:, None] * (weight > 0.5)[:, None]).ravel()", GRID),
+    "replayed graphs share their memory": ("return step().clone()", "return step()", ACCURACY),
+    "an index from the host in each iteration": (
+        "torch.cat([path[t] for t in taught(cfg)])", "path[taught(cfg)].flatten()", TRAINING),
     "Euler errors with one discount factor": (
         "worth = econ.beta[states.s] * expected(R_next", "worth = econ.beta[0] * expected(R_next", ACCURACY),
     "Bellman errors with one discount factor": (
