@@ -207,7 +207,7 @@ def policy_step_flops(cfg):
     forward = 2 * (n * H + H * H + H)
     roll_out = cfg.batch * cfg.horizon * forward * (1 + 2 + J * 2)  # path, slope, V and V_k at the J successors
     P = sum(math.prod(shape) for shape in dk.layer_shapes(n, H))
-    return roll_out + 3 * states * 2 * P * P * 7 / 12  # policy: one row a state, value: two; add_gram() makes 7/12 of it
+    return roll_out + 3 * states * 2 * P * P * 7 / 12  # one row a state and two; add_gram() makes 7/12 of it
 
 
 def peak_flops(device):

@@ -92,7 +92,8 @@ def estimate() -> list:
     GB = panel / 1e9
     return [f"- P = {P:,} parameters. Arithmetic of an outer iteration: simulation {cfg.n_economies} x {N:.0e} x "
             f"{cfg.periods} x {forward:,} = {simulate:.1e}, roll-out {batch:.0e} x {cfg.horizon} x {forward:,} x "
-            f"(3 + 2 x {J}) = {roll_out:.1e}, normal matrices 3 x {states:.0e} x 7/12 x 2 P^2 = {steps:.1e} operations.",
+            f"(3 + 2 x {J}) = {roll_out:.1e}, normal matrices 3 x {states:.0e} x 7/12 x 2 P^2 = {steps:.1e} "
+            "operations.",
             "- At a quarter (assumed) of the 51 TFLOP/s of a large float32 product on an H200 (results-gpu.md): "
             f"{seconds:.2f} s an iteration on {ranks} GPUs.",
             f"- Sums: two normal matrices with gradients and losses, {A / 1e6:.1f} MB whatever the sizes: under 1 ms "
