@@ -26,6 +26,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -43,6 +44,7 @@ import threading
 import time
 import types
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Tuple
@@ -3379,11 +3381,10 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config, graphs: b
         functools.partial(judge_panel, solutions, econ, cfg, B, N, JUDGE_SEED, graphs) for B, N in
         ((cfg.eval_economies, cfg.eval_agents), (cfg.eval_economies_large, cfg.eval_agents_large))]
     threads = torch.get_num_threads()
-    two = network.device.type == "cpu" and threads > 1
-    with at_most(threads // 2 if two else threads):  # two panels beside each other, with half of the threads each
-        large = beside(of_large) if two else of_large
+    two = network.device.type == "cpu" and threads > 1  # panels beside each other, with half of the threads each
+    with at_most(threads // 2 if two else threads), beside(of_large) if two else nullcontext(of_large) as of_large:
         small, of_irf = of_small(), impulse_responses(solutions, econ, cfg, JUDGE_SEED)
-        judged = {"small": small, "large": large()}
+        judged = {"small": small, "large": of_large()}
     K_seen = np.concatenate([of["K_path"].ravel() for of in judged["small"][1].values()])
     top = grid.k_max if grid else 4 * max(arrays["network"]["k"].max() for _, arrays in judged.values())
     k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
@@ -3514,9 +3515,11 @@ def stage(seconds: dict, name: str):
     seconds[name] = time.perf_counter() - start
 
 
-def beside(work: Callable) -> Callable:
-    """work(), without gradients in a thread from now on, which no interrupt waits for; what is returned waits for its
-    result."""
+@contextlib.contextmanager
+def beside(work: Callable) -> Iterator[Callable]:
+    """work(), without gradients in a thread of its own while the block runs: the function that waits for its result.
+    What is still at work when the block ends, after an interrupt say, is stopped: a thread that outlives the program
+    would abort it."""
     future = concurrent.futures.Future()
 
     def run():
@@ -3524,10 +3527,18 @@ def beside(work: Callable) -> Callable:
             with torch.no_grad():
                 future.set_result(work())
         except BaseException as error:
-            future.set_exception(error)
+            if not future.done():
+                future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return future.result
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield future.result
+    finally:
+        while not future.done():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            thread.join(0.1)
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -3679,20 +3690,20 @@ def work(settings: Settings) -> int:
         with stage(seconds, "grid"):
             return solve_grid(economy, grid_config, progress=True) if grid_config else None
 
-    if on_gpu and RANK == 0:  # the processor has nothing to do there until the networks are judged
-        of_grid = beside(of_grid)
     if run.evaluate:
         network = load(output_dir / WEIGHTS, run.device, run.compile, settings)
     if run.preset != "paper":
         print(f"preset {run.preset} departs from the authors' game_nn_n50:")
         print("  " + ", ".join(departures(cfg, PRESETS["paper"])))
-    if not run.evaluate:
-        with stage(seconds, "training_with_checkpoints"):
-            network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
-                            cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
-    if RANK > 0:
-        return 0
-    grid = of_grid()
+    # on a GPU the processor has nothing to do until the networks are judged
+    with beside(of_grid) if on_gpu and RANK == 0 else nullcontext(of_grid) as of_grid:
+        if not run.evaluate:
+            with stage(seconds, "training_with_checkpoints"):
+                network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
+                                cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
+        if RANK > 0:
+            return 0
+        grid = of_grid()
     grid = grid and grid.to(network.device)
     with stage(seconds, "accuracy"), torch.no_grad():
         graphs = run.cuda_graphs and network.device.type == "cuda"
@@ -3747,7 +3758,7 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     dataclass whose fields, made by option(), become flags; config is its default preset. Returns 0 done, 1 an accuracy
     figure fails in --evaluate, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
-    with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext():
+    with contextlib.redirect_stdout(io.StringIO()) if RANK else nullcontext():
         return exit_status(lambda argv: work(parse(argv, economy, calibration, config)),
                            sys.argv[1:] if argv is None else argv)
 

@@ -103,7 +103,7 @@ def test_panels_beside_each_other_are_the_same(network, smoke_grid, monkeypatch)
         return dk.plain(of["network"]["small"]), dk.plain(of["network"]["large"]), arrays["irf"]["network"]["capital"]
 
     begun, before = [], torch.get_num_threads()
-    monkeypatch.setattr(dk, "beside", lambda work, beside=dk.beside: begun.append(work) or beside(work))
+    monkeypatch.setattr(dk, "beside", lambda work, real=dk.beside: begun.append(work) or real(work))
     (small, large, irf), (small_alone, large_alone, irf_alone) = figures(2), figures(1)
     assert len(begun) == 1
     for ours, theirs in ((small, small_alone), (large, large_alone)):

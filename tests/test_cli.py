@@ -1,6 +1,7 @@
 """The script as its users run it: files on disk, --evaluate, --grid, bad input, other calibrations and economies, the
 examples, the Python interface."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -700,6 +702,19 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
     assert bench["policy_step_flops"](dk.Config()) > 1e9
 
 
+HOLD = '''
+import sys, torch
+import deepham_ks as dk
+torch.set_num_threads(2)
+judge_panel = dk.judge_panel
+def tell(*of):
+    print("judging", flush=True)
+    return judge_panel(*of)
+dk.judge_panel = tell
+sys.exit(dk.main())
+'''
+
+
 def test_work_beside_goes_on_at_once_and_its_errors_are_the_callers():
     """As the grid is solved while a GPU trains."""
     began, go_on = threading.Event(), threading.Event()
@@ -709,12 +724,42 @@ def test_work_beside_goes_on_at_once_and_its_errors_are_the_callers():
         assert go_on.wait(60)
         return 3
 
-    result = dk.beside(work)
-    assert began.wait(60)
-    go_on.set()
-    assert result() == 3
+    with dk.beside(work) as result:
+        assert began.wait(60)
+        go_on.set()
+        assert result() == 3
     with pytest.raises(dk.UserError, match="no convergence"):
-        dk.beside(lambda: dk.require(False, "no convergence"))()
+        with dk.beside(lambda: dk.require(False, "no convergence")) as result:
+            result()
+
+
+def test_work_beside_does_not_outlive_its_block():
+    """Neither where its result was not wanted, nor in an interrupt."""
+    before = threading.active_count()
+
+    def for_ever():
+        while True:
+            time.sleep(0.001)
+
+    for error in (None, dk.Interrupted, ValueError):
+        with pytest.raises(error) if error else contextlib.nullcontext(), dk.beside(for_ever):
+            if error:
+                raise error
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_panels_are_judged_beside_each_other(tmp_path, sent):
+    """One line and the usual status, though a thread is at work."""
+    shutil.copy(ROOT / dk.WEIGHTS, tmp_path)
+    argv = [sys.executable, "-c", HOLD, "--evaluate", "--grid", "none", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = (line for line in process.stdout if line == "judging\n")
+    assert next(said) and next(said)
+    time.sleep(1)  # both are simulated now
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + sent and error.count("\n") == 1, error
 
 
 def test_operations_of_an_iteration_do_not_creep_up(monkeypatch):
