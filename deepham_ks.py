@@ -3276,8 +3276,8 @@ def exit_status(work, argv: list) -> int:
         python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         again = f"{python} {shlex.quote(Interrupted.script)} {again}"
         cure = f"continue with: {again}" if saved else "nothing was saved yet"
-        where = f" after iteration {stop.iteration}; {cure}" if "--evaluate" not in argv else "; results are as they were"
-        line = f"stopped by {signal.Signals(stop.args[0]).name}{where}"
+        cure = "; results are as they were" if "--evaluate" in argv else f" after iteration {stop.iteration}; {cure}"
+        line = f"stopped by {signal.Signals(stop.args[0]).name}{cure}"
         status = 128 + stop.args[0]
     except OSError as error:  # standard output is a closed pipe or on a full disk
         line = f"error: {error}; results and checkpoint are as they were"

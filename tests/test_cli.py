@@ -703,12 +703,12 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
 
 
 HOLD = '''
-import sys, torch
+import os, sys, torch
 import deepham_ks as dk
 torch.set_num_threads(2)
 judge_panel = dk.judge_panel
 def tell(*of):
-    print("judging", flush=True)
+    os.write(1, b"judging\\n")  # in one piece, from two threads
     return judge_panel(*of)
 dk.judge_panel = tell
 sys.exit(dk.main())
