@@ -2365,13 +2365,18 @@ class GridSolution(Policy):
     Delta_r2: np.ndarray  # (z,) of the planner's econ.Delta_law
     notes: tuple  # what a user should know of it
 
+    @functools.cached_property
+    def nodes(self) -> Tensor:
+        """k (n_k_fine,) of the tables."""
+        nodes = power_grid(self.table.shape[3], self.econ.k_min, self.k_max, self.exponent)
+        return torch.from_numpy(nodes).to(self.device)
+
     def interpolate(self, table: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
         """A table at states of one shape: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
         n_K, n_k = table.shape[2:]
         low, width = self.econ.k_min, self.k_max - self.econ.k_min
-        nodes = low + width * torch.linspace(0, 1, n_k, dtype=torch.float64, device=k.device) ** self.exponent
         i = (((k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).long().clamp(max=n_k - 2)
-        left, right = nodes[i], nodes[i + 1]
+        left, right = self.nodes[i], self.nodes[i + 1]
         position = (K - self.K_low) / (self.K_high - self.K_low) * (n_K - 1)
         j = position.floor().clamp(0, n_K - 2)
         along_k, along_K, flat = (k - left) / (right - left), position - j, table.reshape(-1)
