@@ -59,7 +59,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.6.0"
+__version__ = "2.7.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -152,14 +152,14 @@ class Config:
     eval_economies: int = option(64, "economies when the solution is judged, small", "[1, 1e6]")
     eval_agents_large: int = option(5000, "households an economy when the solution is judged, large", "[2, 1e7]")
     eval_economies_large: int = option(2, "economies when the solution is judged, large", "[1, 1e6]")
-    eval_periods: int = option(4000, "periods simulated to judge a solution", "[3, 1e7]")
-    eval_drop: int = option(1500, "periods of these that are dropped first", "[0, 1e7]")
+    eval_periods: int = option(2800, "periods simulated to judge a solution, from its limit's distribution", "[3, 1e7]")
+    eval_drop: int = option(300, "periods of these that are dropped first", "[0, 1e7]")
     eval_every: int = option(20, "of the rest every so many-th is pooled", "[1, 1e6]")
     eval_states: int = option(50_000, "pooled states at which Bellman and Euler errors are taken", "[10, 1e8]")
     irf_paths: int = option(200, "economies in an impulse response", "[1, 1e6]")
     irf_agents: int = option(200, "households an economy in an impulse response", "[2, 1e7]")
     irf_periods: int = option(60, "periods of an impulse response", "[1, 1e5]")
-    irf_burn: int = option(400, "periods before the shock", "[1, 1e6]")
+    irf_burn: int = option(100, "periods before the shock", "[1, 1e6]")
 
 
 @dataclass(frozen=True)
@@ -1017,7 +1017,7 @@ def with_learnt(jacobian: Tensor, layers: List[Tensor], slopes: Tensor | None) -
 class Panel(NamedTuple):
     """The cross-section of B economies at one date."""
 
-    k: Tensor  # (B, N)
+    k: Tensor  # (B, N), or (policies, B, N)
     s: Tensor  # (B, N)
     z: Tensor  # (B, 1)
 
@@ -1044,7 +1044,7 @@ def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables,
     """The N-agent economy under each policy on the same shocks, period by period: yields s (B, N), z (B, 1) and for
     each policy (k, K, k') with k, k' (B, N), K (B, 1)."""
     (k, s, z), chunk = panel, max(1, AT_ONCE // panel.s.numel())
-    k_of = [k] * len(policies)
+    k_of = list(k) if k.dim() == 3 else [k] * len(policies)
     for start in range(0, periods, chunk):
         n = min(chunk, periods - start)
         s_path, z_path = draw_shocks(s, z, n, econ, rng, systematic)
@@ -1765,10 +1765,13 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
     """One policy and one value step on the same states; whether they were taken, (2,)."""
-    (policy_rate, value_rate, *_), damping = state["rates"], state["damping"]
+    (policy_rate, value_rate, _, _, momentum), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
                                             seen_by(0, state, states.at, econ, cfg))
     value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
+    if cfg.learnt_moments:
+        policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
+        state["last_step"].copy_(policy - state["policy"])
     state["policy"].copy_(policy)
     return torch.stack([taken, value_taken]).to(policy.dtype)
 
@@ -1867,12 +1870,13 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
                    "M_next": torch.zeros(*dates, len(econ.TFP), *econ.M_mean.shape, device=device),
                    "k_panel": torch.zeros(*dates, cfg.n_agents if cfg.learnt_moments else 0, device=device)}
         moments["s_panel"] = moments["k_panel"].to(torch.int16)
+        moments["last_step"] = torch.zeros_like(policy)  # of the policy, for momentum
     return {
         "iteration": 0,
         "policy": policy,
         "value": value,
         "damping": torch.full((1 + cfg.value_networks,), 1e-2, device=device),
-        "rates": torch.zeros(4, device=device),  # of the policy step, the value step, the laws of Delta and K
+        "rates": torch.zeros(5, device=device),  # of the policy step, the value step, the laws of Delta and K, momentum
         "k_range": range_of(panel.k),
         "caution": 1.0,
         "settled": 0,  # iteration at which savings had settled
@@ -1897,13 +1901,16 @@ def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     """Steps of full size until savings have settled, then falling like 1 / n: from there on they average the noise
     out. Adam keeps its rates. All are smaller for a while after an iteration that was taken back. The cross-section of
     a policy that is still far from its first-order condition says nothing of the planner's Delta, which waits; the law
-    of motion of K that households believe in follows by halves, and falling like the steps."""
+    of motion of K that households believe in follows by halves, and falling like the steps. Where moments are learnt
+    the policy has momentum near the end of the full steps, for the last slow errors, which one step hardly moves."""
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
     near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
     step, law = state["caution"] / fall, 1.0 if state["iteration"] == 0 or optimizers else 0.5
-    state["rates"].copy_(torch.tensor([cfg.policy_rate * step, step, 0.2 * near, law * step]))
+    momentum = 0.4 if cfg.learnt_moments and not optimizers and movement(state["watched"]) < 10 * cfg.settle else 0.0
+    rates = [(1 - momentum) * cfg.policy_rate * step, step, 0.2 * near, law * step, momentum]
+    state["rates"].copy_(torch.tensor(rates))
 
 
 def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | None:
@@ -2113,7 +2120,7 @@ class Solution(Policy):
         self.economy = Economy(**{name: x.numpy() if isinstance(x, Tensor) else x for name, x in tables})
         self.econ, self.layers = self.on(device, torch.float64)
         self.single = self.on(device, torch.float32)
-        self.usual_moments = weights["M_law"].to(device)
+        self.K_mean, self.usual_moments = weights["K_mean"], weights["M_law"].to(device)
         self.kernels = compile_kernels(mode)
 
     def on(self, device, dtype) -> Tuple[Tables, dict]:
@@ -2536,12 +2543,25 @@ def planner_Delta(solution, k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, K_n
     return now, torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1)
 
 
-def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int, graphs: bool = False):
-    """Simulate solutions on the same shocks from the same dispersed panel, on CUDA as graphs if asked: name ->
+def settled_panel(k: np.ndarray, masses: list, B: int, N: int, econ: Tables, rng: torch.Generator) -> Panel:
+    """(z, s) as in initial_panel(), and k (policies, B, N) given s as the mean histogram (s, n) of each policy at nodes
+    k (n,) has it, on the same draws."""
+    panel = initial_panel(B, N, econ, rng)
+    s, u = panel.s.cpu().numpy(), uniform(panel.s.shape, rng, "cpu").numpy()
+    k_of = np.empty((len(masses), B, N), np.float32)
+    for i, mass in enumerate(masses):
+        for j, held in enumerate(mass.cumsum(1)):
+            k_of[i][s == j] = np.interp(u[s == j] * held[-1], held, k)
+    return panel._replace(k=torch.from_numpy(k_of).to(econ.TFP.device))
+
+
+def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int,
+                   start: Callable = initial_panel, graphs: bool = False):
+    """Simulate solutions on the same shocks from start(B, N, econ, rng), on CUDA as graphs if asked: name ->
     (cross-sections of the pooled periods, a dict of tensors (D, B, ...), K_path (periods, B)), and z_path (periods,
     B)."""
     rng = torch.Generator().manual_seed(seed)  # on the CPU: the same shocks on every device
-    panel = initial_panel(B, N, econ, rng)
+    panel = start(B, N, econ, rng)
     pooled, K_path, z_path = {name: [] for name in solutions}, {name: [] for name in solutions}, []
     policies = [replayed(solution.in_panel) if graphs else solution.in_panel for solution in solutions.values()]
     periods = simulate(policies, panel, cfg.eval_periods, econ, rng)
@@ -2695,10 +2715,10 @@ def errors_at(solution, states: States, econ: Tables) -> Tuple[dict, dict]:
     return figures, {"sample_k": states.k.cpu().numpy(), "bellman": own}
 
 
-def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int,
+def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int, start: Callable = initial_panel,
                 graphs: bool = False) -> Tuple[dict, dict]:
     """All figures of solutions at one N on the same shocks, and the arrays behind them: name -> dict."""
-    simulated, z_path = ergodic_states(solutions, econ, cfg, B, N, seed, graphs)
+    simulated, z_path = ergodic_states(solutions, econ, cfg, B, N, seed, start, graphs)
     figures, arrays, z_path = {}, {}, z_path.cpu().numpy()
     for name, (pooled, K_path) in simulated.items():
         some = torch.randperm(pooled["k"].numel(), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
@@ -2713,16 +2733,17 @@ def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed
     return figures, arrays
 
 
-def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k: np.ndarray, K: np.ndarray,
+def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k: np.ndarray,
                 seed: int) -> Tuple[dict, dict]:
-    """The same in the limit N = infinity, where sampling noise hides nothing: both policies, tabulated at nodes k and K
-    unless they see moments, through the same histogram on the same path of z, once for its start and once to be
-    judged."""
+    """The same in the limit N = infinity, where sampling noise hides nothing: both policies, tabulated at nodes k and
+    around their mean K unless they see moments, through the same histogram on the same path of z, once for its start
+    and once to be judged."""
     z_path, figures, arrays = draw_z_path(cfg.eval_periods, economy, np.random.default_rng(seed)), {}, {}
-    at = [x.to(econ.TFP.device) for x in on_grid(k, K, econ)]
     for name, solution in solutions.items():
+        K = solution.K_mean * np.linspace(GridConfig.K_low, GridConfig.K_high, GridConfig.n_K_fine)
         table, pooled = solution.of_mass(k), []
         if table is None:
+            at = [x.to(econ.TFP.device) for x in on_grid(k, K, econ)]
             table = np.array([[solution.policy(*[x[z, s] for x in at]).cpu().numpy() for s in range(at[0].shape[1])]
                               for z in range(at[0].shape[0])])
 
@@ -2730,16 +2751,16 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
             if t >= cfg.eval_drop and (t - cfg.eval_drop) % cfg.eval_every == 0 and t + 1 < len(z_path):
                 pooled.append((t, mass, k_next))
 
-        mass = dispersed_mass(k, float(econ.K_mean), z_path[0], economy)
+        mass = dispersed_mass(k, solution.K_mean, z_path[0], economy)
         _, mass = simulate_histogram(table, k, K, mass, z_path, economy)
         K_path, mass = simulate_histogram(table, k, K, mass, z_path, economy, keep)
         states = histogram_states(pooled, k, K_path, z_path, econ, cfg.eval_states, solution)
         figures[name], arrays[name] = errors_at(solution, states, econ)
         c, weight = consumption_distribution(pooled, k, K_path, z_path, econ)
-        mean_mass = np.mean([mass.sum(0) for _, mass, _ in pooled], 0)
+        mean_mass = np.mean([mass for _, mass, _ in pooled], 0)
         kept, z_kept = K_path[cfg.eval_drop :, None], z_path[cfg.eval_drop :, None]
         R, _ = prices(kept, z_kept, economy)
-        figures[name] |= {"n_agents": None, "periods": len(kept), "capital": inequality(k, mean_mass),
+        figures[name] |= {"n_agents": None, "periods": len(kept), "capital": inequality(k, mean_mass.sum(0)),
                           "consumption": inequality(c, weight), "interest_rate_percent": 100 * (R.mean() - 1),
                           "welfare": ergodic_welfare(c, weight, econ),
                           "law_of_motion": law_of_motion_figures(kept, z_kept, len(econ.TFP))}
@@ -2747,16 +2768,16 @@ def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k:
             solution, table, k, K, mass, economy, econ, cfg, figures[name]["law_of_motion"]["coefficients"])
         if states.Delta is not None:
             figures[name]["Delta"] = float(states.Delta.mean())
-        arrays[name] |= {"k": k, "weight": mean_mass, "K_path": kept, "z_path": z_kept}
+        arrays[name] |= {"k": k, "weight": mean_mass.sum(0), "mass": mean_mass, "K_path": kept, "z_path": z_kept}
     return figures, arrays
 
 
 def risky_steady_state(solution, table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, economy: Economy, econ: Tables,
                        cfg: Config, alm: np.ndarray) -> dict:
     """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
-    distribution followed for eval_drop periods, how much K still moved in the last tenth of them, what the law of
-    motion says, exp(a / (1 - b)), and the mean Euler error of the solution there, K' being what follows."""
-    periods, last, found = max(cfg.eval_drop, 10), [], {"K": [], "still_moves": [], "euler_log10": []}
+    distribution followed for as many periods as are judged, how much K still moved in the last tenth of them, what the
+    law of motion says, exp(a / (1 - b)), and the mean Euler error of the solution there, K' being what follows."""
+    periods, last, found = cfg.eval_periods - cfg.eval_drop, [], {"K": [], "still_moves": [], "euler_log10": []}
 
     def keep(*now):  # period, mass and k'
         last[:] = [now]
@@ -2819,12 +2840,12 @@ def policy_distance(network, grid, economy: Economy, K_path: np.ndarray) -> dict
 SERIES = ("capital", "output", "consumption", "interest_rate", "shocks")
 
 
-def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int) -> dict:
+def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int, start: Callable = initial_panel) -> dict:
     """name -> series -> (benchmark, shocked), each (paths, periods): economies that were in the middle state a period
     before 0 (the upper one of two) and are at 0 in it, or one state below. Every random number is the same whatever
     the solution and the state at 0."""
     rng = torch.Generator().manual_seed(seed)
-    panel = initial_panel(cfg.irf_paths, cfg.irf_agents, econ, rng)
+    panel = start(cfg.irf_paths, cfg.irf_agents, econ, rng)
     names, policies = list(solutions), [solution.in_panel for solution in solutions.values()]
     burn = simulate(policies, panel, cfg.irf_burn, econ, rng)
     for s, z, paths in tqdm(burn, "impulse responses", cfg.irf_burn, leave=False, disable=None):
@@ -3116,7 +3137,7 @@ def departures(cfg, reference) -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 8  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 9  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 
@@ -3338,7 +3359,7 @@ def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, 
         laws[:, v, i] = law.nan_to_num().cpu()
     units = {name: state.get(name, getattr(econ, name)).cpu().clone() for name in ("M_mean", "M_std")}
     return {**networks, **units, "M_law": laws, "economy": economy_dict(economy), "calibration": calibration,
-            "K_mean": float(state["K_mean"]),
+            "K_mean": float(state["K_mean"]), "k_range": state["k_range"].cpu().clone(),
             "config": dataclasses.asdict(cfg), "seed": seed, "settled": state["settled"],
             "history": {name: list(column) for name, column in state["history"].items()}}
 
@@ -3363,7 +3384,7 @@ def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None =
     """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays.
     Raises UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
     like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
-    like |= {"seed": 0, "settled": 0, "K_mean": 0.0}
+    like |= {"seed": 0, "settled": 0, "K_mean": 0.0, "k_range": torch.zeros(2)}
     if settings:
         cfg = settings.config
         econ = with_units(settings.economy.tables(), cfg)
@@ -3383,19 +3404,18 @@ def compare(network: Solution, grid: GridSolution | None, cfg: Config, graphs: b
     solution. On CUDA panels can be simulated as graphs."""
     econ, economy = network.econ, network.economy
     solutions = {"network": network} | ({"grid": grid} if grid else {})
-    of_small, of_large = [
-        functools.partial(judge_panel, solutions, econ, cfg, B, N, JUDGE_SEED, graphs) for B, N in
-        ((cfg.eval_economies, cfg.eval_agents), (cfg.eval_economies_large, cfg.eval_agents_large))]
+    sizes = (cfg.eval_economies, cfg.eval_agents), (cfg.eval_economies_large, cfg.eval_agents_large)
+    top = grid.k_max if grid else 4 * float(network.weights["k_range"][1])
+    k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
+    of_limit = judge_limit(solutions, economy, econ, cfg, k, JUDGE_SEED)
+    start = functools.partial(settled_panel, k, [arrays["mass"] for arrays in of_limit[1].values()])
+    of_small, of_large = [functools.partial(judge_panel, solutions, econ, cfg, *size, JUDGE_SEED, start, graphs)
+                          for size in sizes]
     threads = torch.get_num_threads()
     two = network.device.type == "cpu" and threads > 1  # panels beside each other, with half of the threads each
     with at_most(threads // 2 if two else threads), beside(of_large) if two else nullcontext(of_large) as of_large:
-        small, of_irf = of_small(), impulse_responses(solutions, econ, cfg, JUDGE_SEED)
-        judged = {"small": small, "large": of_large()}
-    K_seen = np.concatenate([of["K_path"].ravel() for of in judged["small"][1].values()])
-    top = grid.k_max if grid else 4 * max(arrays["network"]["k"].max() for _, arrays in judged.values())
-    k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
-    K = np.linspace(0.95 * K_seen.min(), 1.05 * K_seen.max(), GridConfig.n_K_fine)
-    judged["limit"] = judge_limit(solutions, economy, econ, cfg, k, K, JUDGE_SEED)
+        small, of_irf = of_small(), impulse_responses(solutions, econ, cfg, JUDGE_SEED, start)
+        judged = {"small": small, "large": of_large(), "limit": of_limit}
     figures = {name: {size: of[name] for size, (of, _) in judged.items()} for name in solutions} | {"comparison": {}}
     arrays = {size: of for size, (_, of) in judged.items()}
     arrays["irf"] = of_irf

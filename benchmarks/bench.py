@@ -85,10 +85,15 @@ def whole_command(command):
 # ---------------------------------------------------------------------------------------------- time to accuracy
 
 
+FORGET = 1200
+
+
 def pooled_capital(solution, cfg):
-    """k (n,) of the panel that the small size is judged on; every solution starts from the same one."""
+    """k (n,) of a panel of the small size; every solution starts from the same dispersed one, which takes FORGET more
+    periods to forget than the limit's own distribution."""
+    cfg = dataclasses.replace(cfg, eval_periods=cfg.eval_periods + FORGET, eval_drop=cfg.eval_drop + FORGET)
     simulated, _ = dk.ergodic_states({"": solution}, ECONOMY.tables(solution.device), cfg, cfg.eval_economies,
-                                     cfg.eval_agents, dk.JUDGE_SEED, solution.device.type == "cuda")
+                                     cfg.eval_agents, dk.JUDGE_SEED, graphs=solution.device.type == "cuda")
     return simulated[""][0]["k"].flatten().cpu().numpy()
 
 

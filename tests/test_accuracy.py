@@ -1,6 +1,7 @@
 """The yardsticks: known policies, known distributions, and solutions judged against themselves."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -36,7 +37,8 @@ def untrained(economy):
     policy, value = (dk.initial_parameters(dk.n_inputs(econ), 6, bias, seed) for bias, seed in ((share, 0), (0.0, 1)))
     for theta in (policy, value):
         theta[-7:-1] = 0.01 * torch.randn(6, generator=torch.Generator().manual_seed(2))
-    state = {"policy": policy, "value": value, "K_mean": economy.K_ss, "settled": 0, "history": {}}
+    state = {"policy": policy, "value": value, "K_mean": economy.K_ss, "k_range": economy.K_ss * torch.tensor([0.1, 5]),
+             "settled": 0, "history": {}}
     return dk.Solution(dk.weights_file(state, economy, {}, CFG, 0))
 
 
@@ -53,7 +55,7 @@ def toy_grid(economies):
 def as_network(grid, economy=None):
     """The grid in the network's place."""
     return Stub(econ=grid.econ, economy=economy or dk.krusell_smith(), policy=grid.policy, values=grid.values,
-                next_capital=grid.next_capital)
+                next_capital=grid.next_capital, K_mean=grid.K_mean)
 
 
 def table_nodes(grid):
@@ -74,9 +76,11 @@ def test_interchangeable(smoke_grid, network, econ):
     for size in SIZES:
         assert figures["comparison"][size]["w1"] == 0 and figures["comparison"][size]["std_ratio"] == 1
         assert repr(figures["network"][size]) == repr(figures["grid"][size])
+    of_limit = arrays["limit"]["grid"]
+    start = functools.partial(dk.settled_panel, of_limit["k"], [of_limit["mass"]])
     for size, B, N in (("small", CFG.eval_economies, CFG.eval_agents),
                        ("large", CFG.eval_economies_large, CFG.eval_agents_large)):
-        again, _ = dk.judge_panel({"alone": smoke_grid}, econ, CFG, B, N, dk.JUDGE_SEED)
+        again, _ = dk.judge_panel({"alone": smoke_grid}, econ, CFG, B, N, dk.JUDGE_SEED, start)
         assert repr(again["alone"]) == repr(figures["grid"][size])
     assert figures["comparison"]["policy_distance"] == {"mean": 0, "max": 0}
     gaps = dict(figures["comparison"]["impulse_response_gap"])
@@ -88,7 +92,7 @@ def test_interchangeable(smoke_grid, network, econ):
         assert np.array_equal(arrays[size]["network"]["z_path"], arrays[size]["grid"]["z_path"])
         k, weight = ([arrays[size][name][x] for name in ("network", "grid")] for x in ("k", "weight"))
         assert beside["comparison"][size]["w1"] == scipy.stats.wasserstein_distance(*k, *weight) > 0
-        assert size == "limit" or repr(beside["grid"][size]) == repr(figures["grid"][size])
+        assert repr(beside["grid"][size]) == repr(figures["grid"][size])
     for kind in (0, 1):
         z_network, z_grid = (arrays["irf"][name]["shocks"][kind] for name in ("network", "grid"))
         assert np.array_equal(z_network, z_grid)
@@ -125,8 +129,11 @@ def test_comparison_without_a_grid(network, smoke_grid):
     alone, arrays = dk.compare(network, None, CFG)
     beside, _ = dk.compare(network, smoke_grid, CFG)
     assert set(alone) == {"network", "comparison"} and not alone["comparison"]
-    for size in ("small", "large"):
-        assert repr(alone["network"][size]) == repr(beside["network"][size])
+    for size in SIZES:  # on the same nodes of k but for the highest, where the grid says how far they go
+        (own, own_beside), (k, k_beside) = [[of["network"][size][x] for of in (alone, beside)]
+                                            for x in ("euler_log10", "capital")]
+        assert own == pytest.approx(own_beside, abs=0.02)
+        assert k["quantiles"] == pytest.approx(k_beside["quantiles"], rel=0.01)
     assert set(arrays) == {*SIZES, "irf"} and all(set(of) == {"network"} for of in arrays.values())
 
 
@@ -191,6 +198,45 @@ def test_ergodic_states_of_two_solutions(smoke_grid, network, econ):
         alone, z_alone = dk.ergodic_states({name: solution}, econ, CFG, B=3, N=30, seed=5)
         assert torch.equal(z_path, z_alone) and torch.equal(both[name][1], alone[name][1])
         assert all(torch.equal(x, alone[name][0][part]) for part, x in both[name][0].items())
+
+
+def test_panel_from_the_limit(economies, toy_grid):
+    """k given s as the histograms say, atoms at the limit included, (z, s) at the stationary shares; each policy goes
+    on from its own k, all on the same draws."""
+    economy, k = economies["toy"], table_nodes(toy_grid)[0]
+    econ, S = economy.tables(), len(economy.beta)
+    mass = dk.dispersed_mass(k, toy_grid.K_mean, 1, economy)
+    mass[0, 0] += 0.3 * mass[0].sum()  # 3 of 13 of those in s = 0 have nothing
+    other = np.roll(mass, 7, 1)
+    panel = dk.settled_panel(k, [mass, other, mass], 40, 5000, econ, torch.Generator().manual_seed(1))
+    assert panel.k.shape == (3, 40, 5000) and panel.k.dtype == torch.float32
+    assert torch.equal(panel.k[0], panel.k[2]) and not torch.equal(panel.k[0], panel.k[1])
+    like = dk.initial_panel(40, 5000, econ, torch.Generator().manual_seed(1))
+    assert torch.equal(panel.s, like.s) and torch.equal(panel.z, like.z)
+    for of_policy, of_mass in zip(panel.k, (mass, other)):
+        for s in range(S):
+            held, found = of_mass[s].cumsum() / of_mass[s].sum(), of_policy[panel.s == s].numpy()
+            if len(found):
+                for share in (0.1, 0.5, 0.9):
+                    at = np.searchsorted(held, share)
+                    assert (found <= k[at]).mean() == pytest.approx(held[at], abs=0.01)
+    assert (panel.k[0][panel.s == 0] == econ.k_min).float().mean() == pytest.approx(3 / 13, abs=0.01)
+    (_, _, paths), *_ = dk.simulate([toy_grid.policy] * 3, panel, 1, econ, torch.Generator())
+    for k_of, (k_now, K, k_next) in zip(panel.k, paths):
+        assert torch.equal(k_now, k_of) and torch.equal(K, k_of.mean(1, keepdim=True))
+
+
+def test_panels_start_from_the_limit(network, smoke_grid, monkeypatch):
+    """Both sizes and the impulse responses, each solution from its own histogram."""
+    seen, real = {}, dk.settled_panel
+    monkeypatch.setattr(dk, "settled_panel", lambda *of: seen.setdefault(of[2:4], (of, real(*of)))[1])
+    _, arrays = dk.compare(network, smoke_grid, CFG)
+    assert set(seen) == {(CFG.eval_economies, CFG.eval_agents), (CFG.eval_economies_large, CFG.eval_agents_large),
+                         (CFG.irf_paths, CFG.irf_agents)}
+    for (k, masses, *_), _ in seen.values():
+        for mass, of in zip(masses, arrays["limit"].values(), strict=True):
+            assert np.array_equal(mass, of["mass"]) and np.array_equal(k, of["k"])
+            assert np.array_equal(mass.sum(0), of["weight"])
 
 
 def test_python_interface_broadcasts(network, smoke_grid):
@@ -499,7 +545,7 @@ def test_limit_of_the_same_solution_twice(economies, name):
     grid = dk.solve_grid(economy, SMALL)
     solutions = {"one": grid, "two": grid, "network": untrained(economy)}
     cfg = dataclasses.replace(LONG, eval_periods=120, eval_drop=60)
-    figures, arrays = dk.judge_limit(solutions, economy, grid.econ, cfg, *table_nodes(grid), seed=1)
+    figures, arrays = dk.judge_limit(solutions, economy, grid.econ, cfg, table_nodes(grid)[0], seed=1)
     one, two, other = [arrays[x] for x in solutions]
     assert scipy.stats.wasserstein_distance(one["k"], two["k"], one["weight"], two["weight"]) == 0
     assert repr(figures["one"]) == repr(figures["two"]) and np.array_equal(one["K_path"], two["K_path"])
@@ -513,7 +559,7 @@ def test_limit_closes_the_budget(smoke_grid, econ):
     """C = (1 - delta) K + Y - K' at every pooled date: mean consumption by two routes. Mean capital is that of the
     pooled path, the interest rate that of the whole one."""
     economy = dk.krusell_smith()
-    figures, arrays = dk.judge_limit({"grid": smoke_grid}, economy, econ, LONG, *table_nodes(smoke_grid), seed=1)
+    figures, arrays = dk.judge_limit({"grid": smoke_grid}, economy, econ, LONG, table_nodes(smoke_grid)[0], seed=1)
     K, z = torch.tensor(arrays["grid"]["K_path"][:, 0]), torch.tensor(arrays["grid"]["z_path"][:, 0])
     at = torch.arange(0, 99, 10)
     C = (1 - economy.delta) * K[at] + dk.output(K, z, econ)[at] - K[at + 1]
@@ -527,7 +573,7 @@ def test_limit_closes_the_budget(smoke_grid, econ):
 
 def test_limit_agrees_with_households(smoke_grid, econ):
     """The histogram on a path of z, and 20,000 households who live through the same z."""
-    figures, arrays = dk.judge_limit({"grid": smoke_grid}, dk.krusell_smith(), econ, LONG, *table_nodes(smoke_grid),
+    figures, arrays = dk.judge_limit({"grid": smoke_grid}, dk.krusell_smith(), econ, LONG, table_nodes(smoke_grid)[0],
                                      seed=1)
     z_path = dk.draw_z_path(LONG.eval_periods, dk.krusell_smith(), np.random.default_rng(1))
     assert np.array_equal(arrays["grid"]["z_path"][:, 0], z_path[300:])
@@ -550,7 +596,7 @@ def test_risky_steady_state_and_the_errors_there(economies, toy_grid):
     with its mass, the sums over (z', s') written out."""
     economy, grid = economies["toy"], toy_grid
     (k, K), S, Z = table_nodes(grid), 3, 3
-    cfg = dataclasses.replace(CFG, eval_drop=60, eval_states=20_000)
+    cfg = dataclasses.replace(CFG, eval_states=20_000)  # 80 - 20 periods
     mass, alm = dk.dispersed_mass(k, grid.K_mean, 1, economy), np.array([[0.1, 0.9]] * Z)
     found = dk.risky_steady_state(grid, grid.table.numpy(), k, K, mass, economy, grid.econ, cfg, alm)
     np.testing.assert_allclose(found["by_law_of_motion"], np.exp(0.1 / 0.1))

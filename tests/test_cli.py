@@ -694,7 +694,9 @@ def test_time_to_accuracy_and_stages_run(benchmark, smoke_run, smoke_grid, metri
     assert all(0 < x < 10 for x in seconds.values()) and len(seconds) == 5
     assert seconds["whole iteration"] > seconds["simulate"]
     network = dk.load(smoke_run[0] / "NN_weights_biases.pth")
-    sizes = dk.krusell_smith().tables(), SMOKE, SMOKE.eval_economies, SMOKE.eval_agents, dk.JUDGE_SEED
+    longer = dataclasses.replace(SMOKE, **{name: getattr(SMOKE, name) + bench["FORGET"]
+                                           for name in ("eval_periods", "eval_drop")})
+    sizes = dk.krusell_smith().tables(), longer, SMOKE.eval_economies, SMOKE.eval_agents, dk.JUDGE_SEED
     found, _ = dk.ergodic_states({"network": network, "grid": smoke_grid}, *sizes)
     w1 = scipy.stats.wasserstein_distance(*[pooled["k"].flatten().numpy() for pooled, _ in found.values()])
     assert rows[-1][4] == pytest.approx(w1, rel=1e-3)

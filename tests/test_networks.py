@@ -701,3 +701,29 @@ def test_simulated_range_grows_at_once_and_shrinks_slowly():
     k_range = torch.tensor([2.0, 100.0])
     assert torch.equal(dk.widened(k_range, torch.tensor([[1.0, 300.0]])), torch.tensor([1.0, 300.0]))
     assert torch.allclose(dk.widened(k_range, torch.tensor([[12.0, 90.0]])), torch.tensor([3.0, 99.0]))
+
+
+def test_momentum_repeats_a_share_of_the_last_step(world, eager):
+    """Where moments are learnt theta moves by its step and momentum times the last move, once savings hardly move;
+    elsewhere there is none."""
+    econ, moved, sizes = world.economy.tables(dtype=torch.float32), {}, dict(n_agents=20, n_economies=3, periods=20)
+    for learnt in (0, 1):
+        cfg = config(horizon=12, states=3, policy_rate=0.1, learnt_moments=learnt, **sizes)
+        econ, rng = dk.with_units(econ, cfg), torch.Generator().manual_seed(0)
+        state = dk.initial_state(econ, cfg, 0, rng)
+        dk.set_rates(state, cfg, {})
+        assert state["rates"][4] == 0  # not in the first steps
+        dk.iterate(state, econ, cfg, eager, rng, {})
+        state["watched"] = 10 * [[0.5] * 10]  # savings that hardly move
+        dk.set_rates(state, cfg, {})
+        momentum = 0.4 * learnt
+        assert state["rates"].tolist() == pytest.approx([0.1 * (1 - momentum), 1, 0, 1, momentum])
+    assert "last_step" in state
+    states = dk.Batch(*[state[f"batch_{name}"] for name in dk.Batch._fields])
+    for last in (0.0, 1e-3):
+        again = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in state.items()}
+        again["last_step"].fill_(last)
+        taken = dk.gauss_newton_updates(again, states, econ, cfg, eager)
+        moved[last] = again["last_step"]
+        assert taken[0] == 1 and torch.equal(moved[last], again["policy"] - state["policy"])
+    assert torch.allclose(moved[1e-3] - moved[0.0], torch.full_like(moved[0.0], 4e-4), atol=1e-6)

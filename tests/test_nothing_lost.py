@@ -511,7 +511,7 @@ def test_a_resumed_run_keeps_the_smaller_step(tmp_path, fast):
     assert 1 / 4 <= caution < 1 / 2
     watch, cfg = Watch(fast, None, at=()), dk.Config()
     assert main(tmp_path, "--iterations", "6", "--resume")[0] == 0
-    assert watch.calls[0]["steps"] == pytest.approx([cfg.policy_rate * caution, caution, 0, caution / 2])
+    assert watch.calls[0]["steps"] == pytest.approx([cfg.policy_rate * caution, caution, 0, caution / 2, 0])
 
 
 def test_a_gauss_newton_step_that_makes_things_worse_is_not_taken(tmp_path, fast):

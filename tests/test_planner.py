@@ -154,8 +154,7 @@ def test_the_grid_finds_the_constrained_efficient_economy(davila):
     grid = dk.solve_grid(economy, SMALL)
     k = dk.power_grid(800, 0, grid.k_max, 4.0)
     cfg = dk.Config(eval_periods=600, eval_drop=100, eval_states=4000)
-    K = torch.linspace(grid.K_low, grid.K_high, 11).numpy()
-    figures, _ = dk.judge_limit({"grid": grid}, economy, grid.econ, cfg, k, K, 0)
+    figures, _ = dk.judge_limit({"grid": grid}, economy, grid.econ, cfg, k, 0)
     found = figures["grid"]
     assert found["capital"]["mean"] == pytest.approx(119.084, rel=0.003)
     assert found["interest_rate_percent"] == pytest.approx(-2.926, abs=0.03)

@@ -139,8 +139,8 @@ class NothingFromTheHost(TorchDispatchMode):
                                     {"value_networks": 2}], ids=str)
 @pytest.mark.parametrize("iteration", [1, SMOKE.iterations - 1])
 def test_an_iteration_neither_takes_from_the_host_nor_waits_for_it(economy, change, iteration):
-    econ, rng = economy.tables("cpu", torch.float32), torch.Generator().manual_seed(0)
-    cfg = dataclasses.replace(SMOKE, **change)
+    cfg, rng = dataclasses.replace(SMOKE, **change), torch.Generator().manual_seed(0)
+    econ = dk.with_units(economy.tables("cpu", torch.float32), cfg)
     state, kernels = dk.initial_state(econ, cfg, 0, rng), dk.compile_kernels("none")
     dk.set_rates(state, cfg, {})
     with torch.no_grad():
