@@ -2613,18 +2613,25 @@ def bellman_errors(solution, states: States, econ: Tables) -> Tuple[Tensor, Tens
         return utility(share * above, econ) + beta * expected(V, states.s, states.z, econ)
 
     own_share = 1 - (k_next - econ.k_min) / above
-    own, golden = objective(own_share), (math.sqrt(5) - 1) / 2
-    low, high = own_share * 0.5, (own_share * 1.5).clamp(max=1.0)
-    left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = objective(left), objective(right)
-    for _ in range(13):  # to 0.1% of c: the objective is flat there to 1e-6
-        better = at_left > at_right
-        low, high = torch.where(better, low, left), torch.where(better, right, high)
-        new = torch.where(better, high - golden * (high - low), low + golden * (high - low))
-        at_new = objective(new)
-        left, right = torch.where(better, new, right), torch.where(better, left, new)
-        at_left, at_right = torch.where(better, at_new, at_right), torch.where(better, at_left, at_new)
-    return own - V, torch.maximum(torch.maximum(own, at_left), at_right) - V
+    own, best = objective(own_share), best_of(objective, own_share * 0.5, (own_share * 1.5).clamp(max=1.0))
+    return own - V, torch.maximum(own, best) - V
+
+
+def best_of(objective: Callable, low: Tensor, high: Tensor) -> Tensor:
+    """The largest value of a function with one peak between low and high: golden-section search down to a tenth of the
+    way, then the parabola through the best point and its neighbours."""
+    golden = (math.sqrt(5) - 1) / 2
+    x = torch.stack([low, high - golden * (high - low), low + golden * (high - low), high])
+    y = torch.stack([objective(point) for point in x])
+    for _ in range(5):
+        below = y[1] > y[2]
+        new = torch.where(below, x[2] - golden * (x[2] - x[0]), x[1] + golden * (x[3] - x[1]))
+        x, y = [torch.where(below, torch.stack([p[0], p_new, p[1], p[2]]), torch.stack([p[1], p[2], p_new, p[3]]))
+                for p, p_new in ((x, new), (y, objective(new)))]
+    (x0, x1, x2), (y0, y1, y2) = [torch.where(y[1] > y[2], points[:3], points[1:]) for points in (x, y)]
+    rise, fall = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    peak = (x0 + x1) / 2 + rise * (x2 - x0) / (2 * (rise - fall))
+    return torch.maximum(y.amax(0), objective(peak.nan_to_num().clamp(x0, x2)))
 
 
 def euler_residuals(policy: Callable, states: States, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -2723,7 +2730,7 @@ def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed
     for name, (pooled, K_path) in simulated.items():
         some = torch.randperm(pooled["k"].numel(), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
         figures[name], arrays[name] = errors_at(solutions[name], states_of(pooled, some.to(econ.TFP.device)), econ)
-        k, K_path = pooled["k"].flatten().cpu().numpy(), K_path.cpu().numpy()
+        k, K_path = np.sort(pooled["k"].flatten().cpu().numpy()), K_path.cpu().numpy()
         figures[name] |= {"n_agents": N, "n_economies": B, "periods": cfg.eval_periods - cfg.eval_drop,
                           "capital": inequality(k),
                           "law_of_motion": law_of_motion_figures(K_path, z_path, len(econ.TFP))}
