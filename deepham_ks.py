@@ -1634,14 +1634,14 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     states = Batch(*[state[f"batch_{name}"] for name in Batch._fields])
     taken = state["damping"].new_zeros(2)
     if state["iteration"] > 0 and cfg.optimizer == "gauss-newton":
-        update = bellman_update if value_only(state, cfg) else gauss_newton_updates
+        update = bellman_update if learns(state, cfg) == "value" else gauss_newton_updates
         taken = update(state, states, econ, cfg, kernels)
     if cfg.optimizer == "adam":
         taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
     for name in ("policy", "value"):
         agreed(state[name])
     simulate_on(state, econ, cfg, kernels, rng)
-    if value_only(state, cfg):  # V of the final policy matters where that policy leads
+    if learns(state, cfg) == "value":  # V of the final policy matters where that policy leads
         cfg = dataclasses.replace(cfg, wide_share=0.0)
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     keep_batch(state, batch, cfg)
@@ -1764,11 +1764,13 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
-    """One policy and one value step on the same states; whether they were taken, (2,)."""
+    """One policy step and, once it matters, one value step on the same states; whether they were taken, (2,)."""
     (policy_rate, value_rate, _, _, momentum), damping = state["rates"], state["damping"]
     policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
                                             seen_by(0, state, states.at, econ, cfg))
-    value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
+    value_taken = torch.zeros_like(taken)
+    if learns(state, cfg) != "policy":
+        value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
     if cfg.learnt_moments:
         policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
         state["last_step"].copy_(policy - state["policy"])
@@ -1798,10 +1800,19 @@ def last_iteration(state: dict, cfg: Config) -> int:
     return min(full_steps(state, cfg) + cfg.averaging + cfg.final_value_steps, cfg.iterations)
 
 
-def value_only(state: dict, cfg: Config) -> bool:
-    """The last outer iterations leave the policy alone and fit the value network to it."""
+def is_near(state: dict, figure: str, least: float) -> bool:
+    """Whether a residual of the last three iterations is below this, or was."""
+    return min(state["history"][figure][-3:], default=1.0) < least
+
+
+def learns(state: dict, cfg: Config) -> str:
+    """Which network learns: both; the policy alone where steps are full and both are near a solution, as with control
+    variates no label of the policy sees V; in the last outer iterations V alone, fitted to the policy as it is."""
     first = last_iteration(state, cfg) - cfg.final_value_steps
-    return cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0
+    if cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0:
+        return "value"
+    near = is_near(state, "policy_residual", 0.05) and is_near(state, "slope_residual", 0.005)
+    return "policy" if near and cfg.control_variate and state["iteration"] < full_steps(state, cfg) else "both"
 
 
 def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
@@ -1906,7 +1917,7 @@ def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
-    near = min(state["history"]["policy_residual"][-3:], default=1.0) < 0.05
+    near = is_near(state, "policy_residual", 0.05)
     step, law = state["caution"] / fall, 1.0 if state["iteration"] == 0 or optimizers else 0.5
     momentum = 0.4 if cfg.learnt_moments and not optimizers and movement(state["watched"]) < 10 * cfg.settle else 0.0
     rates = [(1 - momentum) * cfg.policy_rate * step, step, 0.2 * near, law * step, momentum]
@@ -1964,17 +1975,17 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         set_rates(state, cfg, optimizers)
         with torch.no_grad():
             if graphs and state["iteration"] > 0 and not optimizers:
-                phase = value_only(state, cfg)
+                phase = learns(state, cfg)
                 if phase not in graphs_of_phase:
                     step = functools.partial(iterate, state, econ, cfg, kernels, rng, optimizers)
-                    graphs_of_phase = {phase: capture(step, tensors, rng)}
+                    graphs_of_phase[phase] = capture(step, tensors, rng)
                 figures = graphs_of_phase[phase]()
             else:
                 figures = iterate(state, econ, cfg, kernels, rng, optimizers)
         *figures, watched = figures[: -len(WATCHED)].tolist() + [figures[-len(WATCHED) :].tolist()]
         figures = dict(zip(HISTORY[1:], figures))
         residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
-        if residuals and value_only(state, cfg):  # the policy is what it was, the states are others
+        if residuals and learns(state, cfg) == "value":  # the policy is what it was, the states are others
             figures["policy_residual"] = residuals[-1]
         trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
         if trouble:

@@ -58,7 +58,7 @@ class Count(TorchDispatchMode):
 
 
 def operations(economy: dk.Economy, cfg: dk.Config) -> dict:
-    """Launching operations of the third outer iteration, by stage and in all."""
+    """Launching operations of the third outer iteration, in which both networks learn, by stage and in all."""
     count, names = Count(), {name: getattr(dk, name) for name in (*STAGES, "periods_at_once")}
     try:
         for name in STAGES:

@@ -120,10 +120,41 @@ def test_graphs_are_captured_once_a_phase_and_change_nothing(monkeypatch):
     eager, _ = run(SMOKE)
     assert not captured
     graphs, _ = run(SMOKE, graphs=True)
-    assert len(captured) == 2
+    assert len(captured) == 2  # both networks, V alone
     for name, value in eager.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, graphs[name]), name
+
+
+@pytest.mark.parametrize("control_variate", [True, False])
+def test_V_waits_for_the_policy(economy, control_variate, monkeypatch):
+    """With control variates no label of the policy sees V, so that V, once it is near, can wait until steps fall;
+    without them V is what the end of a roll-out is worth."""
+    cfg, rng = dataclasses.replace(SMOKE, control_variate=control_variate, iterations=60), torch.Generator()
+    econ, kernels = economy.tables("cpu", torch.float32), dk.compile_kernels("none")
+    state = dk.initial_state(econ, cfg, 0, rng.manual_seed(0))
+    dk.set_rates(state, cfg, {})
+    steps, learns, labels = [[]], [], []
+    for name in ("policy_step", "value_step"):
+        monkeypatch.setattr(dk, name, lambda *of, name=name, real=getattr(dk, name), **how: steps[-1].append(name)
+                            or real(*of, **how))
+    with torch.no_grad():
+        dk.iterate(state, econ, cfg, kernels, rng, {})
+        for iteration, policy, slope in ((1, 0.2, 0.004), (1, 0.04, 0.01), (1, 0.04, 0.004), (57, 0.04, 0.004),
+                                         (58, 0.04, 0.004)):  # of 60: in 57 steps fall, then V is alone
+            state["iteration"] = iteration
+            state["history"] |= {"policy_residual": [policy, 0.3, 0.3], "slope_residual": [1.0, slope]}
+            learns.append(dk.learns(state, cfg))
+            steps.append([])
+            dk.iterate(state, econ, cfg, kernels, rng, {})
+        for shift in (0.0, 0.3):
+            state["value"] += shift
+            labels.append(dk.roll_out_sample(state, econ, cfg, kernels, rng.manual_seed(1)))
+    assert learns == ["both", "both", "policy" if control_variate else "both", "both", "value"]
+    of = {"policy": ["policy_step"], "both": ["policy_step", "value_step"], "value": ["value_step"]}
+    assert steps[1:] == [of[which] for which in learns]
+    assert torch.equal(labels[0].lam_next, labels[1].lam_next) == control_variate
+    assert not torch.equal(labels[0].U, labels[1].U)
 
 
 class NothingFromTheHost(TorchDispatchMode):
