@@ -1646,7 +1646,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     keep_batch(state, batch, cfg)
     if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
-        for _ in range(10):  # the value network, a constant so far, meets its first labels
+        for _ in range(4):  # the value network, a constant so far, meets its first labels
             value_update(state, states, state["rates"][1], econ, cfg, kernels)
     return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
 
@@ -2718,7 +2718,9 @@ def meaning(pooled: dict, econ: Tables, cfg: Config) -> dict:
 
 def errors_at(solution, states: States, econ: Tables) -> Tuple[dict, dict]:
     """Bellman errors (utils, and as a share of consumption) and Euler errors at given states, and the arrays."""
-    own, best = bellman_errors(solution, states, econ)
+    n, part = len(states.k), len(states.k) if states.k.is_cuda else 4096  # which a CPU holds in its cache
+    parts = [bellman_errors(solution, states.at(slice(i, i + part)), econ) for i in range(0, n, part)]
+    own, best = [torch.cat(x) for x in zip(*parts)]
     m, _ = cash_on_hand(states.k, states.s, states.K, states.z, econ)
     c = m - solution.policy(*states.now(), *states.moments())
     in_consumption = (own / (marginal_utility(c, econ) * c)).cpu().numpy()
