@@ -3464,9 +3464,9 @@ COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
 
 def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
     """Rows of COLUMNS. In the default economy tolerances are absolute, tighter for networks that see who is unemployed,
-    and published stands for Maliar, Maliar & Valli (2010) as their stored policy does on this protocol (Bellman errors:
-    Han, Yang & E 2021, first or generalised moment). In any other a figure is measured by the grid's of the same
-    economy. Without a grid nothing passes or fails."""
+    and published stands for Maliar, Maliar & Valli (2010) as their stored policy does in panels from a dispersed start
+    (Bellman errors: Han, Yang & E 2021, first or generalised moment). In any other a figure is measured by the grid's
+    of the same economy. Without a grid nothing passes or fails."""
     net, both, judged = figures["network"], figures["comparison"], "grid" in figures
     grid = figures["grid"] if judged else net  # its numbers are then left out
     default = not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")

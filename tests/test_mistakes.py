@@ -94,6 +94,20 @@ MISTAKES = {
         "            if step % 20 == 19:", "            if False:", TRAINING),
     "errors of the first period, not at rest": (
         "        last[:] = [now]", "        last.extend([now] * (not last))", ACCURACY),
+    "panels that start where the first solution is": (
+        "for i, mass in enumerate(masses):", "for i, mass in enumerate(masses[:1] * len(masses)):", ACCURACY),
+    "panels that start as if everybody were in one state": (
+        "for j, held in enumerate(mass.cumsum(1)):", "for j, held in enumerate(mass.sum(0).cumsum() + 0 * mass):",
+        ACCURACY),
+    "panels that start dispersed": (
+        "functools.partial(judge_panel, solutions, econ, cfg, *size, JUDGE_SEED, start, graphs)",
+        "functools.partial(judge_panel, solutions, econ, cfg, *size, JUDGE_SEED, graphs=graphs)", ACCURACY),
+    "best c at a point of the search, without the parabola": (
+        "return torch.maximum(y.amax(0), objective(peak.nan_to_num().clamp(x0, x2)))", "return y.amax(0)", ACCURACY),
+    "V waits where the policy sees it": (
+        'return "policy" if near and cfg.control_variate and', 'return "policy" if near and', TRAINING),
+    "momentum nowhere": ("    if cfg.learnt_moments:\n        policy = policy + torch.where(",
+                            "    if False:\n        policy = policy + torch.where(", NETWORKS),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),
