@@ -1807,12 +1807,14 @@ def is_near(state: dict, figure: str, least: float) -> bool:
 
 def learns(state: dict, cfg: Config) -> str:
     """Which network learns: both; the policy alone where steps are full and both are near a solution, as with control
-    variates no label of the policy sees V; in the last outer iterations V alone, fitted to the policy as it is."""
+    variates no label of the policy sees V (but a moment that V learns takes all the time there is); in the last outer
+    iterations V alone, fitted to the policy as it is."""
     first = last_iteration(state, cfg) - cfg.final_value_steps
     if cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0:
         return "value"
     near = is_near(state, "policy_residual", 0.05) and is_near(state, "slope_residual", 0.005)
-    return "policy" if near and cfg.control_variate and state["iteration"] < full_steps(state, cfg) else "both"
+    can_wait = cfg.control_variate and not cfg.learnt_moments and state["iteration"] < full_steps(state, cfg)
+    return "policy" if near and can_wait else "both"
 
 
 def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:

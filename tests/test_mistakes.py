@@ -105,7 +105,7 @@ MISTAKES = {
     "best c at a point of the search, without the parabola": (
         "return torch.maximum(y.amax(0), objective(peak.nan_to_num().clamp(x0, x2)))", "return y.amax(0)", ACCURACY),
     "V waits where the policy sees it": (
-        'return "policy" if near and cfg.control_variate and', 'return "policy" if near and', TRAINING),
+        "can_wait = cfg.control_variate and not", "can_wait = not", TRAINING),
     "momentum nowhere": ("    if cfg.learnt_moments:\n        policy = policy + torch.where(",
                             "    if False:\n        policy = policy + torch.where(", NETWORKS),
     "distance of two states": (

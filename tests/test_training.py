@@ -126,12 +126,12 @@ def test_graphs_are_captured_once_a_phase_and_change_nothing(monkeypatch):
             assert torch.equal(value, graphs[name]), name
 
 
-@pytest.mark.parametrize("control_variate", [True, False])
-def test_V_waits_for_the_policy(economy, control_variate, monkeypatch):
+@pytest.mark.parametrize("change", [{}, {"control_variate": False}, {"learnt_moments": 1}], ids=str)
+def test_V_waits_for_the_policy(economy, change, monkeypatch):
     """With control variates no label of the policy sees V, so that V, once it is near, can wait until steps fall;
-    without them V is what the end of a roll-out is worth."""
-    cfg, rng = dataclasses.replace(SMOKE, control_variate=control_variate, iterations=60), torch.Generator()
-    econ, kernels = economy.tables("cpu", torch.float32), dk.compile_kernels("none")
+    without them V is what the end of a roll-out is worth. A moment that V learns leaves no time to wait."""
+    cfg, rng = dataclasses.replace(SMOKE, iterations=60, **change), torch.Generator()
+    econ, kernels = dk.with_units(economy.tables("cpu", torch.float32), cfg), dk.compile_kernels("none")
     state = dk.initial_state(econ, cfg, 0, rng.manual_seed(0))
     dk.set_rates(state, cfg, {})
     steps, learns, labels = [[]], [], []
@@ -150,10 +150,10 @@ def test_V_waits_for_the_policy(economy, control_variate, monkeypatch):
         for shift in (0.0, 0.3):
             state["value"] += shift
             labels.append(dk.roll_out_sample(state, econ, cfg, kernels, rng.manual_seed(1)))
-    assert learns == ["both", "both", "policy" if control_variate else "both", "both", "value"]
+    assert learns == ["both", "both", "both" if change else "policy", "both", "value"]
     of = {"policy": ["policy_step"], "both": ["policy_step", "value_step"], "value": ["value_step"]}
     assert steps[1:] == [of[which] for which in learns]
-    assert torch.equal(labels[0].lam_next, labels[1].lam_next) == control_variate
+    assert torch.equal(labels[0].lam_next, labels[1].lam_next) == cfg.control_variate
     assert not torch.equal(labels[0].U, labels[1].U)
 
 
