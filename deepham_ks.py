@@ -1646,7 +1646,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     batch = roll_out_sample(state, econ, cfg, kernels, rng)
     keep_batch(state, batch, cfg)
     if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
-        for _ in range(4):  # the value network, a constant so far, meets its first labels
+        for _ in range(10 if cfg.learnt_moments else 4):  # the value network, a constant so far, meets its first labels
             value_update(state, states, state["rates"][1], econ, cfg, kernels)
     return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
 
