@@ -1634,8 +1634,7 @@ def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch
     states = Batch(*[state[f"batch_{name}"] for name in Batch._fields])
     taken = state["damping"].new_zeros(2)
     if state["iteration"] > 0 and cfg.optimizer == "gauss-newton":
-        update = bellman_update if learns(state, cfg) == "value" else gauss_newton_updates
-        taken = update(state, states, econ, cfg, kernels)
+        taken = gauss_newton_updates(state, states, econ, cfg, kernels)
     if cfg.optimizer == "adam":
         taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
     for name in ("policy", "value"):
@@ -1764,18 +1763,20 @@ def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, ke
 
 
 def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
-    """One policy step and, once it matters, one value step on the same states; whether they were taken, (2,)."""
-    (policy_rate, value_rate, _, _, momentum), damping = state["rates"], state["damping"]
-    policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
-                                            seen_by(0, state, states.at, econ, cfg))
-    value_taken = torch.zeros_like(taken)
-    if learns(state, cfg) != "policy":
-        value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
-    if cfg.learnt_moments:
-        policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
-        state["last_step"].copy_(policy - state["policy"])
-    state["policy"].copy_(policy)
-    return torch.stack([taken, value_taken]).to(policy.dtype)
+    """A step of each network that learns, on the same states; whether they were taken, (2,)."""
+    which, (policy_rate, value_rate, _, _, momentum), damping = learns(state, cfg), state["rates"], state["damping"]
+    taken = value_taken = torch.zeros_like(damping[0], dtype=torch.bool)
+    if which != "value":
+        policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
+                                                seen_by(0, state, states.at, econ, cfg))
+        if cfg.learnt_moments:
+            policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
+            state["last_step"].copy_(policy - state["policy"])
+        state["policy"].copy_(policy)
+    if which != "policy":
+        rate = torch.ones_like(value_rate) if which == "value" else value_rate
+        value_taken = value_update(state, states, rate, econ, cfg, kernels, bellman=which == "value")
+    return torch.stack([taken, value_taken]).to(damping.dtype)
 
 
 def change_of(series: list, n: int) -> float:
@@ -1815,12 +1816,6 @@ def learns(state: dict, cfg: Config) -> str:
     near = is_near(state, "policy_residual", 0.05) and is_near(state, "slope_residual", 0.005)
     can_wait = cfg.control_variate and not cfg.learnt_moments and state["iteration"] < full_steps(state, cfg)
     return "policy" if near and can_wait else "both"
-
-
-def bellman_update(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
-    one = torch.ones_like(state["rates"][1])
-    taken = value_update(state, states, one, econ, cfg, kernels, bellman=True)
-    return torch.stack([torch.zeros_like(taken), taken]).to(one.dtype)
 
 
 def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:

@@ -106,8 +106,8 @@ MISTAKES = {
         "return torch.maximum(y.amax(0), objective(peak.nan_to_num().clamp(x0, x2)))", "return y.amax(0)", ACCURACY),
     "V waits where the policy sees it": (
         "can_wait = cfg.control_variate and not", "can_wait = not", TRAINING),
-    "momentum nowhere": ("    if cfg.learnt_moments:\n        policy = policy + torch.where(",
-                            "    if False:\n        policy = policy + torch.where(", NETWORKS),
+    "momentum nowhere": ("        if cfg.learnt_moments:\n            policy = policy + torch.where(",
+                         "        if False:\n            policy = policy + torch.where(", NETWORKS),
     "distance of two states": (
         "s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))\n    states",
         "s, z = [0, 1], [0]\n    states", ACCURACY),
