@@ -521,8 +521,8 @@ def test_a_gauss_newton_step_that_makes_things_worse_is_not_taken(tmp_path, fast
         calls = []
 
         def uphill(theta, *args, calls=calls, column=column):
-            calls.append(len(calls))  # in the second iteration: call 10 is the policy's, 11 the value's
-            if len(calls) != 11 + column:
+            calls.append(len(calls))  # in the second iteration: call 4 is the policy's, 5 the value's
+            if len(calls) != 5 + column:
                 return real(theta, *args)
             step = inspect.signature(real).bind(theta, *args)
             step.arguments["rate"] = -step.arguments["rate"]

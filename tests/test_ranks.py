@@ -73,6 +73,7 @@ def learn(state, cfg):
     state["M"].mul_(4)  # so that the moments get another unit
     state["K_path"].mul_(1.3)  # and ln K another centre
     batch = dk.Batch(*[state["batch_" + name] for name in dk.Batch._fields])
+    state["iteration"] = 1  # where both networks learn
     dk.set_rates(state, cfg, {})
     taken = dk.gauss_newton_updates(state, batch, econ, cfg, kernels)
     state["k_range"].copy_(dk.widened(state["k_range"], state["k"]))
