@@ -1801,9 +1801,12 @@ def last_iteration(state: dict, cfg: Config) -> int:
     return min(full_steps(state, cfg) + cfg.averaging + cfg.final_value_steps, cfg.iterations)
 
 
-def is_near(state: dict, figure: str, least: float) -> bool:
-    """Whether a residual of the last three iterations is below this, or was."""
-    return min(state["history"][figure][-3:], default=1.0) < least
+NEAR = {"policy_residual": 0.05, "slope_residual": 0.005}  # below which a network is near a solution
+
+
+def is_near(state: dict, residual: str) -> bool:
+    """Whether this residual was below NEAR in one of the last three iterations."""
+    return min(state["history"][residual][-3:], default=1.0) < NEAR[residual]
 
 
 def learns(state: dict, cfg: Config) -> str:
@@ -1813,9 +1816,8 @@ def learns(state: dict, cfg: Config) -> str:
     first = last_iteration(state, cfg) - cfg.final_value_steps
     if cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0:
         return "value"
-    near = is_near(state, "policy_residual", 0.05) and is_near(state, "slope_residual", 0.005)
     can_wait = cfg.control_variate and not cfg.learnt_moments and state["iteration"] < full_steps(state, cfg)
-    return "policy" if near and can_wait else "both"
+    return "policy" if can_wait and all(is_near(state, residual) for residual in NEAR) else "both"
 
 
 def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
@@ -1878,7 +1880,8 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
                    "M_next": torch.zeros(*dates, len(econ.TFP), *econ.M_mean.shape, device=device),
                    "k_panel": torch.zeros(*dates, cfg.n_agents if cfg.learnt_moments else 0, device=device)}
         moments["s_panel"] = moments["k_panel"].to(torch.int16)
-        moments["last_step"] = torch.zeros_like(policy)  # of the policy, for momentum
+        if cfg.learnt_moments:
+            moments["last_step"] = torch.zeros_like(policy)  # of the policy, for momentum
     return {
         "iteration": 0,
         "policy": policy,
@@ -1914,10 +1917,10 @@ def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
     fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
-    near = is_near(state, "policy_residual", 0.05)
     step, law = state["caution"] / fall, 1.0 if state["iteration"] == 0 or optimizers else 0.5
     momentum = 0.4 if cfg.learnt_moments and not optimizers and movement(state["watched"]) < 10 * cfg.settle else 0.0
-    rates = [(1 - momentum) * cfg.policy_rate * step, step, 0.2 * near, law * step, momentum]
+    of_Delta = 0.2 * is_near(state, "policy_residual")
+    rates = [(1 - momentum) * cfg.policy_rate * step, step, of_Delta, law * step, momentum]
     state["rates"].copy_(torch.tensor(rates))
 
 

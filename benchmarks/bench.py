@@ -85,12 +85,11 @@ def whole_command(command):
 # ---------------------------------------------------------------------------------------------- time to accuracy
 
 
-FORGET = 1200
+FORGET = 1200  # periods more that a dispersed panel takes to forget its start than the limit's own distribution
 
 
 def pooled_capital(solution, cfg):
-    """k (n,) of a panel of the small size; every solution starts from the same dispersed one, which takes FORGET more
-    periods to forget than the limit's own distribution."""
+    """k (n,) of a panel of the small size; every solution starts from the same dispersed one."""
     cfg = dataclasses.replace(cfg, eval_periods=cfg.eval_periods + FORGET, eval_drop=cfg.eval_drop + FORGET)
     simulated, _ = dk.ergodic_states({"": solution}, ECONOMY.tables(solution.device), cfg, cfg.eval_economies,
                                      cfg.eval_agents, dk.JUDGE_SEED, graphs=solution.device.type == "cuda")

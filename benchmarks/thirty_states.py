@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT, KEPT = HERE.parent, HERE / "groups"
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import groups  # noqa: E402
+from bench import FORGET  # noqa: E402
 
 import deepham_ks as dk  # noqa: E402
 
@@ -46,8 +47,8 @@ def identical(J: int, config: dk.Config = groups.CONFIG, grid: dk.GridConfig = d
     network = dk.solve(groups.economy(groups.Calibration(groups=J)), config, seed=0)
     memory = dk.peak_memory_gb(network.device.type)
     both = {"network": network, "grid": Truth(dk.solve_grid(config=grid), network.econ)}
-    longer = dataclasses.replace(config, eval_periods=config.eval_periods + 1200, eval_drop=config.eval_drop + 1200)
-    with torch.no_grad():  # from a dispersed panel, which takes longer to forget than the limit's distribution
+    longer = dataclasses.replace(config, eval_periods=config.eval_periods + FORGET, eval_drop=config.eval_drop + FORGET)
+    with torch.no_grad():
         figures, arrays = dk.judge_panel(both, network.econ, longer, config.eval_economies_large,
                                          config.eval_agents_large, dk.JUDGE_SEED)
     history = network.weights["history"]

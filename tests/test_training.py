@@ -124,6 +124,11 @@ def test_graphs_are_captured_once_a_phase_and_change_nothing(monkeypatch):
     for name, value in eager.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, graphs[name]), name
+    captured.clear()
+    order = {1: "both", 2: "policy", 3: "both", 4: "value", 5: "value"}
+    monkeypatch.setattr(dk, "learns", lambda state, cfg: order[max(state["iteration"], 1)])
+    run(SMOKE, graphs=True)
+    assert len(captured) == 3  # a phase that comes again has its graph
 
 
 @pytest.mark.parametrize("change", [{}, {"control_variate": False}, {"learnt_moments": 1}], ids=str)
