@@ -59,7 +59,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.7.0"
+__version__ = "2.8.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -129,7 +129,7 @@ class Config:
         14, "gauss-newton: iterations from there on, in which steps fall like 1 / (1 + decay n)", "[0, 1e6]"
     )
     decay: float = option(0.25, "gauss-newton: how fast they fall: in these they average noise out", "[0, 1e3]")
-    damping: float = option(1e-4, "gauss-newton: least damping, in units of the diagonal", "(0, 1e6]")
+    damping: float = option(3e-5, "gauss-newton: least damping, in units of the diagonal", "(0, 1e6]")
     slope_weight: float = option(
         1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]"
     )
@@ -1025,18 +1025,23 @@ class Panel(NamedTuple):
 AT_ONCE = 2**22  # shocks drawn at once: 32 MB, whatever N is
 
 
+def dispersed(shape, rng: torch.Generator) -> Tensor:
+    """Gamma draws of mean one and standard deviation one half, on the generator's device."""
+    return torch._standard_gamma(torch.full(shape, 4.0, device=rng.device), generator=rng) / 4
+
+
 def initial_panel(B: int, N: int, econ: Tables, rng: torch.Generator, dtype=torch.float32) -> Panel:
     """A dispersed cross-section (from a point mass it would need 2,000 periods to spread): k - k_min is gamma with
     mean K_mean - k_min and half of that as standard deviation, (z, s) at the stationary shares."""
     device, shape, above = econ.TFP.device, (B, N), econ.K_mean - econ.k_min
-    gamma = torch._standard_gamma(torch.full(shape, 4.0, device=rng.device), generator=rng).to(device, dtype)
+    k = econ.k_min + above * dispersed(shape, rng).to(device, dtype)
     of_z = econ.shares.sum(1)
     z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
     of_s = (econ.shares / of_z.unsqueeze(1)).cumsum(1)[:, :-1]
     u = uniform(shape, rng, device)
     if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
         u = (torch.arange(N, device=device) + u) / N
-    return Panel((gamma * above / 4 + econ.k_min).to(dtype), draw(u, of_s[z]), z)
+    return Panel(k.to(dtype), draw(u, of_s[z]), z)
 
 
 def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
@@ -1509,6 +1514,14 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
                              lambda theta: residuals(theta).square().sum())
 
 
+def robust(residual: Tensor, weight: Tensor) -> Tensor:
+    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
+    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the policy
+    everywhere else."""
+    of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
+    return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
+
+
 def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
                 kernels: Kernels, seen: Seen | None = None):
     """Gauss-Newton on the utility objective: move log c to its first-order condition, wherever the borrowing limit
@@ -1517,6 +1530,7 @@ def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ
     x, slopes = with_moments(at.x, layers, seen, econ), learnt_slopes(layers, seen, econ)
     f, newton = network(layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (newton < 0)) * at.weight
+    free = free * robust(newton, free)
 
     def rows(part):
         jacobian = kernels.network_jacobian(layers, x[part]) * free[part].unsqueeze(1)
@@ -1659,10 +1673,11 @@ def simulate_on(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: t
         M = moments_of(networks[:1], k, s, econ, cfg) if econ.M_mean.numel() else None
         return kernels.network_capital(networks[0], k, s, K, z, econ, M)
 
-    groups = econ.of_group.shape[1]  # each group's capital by a factor of its own
+    k, order = state["k"].sort(1)  # by wealth: shocks are spread evenly over the rich and over the poor, too
+    s, groups = state["s"].gather(1, order), econ.of_group.shape[1]  # each group's capital by a factor of its own
     scale = 1 + cfg.K_spread * (2 * uniform((cfg.n_economies, groups), rng, state["z"].device) - 1)
-    scale = scale.gather(1, econ.of_group.argmax(1)[state["s"]]) if groups > 1 else scale
-    panel = Panel(econ.k_min + (state["k"] - econ.k_min) * scale, state["s"], state["z"])
+    scale = scale.gather(1, econ.of_group.argmax(1)[s]) if groups > 1 else scale
+    panel = Panel(econ.k_min + (k - econ.k_min) * scale, s, state["z"])
     gains, k_path, s_path = torch.zeros_like(state["K_path"]), [], []
     economies = simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic and not needs_noise(cfg))
     for t, (s, z, [(k, K, k_next)]) in enumerate(economies):
@@ -1686,6 +1701,22 @@ def simulate_on(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: t
     if k_path:
         keep_moments(state, networks, torch.stack(k_path), torch.stack(s_path), econ, cfg)
     recentre(state, econ, cfg)
+
+
+DISPERSED = 15  # outer iterations that start from disperse()
+
+
+def disperse(state: dict, econ: Tables, rng: torch.Generator) -> None:
+    """Everybody's k anew, dispersed as in initial_panel() around the mean of the household's economy and group. Under
+    the first policies, far from a solution, the cross-section collapses, and what K' is then, and for the 2,000 periods
+    that it takes to spread again, is not the law of motion."""
+    k, of_group = state["k"], econ.of_group[state["s"]]  # (B, N, groups)
+    draws = dispersed(k.shape, rng).to(k.device)
+
+    def mean(x):
+        return (x.unsqueeze(-1) * of_group).mean(1).gather(1, of_group.argmax(-1))
+
+    k.copy_(econ.k_min + draws * mean(k - econ.k_min) / mean(draws))
 
 
 def range_of(k: Tensor) -> Tensor:
@@ -1973,6 +2004,8 @@ def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.G
         start, before = time.perf_counter(), [tensor.clone() for tensor in tensors]
         optimizers_before = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
         set_rates(state, cfg, optimizers)
+        if 0 < state["iteration"] < DISPERSED and not optimizers:
+            disperse(state, econ, rng)
         with torch.no_grad():
             if graphs and state["iteration"] > 0 and not optimizers:
                 phase = learns(state, cfg)

@@ -55,6 +55,11 @@ MISTAKES = {
     "histogram moves by one node of K": (
         "moved = move @ (mass[:, None] * weight[:, None]).ravel()",
         "moved = move @ (mass[:, None] * (weight > 0.5)[:, None]).ravel()", GRID),
+    "large residuals bend the policy": ("    free = free * robust(newton, free)\n", "", NETWORKS),
+    "cross-sections of the first policies": ("if 0 < state[\"iteration\"] < DISPERSED", "if False", TRAINING),
+    "shocks without regard to wealth": (
+        "k, order = state[\"k\"].sort(1)", "k, order = state[\"k\"], state[\"s\"].argsort(1) * 0 + torch.arange(state[\"s\"].shape[1])",
+        TRAINING),
     "replayed graphs share their memory": ("return step().clone()", "return step()", ACCURACY),
     "an index from the host in each iteration": (
         "torch.cat([path[t] for t in taught(cfg)])", "path[taught(cfg)].flatten()", TRAINING),

@@ -659,7 +659,7 @@ def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
 
 def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
     """Where the limit binds and the household would rather eat more, nothing pulls; elsewhere log c goes towards
-    log c~ with u'(c~) = beta lambda'."""
+    log c~ with u'(c~) = beta lambda', by a loss that is quadratic for small residuals and linear for large ones."""
     economy, econ, policy, *_ = world
     batch = flat_batch(world, eager)
     m, _ = dk.cash_on_hand(*states_of(batch), econ)
@@ -674,6 +674,8 @@ def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
     free = ~(at_limit & (wish >= 0))
     assert free.any() and not free.all() and (free & at_limit).any()
     weight = torch.tensor(economy.weight).sqrt()[batch.s[free]]
+    size = (weight**2 * wish[free].abs()).sum() / (weight**2).sum()
+    weight = weight / (1 + (wish[free] / size) ** 2) ** 0.25  # the largest residuals do not bend the rest
     J = torch.func.jacrev(lambda theta: dk.network(layers_of(theta), x))(policy)[free] * weight.unsqueeze(1)
     rate, damping = torch.tensor(0.2, dtype=F64), torch.tensor(0.1, dtype=F64)
     expected = policy + rate * levenberg_marquardt(J, weight * wish[free], damping, len(wish))
@@ -681,6 +683,16 @@ def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
     assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
     moved = dk.network(layers_of(new), x)[free] - f[free]
     assert torch.dot(weight * moved, weight * wish[free]) > 0
+
+
+def test_one_residual_of_many_hardly_bends_a_robust_fit():
+    """A constant fitted to nine zeros and a one by the weights it converges to: far below the mean, a tenth."""
+    x, weight, fit = torch.tensor([0.0] * 9 + [1.0], dtype=F64), torch.ones(10, dtype=F64), 0.0
+    for _ in range(100):
+        w = dk.robust(x - fit, weight) ** 2
+        fit = float((w * x).sum() / w.sum())
+    assert 0 < fit < 0.03
+    assert dk.robust(torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)).tolist() == [1, 1, 1]
 
 
 def test_thin_keeps_early_periods(world, eager):

@@ -1,6 +1,7 @@
 """Outer loop: scaled economies, the centre of ln K, the last value steps, and the path that CUDA graphs take."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -194,11 +195,70 @@ def test_economies_are_scaled_before_each_simulation(k_min, spread):
     cfg = dataclasses.replace(SMOKE, K_spread=spread, iterations=1, n_economies=32, n_agents=50)
     econ = economy.tables("cpu", torch.float32)
     state = dk.initial_state(econ, cfg, 0, rng)
-    start = state["k"].mean(1).clone()
+    start = state["k"].sort(1).values.mean(1)  # in the order of the simulation: float32 sums differ by 1e-6
     dk.train(state, econ, cfg, dk.compile_kernels("none"), rng, False, lambda state: None)
     scale = (state["K_path"][0] - k_min) / (start - k_min)
     assert (scale - 1).abs().max() <= spread + 1e-6 and scale.std() == pytest.approx(spread / np.sqrt(3), rel=0.3)
     assert state["k"].min() >= k_min
+
+
+def test_first_iterations_start_from_a_dispersed_cross_section(monkeypatch):
+    """Under the first policies capital collapses to a point, from which the law of motion of K is another one: so it is
+    dispersed anew, around the mean of each economy, while policies are far from a solution, and never after."""
+    economy, cfg, spread = dk.krusell_smith(), dataclasses.replace(SMOKE, iterations=5, n_agents=400, K_spread=0.0), []
+    simulate_on = dk.simulate_on
+
+    def watched(state, *rest):
+        K = state["k"].mean(1, keepdim=True)
+        spread.append((float((state["k"] / K).std()), K.squeeze(1).clone()))
+        simulate_on(state, *rest)
+        spread[-1] += (state["K_path"][0].clone(),)
+
+    monkeypatch.setattr(dk, "simulate_on", watched)
+    monkeypatch.setattr(dk, "DISPERSED", 3)
+    econ, rng = economy.tables("cpu", torch.float32), torch.Generator().manual_seed(0)
+    dk.train(dk.initial_state(econ, cfg, 0, rng), econ, cfg, dk.compile_kernels("none"), rng, False, lambda state: None)
+    assert [round(x[0], 1) for x in spread[:3]] == [0.5, 0.5, 0.5] and spread[3][0] < 0.4
+    for _, K, first in spread:
+        assert torch.allclose(first, K, rtol=1e-5)
+
+
+def test_dispersed_groups_keep_their_means():
+    """Households that are for ever rich or poor are dispersed around the capital of their own group."""
+    economy = dk.Economy(alpha=0.36, delta=0.025, TFP=[1.0], P_z=[[1.0]], Pi=np.eye(2), beta=0.99, income=[[1.0, 1.0]],
+                         shares=[[0.25, 0.75]], group=[0, 1], sees_s=[[0], [1]])
+    econ, rng = economy.tables("cpu", torch.float32), torch.Generator().manual_seed(0)
+    state = dk.initial_panel(3, 400, econ, rng)._asdict()
+    state["k"] = torch.where(state["s"] == 0, 100.0, 10.0)
+    dk.disperse(state, econ, rng)
+    for s, mean in ((0, 100.0), (1, 10.0)):
+        for b in range(3):
+            k = state["k"][b][state["s"][b] == s]
+            assert float(k.mean()) == pytest.approx(mean, rel=1e-4) and 0.4 < float(k.std()) / mean < 0.6
+
+
+def test_shocks_are_spread_evenly_over_rich_and_poor(economy):
+    """The simulation orders households by wealth, so that those of the poorest half who lose their job are as many as
+    in a far larger economy, not only those of the whole economy."""
+    cfg = dataclasses.replace(dk.Config(), n_economies=64, n_agents=200, periods=2, horizon=1, K_spread=0.0)
+    econ, rng = dk.krusell_smith().tables("cpu", torch.float32), torch.Generator().manual_seed(0)
+    state, halves = dk.initial_state(econ, cfg, 0, rng), []
+    draw_shocks, simulate = dk.draw_shocks, dk.simulate
+
+    def counted(k, s, *rest):
+        s_path, z_path = draw_shocks(s, *rest)
+        lost = ((s_path[0] == 1) & (s_path[1] == 0)).gather(1, k.argsort(1))
+        halves.append((lost[:, :100].sum(1) - lost[:, 100:].sum(1)).double())
+        return s_path, z_path
+
+    def watched(policies, panel, *rest):
+        patch.setattr(dk, "draw_shocks", functools.partial(counted, panel.k))
+        return simulate(policies, panel, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dk, "simulate", watched)
+        dk.simulate_on(state, econ, cfg, dk.compile_kernels("none"), rng)
+    assert float(halves[0].std()) < 1.5
 
 
 # ------------------------------------------------------------------------------------------------ centre of ln K
