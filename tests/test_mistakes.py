@@ -58,8 +58,7 @@ MISTAKES = {
     "large residuals bend the policy": ("    free = free * robust(newton, free)\n", "", NETWORKS),
     "cross-sections of the first policies": ("if 0 < state[\"iteration\"] < DISPERSED", "if False", TRAINING),
     "shocks without regard to wealth": (
-        "k, order = state[\"k\"].sort(1)", "k, order = state[\"k\"], state[\"s\"].argsort(1) * 0 + torch.arange(state[\"s\"].shape[1])",
-        TRAINING),
+        "state[\"k\"].sort(1)", "state[\"k\"], torch.arange(cfg.n_agents).expand_as(state[\"s\"])", TRAINING),
     "replayed graphs share their memory": ("return step().clone()", "return step()", ACCURACY),
     "an index from the host in each iteration": (
         "torch.cat([path[t] for t in taught(cfg)])", "path[taught(cfg)].flatten()", TRAINING),
