@@ -1483,6 +1483,14 @@ def bellman_level(layers: List[Tensor], x: Tensor, at: Inputs, batch: Batch, eco
     return gap, jacobian
 
 
+def robust(residual: Tensor, weight: Tensor) -> Tensor:
+    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
+    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the network
+    everywhere else."""
+    of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
+    return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
+
+
 def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
                kernels: Kernels, bellman: bool = False, seen: Seen | None = None, M_next: Tensor | None = None):
     """Gauss-Newton on the value network's level and slope together (Huge & Savine 2020: fit the slopes too): the slope
@@ -1503,6 +1511,9 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
         return torch.stack([level * gap(layers, g), slope * (g_k_target - g_k)])
 
     now = residuals(theta)
+    if bellman:  # no noise in it, so what is large is next to a kink
+        level, slope = [weight * robust(r, torch.ones_like(r)) for weight, r in zip((level, slope), now)]
+        now = residuals(theta)
 
     def rows(part):
         of_part = None if slopes is None else slopes[part]
@@ -1512,14 +1523,6 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
 
     return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping,
                              lambda theta: residuals(theta).square().sum())
-
-
-def robust(residual: Tensor, weight: Tensor) -> Tensor:
-    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
-    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the policy
-    everywhere else."""
-    of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
-    return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
 
 
 def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,

@@ -56,6 +56,8 @@ MISTAKES = {
         "moved = move @ (mass[:, None] * weight[:, None]).ravel()",
         "moved = move @ (mass[:, None] * (weight > 0.5)[:, None]).ravel()", GRID),
     "large residuals bend the policy": ("    free = free * robust(newton, free)\n", "", NETWORKS),
+    "large residuals bend the value": (
+        "level, slope = [weight * robust(r", "unused = [weight * robust(r", NETWORKS),
     "cross-sections of the first policies": ("if 0 < state[\"iteration\"] < DISPERSED", "if False", TRAINING),
     "shocks without regard to wealth": (
         "state[\"k\"].sort(1)", "state[\"k\"], torch.arange(cfg.n_agents).expand_as(state[\"s\"])", TRAINING),
