@@ -2461,6 +2461,27 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
         return law_of_motion_fixed_point(econ, config, econ.K_start, config.k_max * econ.K_start, bar)
 
 
+MEMORY = np.array([30.0, 100.0, 300.0, 1000.0])  # periods over which z is averaged, see luck_of()
+
+
+def luck_of(residual: np.ndarray, z_path: np.ndarray, econ: Economy) -> np.ndarray:
+    """What the intercepts (Z,) of a law of motion, with these residuals (periods,), owe to the past of z on this path:
+    the distribution of capital remembers it for a thousand periods. In each z the residuals are regressed on averages
+    of z in the past, whose means on this path differ from those that the chain implies: a control variate."""
+    share, Z = econ.shares.sum(1), len(econ.TFP)
+    back = (share[:, None] * econ.P_z).T / share[:, None]  # P(z before | z)
+    centred, past = np.arange(Z) - share @ np.arange(Z), np.zeros((len(z_path), len(MEMORY)))
+    for t in range(1, len(z_path)):
+        past[t] = past[t - 1] + (centred[z_path[t - 1]] - past[t - 1]) / MEMORY
+    implied = np.stack([back @ np.linalg.solve(np.eye(Z) - (1 - 1 / n) * back, centred) / n for n in MEMORY], 1)
+    luck = np.zeros(Z)
+    for z in np.flatnonzero(np.bincount(z_path, minlength=Z) > 100):
+        found, e = past[z_path == z], residual[z_path == z]
+        weights, *_ = np.linalg.lstsq(found - found.mean(0), e - e.mean(), rcond=None)
+        luck[z] = weights @ (found.mean(0) - implied[z])
+    return luck
+
+
 def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, laws: list,
                    econ: Economy, config: GridConfig):
     """The policy table through the histogram: K (periods,), the last mass, and the laws [of ln K', of the planner's
@@ -2518,6 +2539,9 @@ def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, 
             long_path, mass, long = simulated_laws(table, k, K, mass, z_path, laws, econ, config)
             for _ in range(2):  # from the end of a short path, as always
                 _, mass, new = simulated_laws(table, k, K, mass, z_path[:short], laws, econ, config)
+            ln_K, at = np.log(long_path), z_path[:-1]
+            residual = ln_K[1:] - by_law(long[0][0][at], ln_K[:-1])
+            long[0][0][:, 0] -= luck_of(residual[burn_in:], at[burn_in:], econ)
             correction = np.array([of_long - of_short for (of_long, _), (of_short, _) in zip(long, new)])
             gap = gap_last = math.inf
         bar.update()

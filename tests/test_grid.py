@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.interpolate
+import scipy.signal
 import scipy.stats
 import torch
 
@@ -78,7 +79,29 @@ def test_law_of_motion_is_that_of_the_whole_path():
         law, _ = dk.law_of_motion(*kept, torch.zeros(2))
         return (law.numpy() - grid.alm_coefficients) @ [1, np.log(grid.K_mean)]
 
-    assert np.abs(distance(20_000)).max() < 0.2 * np.abs(distance(1000)).max()
+    ln_K, z = np.log(K_path[config.burn_in :]), z_path[config.burn_in : -1]
+    whole = distance(20_000)
+    law = grid.alm_coefficients + np.stack([whole, 0 * whole], 1)
+    luck = dk.luck_of(ln_K[1:] - law[z, 0] - law[z, 1] * ln_K[:-1], z, economy)
+    assert np.abs(whole - luck).max() < 0.2 * np.abs(distance(1000)).max()
+
+
+def test_luck_is_what_the_past_of_z_explains(economy):
+    """Residuals that are a sum of averages of z in the past: their mean on the path less that of the chain."""
+    Z, share, rng = len(economy.TFP), economy.shares.sum(1), np.random.default_rng(3)
+    z_path = dk.draw_z_path(20_000, economy, rng)
+    weight, centred = rng.normal(size=len(dk.MEMORY)), np.arange(Z) - share @ np.arange(Z)
+    before = np.array([[share[i] * economy.P_z[i, j] / share[j] for i in range(Z)] for j in range(Z)])
+    e, implied = np.zeros(len(z_path)), np.zeros(Z)
+    for w, n in zip(weight, dk.MEMORY):
+        e += w * scipy.signal.lfilter([0, 1 / n], [1, 1 / n - 1], centred[z_path])
+        ahead = before @ centred  # E[z one period ago | z], then two periods ago, ...
+        for lag in range(20 * int(n)):
+            implied += w / n * (1 - 1 / n) ** lag * ahead
+            ahead = before @ ahead
+    means = np.array([e[z_path == z].mean() for z in range(Z)])
+    assert dk.luck_of(e - means[z_path], z_path, economy) == pytest.approx(means - implied, abs=1e-8)
+    assert Z == 1 or np.abs(means - implied).max() > 1e-4
 
 
 def test_law_of_motion(converged, smoke_grid):

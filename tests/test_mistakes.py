@@ -36,6 +36,7 @@ MISTAKES = {
     "law of motion by least squares": (
         "law[:, 1], driven_by_z(law, z))[0]", "law[:, 1], ln_K[:-1])[0]", NETWORKS),
     "law of motion of the grid's short path": ("found + to_long - law for", "found - law for", GRID),
+    "law of motion of the grid's own path": ("        long[0][0][:, 0] -= luck_of(", "        (luck_of)(", GRID),
     "costates with one discount factor": (
         "marginal_utility(c, econ) * dc + Delta, econ.beta[s]\n",
         "marginal_utility(c, econ) * dc + Delta, econ.beta[0] + 0 * c\n", NETWORKS),
