@@ -448,6 +448,11 @@ def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return z * econ.beta.shape[0] + s
 
 
+def group_of(s: Tensor, econ: Tables) -> Tensor:
+    """The group (...) that households in s (...) are of."""
+    return econ.of_group.argmax(1)[s]
+
+
 def draw(u: Tensor, cumulative: Tensor) -> Tensor:
     """Index with probabilities of which cumulative (..., n - 1) are the sums, from uniform numbers u (...)."""
     return (u[..., None] >= cumulative).sum(-1)
@@ -1677,9 +1682,9 @@ def simulate_on(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: t
         return kernels.network_capital(networks[0], k, s, K, z, econ, M)
 
     k, order = state["k"].sort(1)  # by wealth: shocks are spread evenly over the rich and over the poor, too
-    s, groups = state["s"].gather(1, order), econ.of_group.shape[1]  # each group's capital by a factor of its own
+    s, groups = state["s"].gather(1, order), econ.of_group.shape[1]
     scale = 1 + cfg.K_spread * (2 * uniform((cfg.n_economies, groups), rng, state["z"].device) - 1)
-    scale = scale.gather(1, econ.of_group.argmax(1)[s]) if groups > 1 else scale
+    scale = scale.gather(1, group_of(s, econ)) if groups > 1 else scale  # each group's capital by a factor of its own
     panel = Panel(econ.k_min + (k - econ.k_min) * scale, s, state["z"])
     gains, k_path, s_path = torch.zeros_like(state["K_path"]), [], []
     economies = simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic and not needs_noise(cfg))
@@ -1713,11 +1718,11 @@ def disperse(state: dict, econ: Tables, rng: torch.Generator) -> None:
     """Everybody's k anew, dispersed as in initial_panel() around the mean of the household's economy and group. Under
     the first policies, far from a solution, the cross-section collapses, and what K' is then, and for the 2,000 periods
     that it takes to spread again, is not the law of motion."""
-    k, of_group = state["k"], econ.of_group[state["s"]]  # (B, N, groups)
+    k, s = state["k"], state["s"]
     draws = dispersed(k.shape, rng).to(k.device)
 
     def mean(x):
-        return (x.unsqueeze(-1) * of_group).mean(1).gather(1, of_group.argmax(-1))
+        return MOMENTS["groups"](x, s, econ).mean(1).gather(1, group_of(s, econ))
 
     k.copy_(econ.k_min + draws * mean(k - econ.k_min) / mean(draws))
 
