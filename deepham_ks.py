@@ -59,7 +59,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.8.0"
+__version__ = "2.9.0"
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -138,7 +138,7 @@ class Config:
     )
     control_variate: bool = option(True, "take out of the labels the surprises whose mean is exactly zero")
     final_value_steps: int = option(
-        8, "gauss-newton: last iterations, in which V is fitted to the policy by its Bellman residual", "[0, 1e6]"
+        4, "gauss-newton: last iterations, in which V is fitted to the policy by its Bellman residual", "[0, 1e6]"
     )
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
     wide_top: float = option(1.5, "upper end of these, in multiples of the largest simulated k", "(0, 100]")
@@ -630,8 +630,8 @@ def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
 
 def features(k: Tensor, s: Tensor, m: Tensor, K: Tensor, z: Tensor, econ: Tables,
              M: Tensor | None = None) -> Tensor:
-    """Inputs of both networks, (...) -> (..., N_OWN + F + G + n). M (..., n): the moments that this network sees, if
-    there are any."""
+    """Inputs of the policy network, and of the value network but for_value(), (...) -> (..., N_OWN + F + G + n).
+    M (..., n): the moments that this network sees, if there are any."""
     return with_own(k, m, features_of_others(k, s, K, z, econ, M), econ)
 
 
@@ -659,8 +659,14 @@ def feature_slopes(k: Tensor, m: Tensor, R: Tensor, econ: Tables) -> Tensor:
     return torch.cat([torch.stack(own, -1), zeros], -1)
 
 
-def n_inputs(econ: Tables) -> int:
-    return N_OWN + econ.sees.shape[1] + econ.M_mean.shape[1]
+def for_value(x: Tensor, column: int = K_INPUT) -> Tensor:
+    """What the value network sees: x and, in front, the square of ln K, in which V bends where the policy hardly does.
+    Of feature slopes as well, in which ln K is zero."""
+    return torch.cat([x[..., column : column + 1].square(), x], -1)
+
+
+def n_inputs(econ: Tables, network: str = "policy") -> int:
+    return N_OWN + econ.sees.shape[1] + econ.M_mean.shape[1] + (network == "value")
 
 
 def layer_shapes(n: int, H: int) -> List[tuple]:
@@ -820,7 +826,8 @@ def network_value(value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tenso
                   M: Tensor | None = None) -> Tuple[Tensor, Tensor]:
     """(V, V_k) of the value network, utility in the units of utility()."""
     m, R = cash_on_hand(k, s, K, z, econ)
-    g, g_k = network_and_slope(value, features(k, s, m, K, z, econ, M), feature_slopes(k, m, R, econ))
+    x, dx = features(k, s, m, K, z, econ, M), feature_slopes(k, m, R, econ)
+    g, g_k = network_and_slope(value, for_value(x), for_value(dx))
     V, V_g = value_of(g, s, z, econ)
     return V, V_g * g_k
 
@@ -1242,7 +1249,8 @@ def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: T
     x = features(k, s, m, K, z, econ, None if M is None else M[..., 0, :])
     x_value = x if M is None or M.shape[-2] == 1 else features(k, s, m, K, z, econ, M[..., 1, :])
     u_prime = marginal_utility((1 - saved_share(network(policy, x))) * (m - econ.k_min), econ)
-    return value_of(network(value, x_value), s, z, econ)[0], R * u_prime + expected_Delta(u_prime, k, s, K, z, econ)
+    V, _ = value_of(network(value, for_value(x_value)), s, z, econ)
+    return V, R * u_prime + expected_Delta(u_prime, k, s, K, z, econ)
 
 
 def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
@@ -1406,13 +1414,14 @@ def add_gram(A: Tensor, jacobian: Tensor) -> None:
 
 
 def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, damping: Tensor, floor: float,
-                      loss: Callable) -> Tuple[Tensor, Tensor, Tensor]:
+                      loss: Callable, parts: tuple = (1,)) -> Tuple[Tensor, Tensor, Tensor]:
     """rate times a Levenberg-Marquardt step, solved in float64. rows(part) gives, for a slice of the n states, pairs
     of a residual and its jacobian = -d residual / d theta (n, P). The damping is in units of each parameter's own
     diagonal (Marquardt 1963), so that what only few states see, the bends near the limit, is free to move, and of a
     tenth of the mean one. The mean squared residual is added to it (Yamashita & Fukushima 2001): careful far from the
     solution, free near it. A step that does not lower the loss is not taken, and the damping rises tenfold: decided on
-    the device, so that nothing waits for it. Returns theta, damping and whether the step was taken."""
+    the device, so that nothing waits for it. parts: whether all of it is tried, or a third of it, and so on: the one
+    that leaves the least loss is taken. Returns theta, damping and whether a step was taken."""
     A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), total(loss(theta))
     for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
         for residual, jacobian in rows(slice(start, start + 2048)):
@@ -1422,11 +1431,14 @@ def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, dampi
     A.diagonal().add_((damping + now / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
     factor, _ = torch.linalg.cholesky_ex(A)
     step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1)
-    trial = theta + rate * step.to(theta.dtype)
-    taken = total(loss(trial)) < now
-    theta = torch.where(taken, trial, theta)
+    best, least = theta, now
+    for part in parts:
+        trial = theta + rate / part * step.to(theta.dtype)
+        left = total(loss(trial))
+        best, least = torch.where(left < least, trial, best), torch.minimum(left.nan_to_num(math.inf), least)
+    taken = least < now
     damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
-    return theta, damping, taken
+    return best, damping, taken
 
 
 class Inputs(NamedTuple):
@@ -1470,7 +1482,7 @@ def bellman_level(layers: List[Tensor], x: Tensor, at: Inputs, batch: Batch, eco
     flow = utility(batch.c, econ) + expected_Delta(u_prime, batch.k, batch.s, batch.K, batch.z, econ) * batch.k
     k1, s1, K1, z1 = successors(at.m - batch.c, batch.s, batch.K_next, batch.z, econ)
     M1 = None if M_next is None else M_next[batch.at.expand(z1.shape), z1][..., -1, :]
-    x1 = features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ, M1)
+    x1 = for_value(features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ, M1))
     V_g = value_of(network(layers, x), batch.s, batch.z, econ)[1]
     unit = econ.annuity[here] / V_g
     P = econ.probability[here].T * beta * unit * value_of(network(layers, x1), s1, z1, econ)[1]
@@ -1502,7 +1514,8 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
     goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says; learnt
     moments then stay as they are, since next period's are not seen."""
     at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
-    x, slopes = with_moments(at.x, layers, seen, econ), None if bellman else learnt_slopes(layers, seen, econ)
+    x, dx = for_value(with_moments(at.x, layers, seen, econ)), for_value(at.dx)
+    slopes = None if bellman else learnt_slopes(layers, seen, econ)
     _, g_k_target, unit = value_targets(batch, econ)
     level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
     if bellman:
@@ -1512,7 +1525,7 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
 
     def residuals(theta):
         layers = layers_of(theta, econ, cfg)
-        g, g_k = network_and_slope(layers, with_moments(at.x, layers, seen, econ), at.dx)
+        g, g_k = network_and_slope(layers, for_value(with_moments(at.x, layers, seen, econ)), dx)
         return torch.stack([level * gap(layers, g), slope * (g_k_target - g_k)])
 
     now = residuals(theta)
@@ -1523,11 +1536,12 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
     def rows(part):
         of_part = None if slopes is None else slopes[part]
         yield now[0, part], with_learnt(level[part].unsqueeze(1) * jacobian(part), layers, of_part)
-        slope_rows = kernels.slope_jacobian(layers, x[part], at.dx[part] * slope[part].unsqueeze(1))
+        slope_rows = kernels.slope_jacobian(layers, x[part], dx[part] * slope[part].unsqueeze(1))
         yield now[1, part], with_learnt(slope_rows, layers, of_part)
 
-    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping,
-                             lambda theta: residuals(theta).square().sum())
+    floor, parts = (cfg.damping / 3, (1, 3, 9)) if bellman else (cfg.damping, (1,))
+    return gauss_newton_step(theta, rows, len(at.x), rate, damping, floor,
+                             lambda theta: residuals(theta).square().sum(), parts)
 
 
 def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
@@ -1561,7 +1575,7 @@ def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: See
     """Half the mean squared error of g, and of its slope, for Adam."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
     layers = layers_of(theta, econ, cfg)
-    g, g_k = network_and_slope(layers, with_moments(at.x, layers, seen, econ), at.dx)
+    g, g_k = network_and_slope(layers, for_value(with_moments(at.x, layers, seen, econ)), for_value(at.dx))
     level, slope = cfg.level_weight * (g_target - g), cfg.slope_weight * unit * (g_k_target - g_k)
     return (level.square() + slope.square()).mean() / 2
 
@@ -1626,8 +1640,8 @@ def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables
     """The figures of HISTORY from mean_K to value_damping and watched_savings(), on the device."""
     at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
     (layers, value), M = networks_of(state, econ, cfg), by_date(state, "M")
-    x = at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1)
-    g, g_k = network_and_slope(value, x, at.dx)
+    x = for_value(at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1))
+    g, g_k = network_and_slope(value, x, for_value(at.dx))
     apart = torch.stack([network(one, x) - g for one in value_networks(state, econ, cfg)]).square().mean()
     free = batch.c < (at.m - econ.k_min) * (1 - 1e-6)
     at_limit = 1 - free.to(at.m.dtype).mean()
@@ -1747,17 +1761,20 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     shift = total(torch.log(state["K_path"] / econ.K_mean).mean()) / RANKS
     shift = torch.where(shift.abs() > 0.1, shift, torch.zeros_like(shift))
     econ.K_mean.mul_(torch.exp(shift))
-    networks = [(0, layers_of(state["policy"].detach(), econ, cfg)),
-                *((-1, layers) for layers in value_networks(state, econ, cfg))]
-    for _, (W1, b1, *_) in networks:
-        b1.add_(econ.K_scale * shift * W1[:, K_INPUT])
+    shift, policy, values = econ.K_scale * shift, layers_of(state["policy"].detach(), econ, cfg), \
+        value_networks(state, econ, cfg)
+    policy[1].add_(shift * policy[0][:, K_INPUT])
+    for W1, b1, *_ in values:  # x = x' + shift, and x^2 = x'^2 + 2 shift x' + shift^2
+        of_square, of_x = W1[:, 0], W1[:, 1 + K_INPUT]
+        b1.add_(shift * (of_x + shift * of_square))
+        of_x.add_(2 * shift * of_square)
     if not econ.M_mean.numel():
         return
     M, n = gathered(state["M"], 1).flatten(0, 1), econ.M_mean.shape[1]
     shift, unit = M.mean(0) * n**0.5, M.std(0) * n**0.5  # (V, n)
     moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
     shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
-    for view, (W1, b1, *_) in networks:
+    for view, (W1, b1, *_) in ((0, policy), *((-1, layers) for layers in values)):
         b1.add_(W1[:, -n:] @ shift[view] / n**0.5)
         W1[:, -n:].mul_(unit[view])
     econ.M_mean.add_(econ.M_std * shift)
@@ -1812,9 +1829,11 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
             policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
             state["last_step"].copy_(policy - state["policy"])
         state["policy"].copy_(policy)
-    if which != "policy":
-        rate = torch.ones_like(value_rate) if which == "value" else value_rate
-        value_taken = value_update(state, states, rate, econ, cfg, kernels, bellman=which == "value")
+    if which == "both":
+        value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
+    for i in range(12 if which == "value" else 0):  # thrice a quarter at a time: there is no noise to learn by heart
+        quarter = Batch(*[x[i % 4 :: 4] for x in states])
+        value_taken = value_update(state, quarter, torch.ones_like(value_rate), econ, cfg, kernels, bellman=True)
     return torch.stack([taken, value_taken]).to(damping.dtype)
 
 
@@ -1849,13 +1868,13 @@ def is_near(state: dict, residual: str) -> bool:
 
 
 def learns(state: dict, cfg: Config) -> str:
-    """Which network learns: both; the policy alone where steps are full and both are near a solution, as with control
-    variates no label of the policy sees V (but a moment that V learns takes all the time there is); in the last outer
-    iterations V alone, fitted to the policy as it is."""
+    """Which network learns: both; the policy alone once both are near a solution, as with control variates no label of
+    the policy sees V (but a moment that V learns takes all the time there is); in the last outer iterations V alone,
+    fitted to the policy as it is."""
     first = last_iteration(state, cfg) - cfg.final_value_steps
     if cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0:
         return "value"
-    can_wait = cfg.control_variate and not cfg.learnt_moments and state["iteration"] < full_steps(state, cfg)
+    can_wait = cfg.control_variate and not cfg.learnt_moments
     return "policy" if can_wait and all(is_near(state, residual) for residual in NEAR) else "both"
 
 
@@ -1901,17 +1920,18 @@ def resting_share(econ: Tables) -> float:
 
 def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) -> dict:
     """Everything that a run carries from one outer iteration to the next."""
-    device, n = econ.TFP.device, n_inputs(econ)
+    device = econ.TFP.device
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
     n_states = cfg.batch * len(taught(cfg))
 
-    def started(bias, seed):
+    def started(bias, seed, network):
+        n = n_inputs(econ, network)
         theta = torch.cat([initial_parameters(n, cfg.hidden, bias, seed), initial_learnt(econ, cfg, seed)]).to(device)
         layers_of(theta, econ, cfg)[0][:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
         return theta
 
-    policy = started(math.log(resting_share(econ)), seed)
-    value = torch.cat([started(0.0, seed + 1 + i) for i in range(cfg.value_networks)])
+    policy = started(math.log(resting_share(econ)), seed, "policy")
+    value = torch.cat([started(0.0, seed + 1 + i, "value") for i in range(cfg.value_networks)])
     dates, moments = (cfg.periods, cfg.n_economies), {}
     if econ.M_mean.numel():
         moments = {"M_mean": econ.M_mean, "M_std": econ.M_std,
@@ -2194,7 +2214,7 @@ class Solution(Policy):
         m, _ = cash_on_hand(k, s, K, z, self.econ)
         M = self.usual(K, z) if M is None and self.sees_moments else M
         x = features(k, s, m, K, z, self.econ, None if M is None else M[..., -1, :])
-        return value_of(network(self.layers["value"], x), s, z, self.econ)[0]
+        return value_of(network(self.layers["value"], for_value(x)), s, z, self.econ)[0]
 
     @property
     def sees_moments(self) -> bool:
@@ -3222,7 +3242,7 @@ def departures(cfg, reference) -> List[str]:
 
 # ---------------------------------------------------------------------------------------------- run folder
 
-FORMAT = 9  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 10  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
 
 
@@ -3474,8 +3494,8 @@ def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None =
         cfg = settings.config
         econ = with_units(settings.economy.tables(), cfg)
         policy, value = ({name: torch.zeros(shape) for name, shape in zip(
-            LAYERS, layer_shapes(n_inputs(econ), n * cfg.hidden) + learnt_shapes(econ, cfg))}
-            for n in (1, cfg.value_networks))
+            LAYERS, layer_shapes(n_inputs(econ, network), n * cfg.hidden) + learnt_shapes(econ, cfg))}
+            for network, n in (("policy", 1), ("value", cfg.value_networks)))
         asked = {name: getattr(cfg, name) for name in ("hidden", "value_networks", "moments", "learnt_moments")}
         like |= {"config": asked, "calibration": settings.calibration,
                  "economy": economy_dict(settings.economy), "policy": policy, "value": value}
@@ -3665,8 +3685,8 @@ def at_most(threads: int):
 
 def choose_device(device: str) -> str:
     if device == "auto" and not torch.cuda.is_available():
-        driver = Path("/proc/driver/nvidia/version")
-        require(not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
+        driver, hidden = Path("/proc/driver/nvidia/version"), "CUDA_VISIBLE_DEVICES" in os.environ
+        require(hidden or not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
                 f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
         print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

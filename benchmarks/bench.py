@@ -136,10 +136,10 @@ def time_to_accuracy(name, cfg, seed, device, grid, k_grid, of_grid, every, budg
 def draw_time_to_accuracy(path, rows):
     with dk.figure(path, 3.4, "W1 of pooled individual capital against the grid, 64 economies of N = 50") as fig:
         ax = fig.subplots()
-        for i, (name, style) in enumerate((("default", "-"), ("paper", "--"))):
-            for seed in sorted({row[1] for row in rows if row[0] == name}):
+        for name, style, colors in (("default", "-", (dk.BLUE, "#D55E00", "#009E73")), ("paper", "--", ("black",))):
+            for i, seed in enumerate(sorted({row[1] for row in rows if row[0] == name})):
                 points = np.array([row[3:5] for row in rows if row[:2] == (name, seed)])
-                ax.plot(*points.T, style, color=(dk.BLUE, "black")[i], marker="o", markersize=3, linewidth=1.2,
+                ax.plot(*points.T, style, color=colors[i % len(colors)], marker="o", markersize=3, linewidth=1.2,
                         label=f"{name}, seed {seed}")
         ax.axhline(0.16, color="0.5", linewidth=0.8)
         ax.annotate("published grid solution, 0.16", (ax.get_xlim()[1], 0.16), ha="right", va="bottom", fontsize=7.5)

@@ -34,7 +34,8 @@ def untrained(economy):
     """A network solution near the right level of saving."""
     econ = economy.tables()
     share = math.log(economy.c_ss / (economy.K_ss + economy.c_ss))
-    policy, value = (dk.initial_parameters(dk.n_inputs(econ), 6, bias, seed) for bias, seed in ((share, 0), (0.0, 1)))
+    policy, value = (dk.initial_parameters(dk.n_inputs(econ, network), 6, bias, seed)
+                     for network, bias, seed in (("policy", share, 0), ("value", 0.0, 1)))
     for theta in (policy, value):
         theta[-7:-1] = 0.01 * torch.randn(6, generator=torch.Generator().manual_seed(2))
     state = {"policy": policy, "value": value, "K_mean": economy.K_ss, "k_range": economy.K_ss * torch.tensor([0.1, 5]),
@@ -277,7 +278,7 @@ def test_network_value_is_in_utils(gamma):
     assert network.next_capital(k, s, K, z) == pytest.approx(
         dk.network_capital(layers["policy"], k, s, K, z, econ).numpy(), rel=1e-12)
     m, _ = dk.cash_on_hand(k, s, K, z, econ)
-    g = dk.network(layers["value"], dk.features(k, s, m, K, z, econ))
+    g = dk.network(layers["value"], dk.for_value(dk.features(k, s, m, K, z, econ)))
     c = (network.economy.c_ss * torch.exp(g / 10)).numpy()
     u = np.log(c) if gamma == 1 else c ** (1 - gamma) / (1 - gamma)
     assert network.value(k, s, K, z) == pytest.approx(u / (1 - 0.99), rel=1e-9)
@@ -341,10 +342,11 @@ def test_errors_of_a_wrong_policy_have_a_closed_form(saved):
 
 
 def valuing_wealth(economy):
-    """The untrained policy, and a value that rises with log cash on hand: g = 2.5 of it, up to 1%."""
+    """The untrained policy, and a value that rises with log cash on hand, the first input but the square of ln K: g =
+    2.5 of it, up to 1%."""
     network = untrained(economy)
     W1, b1, W2, b2, w3, b3 = (torch.zeros_like(x) for x in network.layers["value"])
-    W1[0, 0], W2[0, 0], w3[0] = 0.1, 1.0, 25.0
+    W1[0, 1], W2[0, 0], w3[0] = 0.1, 1.0, 25.0
     network.layers["value"] = [W1, b1, W2, b2, w3, b3]
     return network
 

@@ -144,12 +144,14 @@ def test_weights_file(smoke_run):
     k, s, K, z = np.array([2.0, 50.0]), np.array([0, 1]), 39.0, 1
     R, w = dk.prices(torch.tensor(K).double(), torch.tensor(z), econ.tables())
     m = float(R) * k + ours["income"][z].numpy() * float(w)
-    x = np.stack([np.log(m / (econ.K_ss + econ.c_ss)), np.log(k / econ.c_ss + 0.1) / 0.4, k / (k + econ.K_ss),
-                  np.full(2, 8 * np.log(K / weights["K_mean"])), 2.0 * s - 1, np.ones(2)], 1)
+    ln_K = np.full(2, 8 * np.log(K / weights["K_mean"]))
+    x = np.stack([np.log(m / (econ.K_ss + econ.c_ss)), np.log(k / econ.c_ss + 0.1) / 0.4, k / (k + econ.K_ss), ln_K,
+                  2.0 * s - 1, np.ones(2)], 1)
+    seen = {"policy": x, "value": np.column_stack([ln_K**2, x])}
 
     def output(name):
         layers = {layer: x.double().numpy() for layer, x in weights[name].items()}
-        h = np.tanh(x @ layers["W1"].T + layers["b1"])
+        h = np.tanh(seen[name] @ layers["W1"].T + layers["b1"])
         return np.tanh(h @ layers["W2"].T + layers["b2"]) @ layers["w3"] + layers["b3"]
 
     trained = torch.load(path.with_name("checkpoint.pt"), weights_only=True)
@@ -464,9 +466,13 @@ def test_too_old_a_driver_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(dk, "Path", lambda name: tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(dk.UserError, match="NVIDIA driver.*cu126.*--device cpu"):
         dk.choose_device("auto")
     assert dk.choose_device("cpu") == "cpu" and capsys.readouterr().out == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a user who hides the GPU wants the CPU
+    assert dk.choose_device("auto") == "cpu" and "no CUDA device found" in capsys.readouterr().out
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert dk.choose_device("auto") == "cpu" and "no CUDA device found" in capsys.readouterr().out
 

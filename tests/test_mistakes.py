@@ -91,7 +91,9 @@ MISTAKES = {
     "law of motion of a rank's own economies": (
         'K_path, z_path = gathered(state["K_path"], 1), gathered(state["z_path"], 1)',
         'K_path, z_path = state["K_path"], state["z_path"]', RANKS),
-    "steps taken by a rank's own loss": ("taken = total(loss(trial)) < now", "taken = loss(trial) < now", RANKS),
+    "steps taken by a rank's own loss": ("left = total(loss(trial))", "left = loss(trial)", RANKS),
+    "square of ln K at another centre": ("        of_x.add_(2 * shift * of_square)\n", "", TRAINING),
+    "V linear in ln K": ("x[..., column : column + 1].square()", "0 * x[..., column : column + 1]", NETWORKS),
     "range of a rank's own households": (
         "ends = gathered(torch.stack([k.min(), k.max()]), 0)", "ends = torch.stack([k.min(), k.max()])", RANKS),
     "ranks with the same random numbers": ("return seed + RANK * 10**10", "return seed", RANKS),

@@ -25,9 +25,9 @@ class World:
         self.econ = self.econ._replace(M_mean=torch.randn(shape, generator=g, dtype=F64) / 5,
                                        M_std=0.5 + torch.rand(shape, generator=g, dtype=F64))
         Z, S = economy.income.shape
-        P = len(dk.initial_parameters(dk.n_inputs(self.econ), cfg.hidden, 0.0, 0)) \
-            + len(dk.initial_learnt(self.econ, cfg, 0))
-        self.thetas = [0.4 * torch.randn(P, generator=g, dtype=F64) for _ in range(2)]
+        sizes = [len(dk.initial_parameters(dk.n_inputs(self.econ, network), cfg.hidden, 0.0, 0))
+                 + len(dk.initial_learnt(self.econ, cfg, 0)) for network in ("policy", "value")]
+        self.thetas = [0.4 * torch.randn(P, generator=g, dtype=F64) for P in sizes]
         self.k = economy.k_min + economy.K_ss * 2 * torch.rand(B, N, generator=g, dtype=F64)
         self.s = torch.randint(S, (B, N), generator=g)
         self.z = torch.randint(Z, (B, 1), generator=g)
@@ -118,17 +118,17 @@ def test_derivatives_through_the_mean_of_the_cross_section(world):
     K = world.k.mean(1)
     m, R = dk.cash_on_hand(batch_k, s, K, z, econ)
     x, dx = dk.features(batch_k, s, m, K, z, econ), dk.feature_slopes(batch_k, m, R, econ)
-    for view, theta in enumerate(world.thetas):
+    for view, (theta, sees) in enumerate(zip(world.thetas, (lambda x: x, dk.for_value))):
         seen, layers = world.seen(view), world.layers(view)
         assert torch.allclose(dk.with_moments(x, layers, seen, econ)[:, -3:], seen.M)
 
-        def both(theta, seen=seen):
+        def both(theta, seen=seen, sees=sees):
             layers = world.layers(theta=theta)
-            return torch.stack(dk.network_and_slope(layers, dk.with_moments(x, layers, seen, econ), dx))
+            return torch.stack(dk.network_and_slope(layers, sees(dk.with_moments(x, layers, seen, econ)), sees(dx)))
 
         auto = torch.autograd.functional.jacobian(both, theta)
-        slopes, inputs = dk.learnt_slopes(layers, seen, econ), dk.with_moments(x, layers, seen, econ)
-        by_hand = [dk.network_jacobian(layers, inputs), dk.slope_jacobian(layers, inputs, dx)]
+        slopes, inputs = dk.learnt_slopes(layers, seen, econ), sees(dk.with_moments(x, layers, seen, econ))
+        by_hand = [dk.network_jacobian(layers, inputs), dk.slope_jacobian(layers, inputs, sees(dx))]
         for want, main in zip(auto, by_hand):
             found = dk.with_learnt(main, layers, slopes)
             assert torch.allclose(found, want, atol=1e-10) and want[:, -20:].abs().max() > 1e-6

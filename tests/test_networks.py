@@ -51,7 +51,7 @@ def world(economy):
     k0 = torch.expm1(1.25 * torch.rand(M, generator=g, dtype=F64) * math.log(4 * economy.K_ss))
     k0[:4] = torch.tensor([0.0, 0.01, 0.1, 1.0])
     paths, n = (economy.k_min + k0, state % S, K, state // S), dk.n_inputs(econ)
-    policy, value = random_parameters(n, 4), random_parameters(n, 1)
+    policy, value = random_parameters(n, 4), random_parameters(dk.n_inputs(econ, "value"), 1)
     policy[-1] -= output_at(paths, policy, econ).median() + 1e-3  # half of the states are at the borrowing limit
     return World(economy, econ, policy, value, paths, 0.98 * K[1:])
 
@@ -188,6 +188,17 @@ def test_feature_slopes_equal_autograd(world):
     assert (slopes[:, :3] > 0).all()
 
 
+def test_value_network_sees_the_square_of_ln_K_first(world):
+    """And then what the policy network sees; of slopes the same, since one household's k moves neither."""
+    _, econ, _, value, (k0, s, K, z), _ = world
+    m, R = dk.cash_on_hand(k0, s[0], K[0], z[0], econ)
+    x, dx = dk.features(k0, s[0], m, K[0], z[0], econ), dk.feature_slopes(k0, m, R, econ)
+    seen, slopes = dk.for_value(x), dk.for_value(dx)
+    assert torch.allclose(seen[:, 0], (8 * torch.log(K[0] / econ.K_mean)) ** 2) and torch.equal(seen[:, 1:], x)
+    assert not slopes[:, 0].any() and torch.equal(slopes[:, 1:], dx)
+    assert seen.shape[1] == dk.n_inputs(econ, "value") == dk.n_inputs(econ) + 1
+
+
 def test_jacobians_equal_autograd():
     theta = random_parameters(5, 2)
     x, dx = random_inputs(30, 5), random_inputs(30, 5, seed=1)
@@ -206,7 +217,7 @@ def test_value_slope_equals_autograd(world):
     V, V_k = dk.network_value(layers_of(value), k, s[0], K[0], z[0], econ)
     assert torch.allclose(V_k, torch.autograd.grad(V.sum(), k)[0], rtol=1e-12)
     m, _ = dk.cash_on_hand(k, s[0], K[0], z[0], econ)
-    g = dk.network(layers_of(value), dk.features(k, s[0], m, K[0], z[0], econ))
+    g = dk.network(layers_of(value), dk.for_value(dk.features(k, s[0], m, K[0], z[0], econ)))
     assert torch.allclose(dk.equivalent_of(V, s[0], z[0], econ), g, rtol=1e-10, atol=1e-10)
 
 
@@ -553,6 +564,17 @@ def test_gauss_newton_ends_at_least_squares(linear_problem):
     assert torch.allclose(theta, solution, atol=1e-7)
 
 
+def test_gauss_newton_takes_a_third_of_a_step_that_is_three_times_too_long(linear_problem):
+    """Of the step, a third and a ninth of it the one that leaves the least loss."""
+    J, _, _, theta = linear_problem
+    solution, one, small = torch.arange(5, dtype=F64), torch.tensor(1.0, dtype=F64), torch.tensor(1e-12, dtype=F64)
+    for too_long in (1, 3, 9):
+        new, _, taken = dk.gauss_newton_step(
+            solution + 1e-6, rows(J / too_long, lambda theta: J @ (solution - theta), solution + 1e-6), 30, one, small,
+            1e-12, lambda theta: (J @ (solution - theta)).square().sum(), (1, 3, 9))
+        assert taken and torch.allclose(new, solution, atol=1e-9)
+
+
 def test_gauss_newton_refuses_a_bad_step(linear_problem):
     """Uphill (the Jacobian's sign wrong), and into NaN: theta stays, the damping rises until the step is tiny."""
     J, residual, loss, theta = linear_problem
@@ -571,7 +593,7 @@ def output_and_slope(value, batch, econ):
     """g and dg/dk of the value network by autograd through everything."""
     k = batch.k.clone().requires_grad_()
     m, _ = dk.cash_on_hand(k, batch.s, batch.K, batch.z, econ)
-    g = dk.network(layers_of(value), dk.features(k, batch.s, m, batch.K, batch.z, econ))
+    g = dk.network(layers_of(value), dk.for_value(dk.features(k, batch.s, m, batch.K, batch.z, econ)))
     (g_k,) = torch.autograd.grad(g.sum(), k, create_graph=True)
     return g, g_k
 
