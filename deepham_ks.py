@@ -889,6 +889,8 @@ def with_units(econ: Tables, cfg: Config) -> Tables:
             "--n-agents or take fewer")
     require(cfg.value_networks == 1 or not cfg.learnt_moments, "--value-networks: the value network has learnt moments "
             "of its own, so there is one; give 1 or no --learnt-moments")
+    require(cfg.value_networks <= cfg.batch // RANKS, f"--value-networks {cfg.value_networks}: more than the "
+            f"{cfg.batch // RANKS} households of --batch to learn from; give fewer")
     return econ._replace(M_mean=anybody.new_zeros(V, n), M_std=anybody.new_ones(V, n))
 
 
@@ -1831,9 +1833,10 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
         state["policy"].copy_(policy)
     if which == "both":
         value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
-    for i in range(12 if which == "value" else 0):  # thrice a quarter at a time: there is no noise to learn by heart
-        quarter = Batch(*[x[i % 4 :: 4] for x in states])
-        value_taken = value_update(state, quarter, torch.ones_like(value_rate), econ, cfg, kernels, bellman=True)
+    n = min(4, max(1, len(states.k) // cfg.value_networks))  # a quarter is enough where there is no noise to average
+    for i in range(12 if which == "value" else 0):
+        some = Batch(*[x[i % n :: n] for x in states])
+        value_taken = value_update(state, some, torch.ones_like(value_rate), econ, cfg, kernels, bellman=True)
     return torch.stack([taken, value_taken]).to(damping.dtype)
 
 

@@ -134,9 +134,9 @@ def test_graphs_are_captured_once_a_phase_and_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("change", [{}, {"control_variate": False}, {"learnt_moments": 1}], ids=str)
 def test_V_waits_for_the_policy(economy, change, monkeypatch):
-    """With control variates no label of the policy sees V, so that V, once it is near, can wait for the last iterations,
-    in which it makes twelve steps each; without them V is what the end of a roll-out is worth. A moment that V learns
-    leaves no time to wait."""
+    """With control variates no label of the policy sees V, so that V, once it is near, can wait for the last
+    iterations, in which it makes twelve steps each; without them V is what the end of a roll-out is worth. A moment
+    that V learns leaves no time to wait."""
     cfg, rng = dataclasses.replace(SMOKE, iterations=60, **change), torch.Generator()
     econ, kernels = dk.with_units(economy.tables("cpu", torch.float32), cfg), dk.compile_kernels("none")
     state = dk.initial_state(econ, cfg, 0, rng.manual_seed(0))
@@ -513,6 +513,20 @@ def test_several_value_networks_are_saved_resumed_and_read(tmp_path):
     assert np.array_equal(again.value(10.0, 1, 39.0, 0), found.value(10.0, 1, 39.0, 0))
     with pytest.raises(dk.UserError, match="config.value_networks is 2 in the file and 1 in this run"):
         dk.load(tmp_path / dk.WEIGHTS, settings=dk.parse(["--preset", "smoke"], fixed))
+
+
+@pytest.mark.parametrize("batch, networks", [(2, 1), (2, 2), (6, 3)])
+def test_few_states_are_shared_by_fewer_than_four_steps(batch, networks):
+    """The last iterations give each step a share of the states, and never none."""
+    cfg = dataclasses.replace(SMOKE, batch=batch, states=1, value_networks=networks)
+    found = dk.solve(None, cfg, device="cpu", compile="none")
+    assert len(found.weights["history"]["euler"]) == cfg.iterations
+    assert all(layer.isfinite().all() for layer in found.weights["value"].values())
+
+
+def test_more_value_networks_than_households_are_refused():
+    with pytest.raises(dk.UserError, match="--value-networks 3: more than the 2 households of --batch"):
+        dk.solve(None, dataclasses.replace(SMOKE, batch=2, states=1, value_networks=3), device="cpu")
 
 
 def test_several_value_networks_and_learnt_moments_are_refused():
