@@ -1930,7 +1930,9 @@ def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) ->
     def started(bias, seed, network):
         n = n_inputs(econ, network)
         theta = torch.cat([initial_parameters(n, cfg.hidden, bias, seed), initial_learnt(econ, cfg, seed)]).to(device)
-        layers_of(theta, econ, cfg)[0][:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
+        W1 = layers_of(theta, econ, cfg)[0]
+        W1[:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
+        W1[:, : n - n_inputs(econ)] = 0  # and so does the square of ln K, which is large while K is far from its centre
         return theta
 
     policy = started(math.log(resting_share(econ)), seed, "policy")
