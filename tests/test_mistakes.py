@@ -93,6 +93,8 @@ MISTAKES = {
         'K_path, z_path = state["K_path"], state["z_path"]', RANKS),
     "steps taken by a rank's own loss": ("left = total(loss(trial))", "left = loss(trial)", RANKS),
     "square of ln K at another centre": ("        of_x.add_(2 * shift * of_square)\n", "", TRAINING),
+    "square of ln K with random weights": (
+        "        W1[:, : n - n_inputs(econ)] = 0", "        W1[:, :0] = 0", TRAINING),
     "V linear in ln K": ("x[..., column : column + 1].square()", "0 * x[..., column : column + 1]", NETWORKS),
     "range of a rank's own households": (
         "ends = gathered(torch.stack([k.min(), k.max()]), 0)", "ends = torch.stack([k.min(), k.max()])", RANKS),

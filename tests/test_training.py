@@ -515,6 +515,16 @@ def test_several_value_networks_are_saved_resumed_and_read(tmp_path):
         dk.load(tmp_path / dk.WEIGHTS, settings=dk.parse(["--preset", "smoke"], fixed))
 
 
+def test_the_square_of_ln_K_begins_with_weights_of_zero(economies):
+    """K is far from its centre under the first policies, and its square far more so."""
+    cfg = dataclasses.replace(SMOKE, value_networks=2, moments="variance")
+    econ = dk.with_units(economies["toy"].tables("cpu", torch.float32), cfg)
+    state = dk.initial_state(econ, cfg, 0, torch.Generator().manual_seed(0))
+    for W1, *_ in dk.value_networks(state, econ, cfg):
+        assert (W1 == 0).all(0).nonzero().flatten().tolist() == [0, W1.shape[1] - 1]  # the moment does, too
+    assert (dk.layers_of(state["policy"], econ, cfg)[0] == 0).all(0).sum() == 1
+
+
 @pytest.mark.parametrize("batch, networks", [(2, 1), (2, 2), (6, 3)])
 def test_few_states_are_shared_by_fewer_than_four_steps(batch, networks):
     """The last iterations give each step a share of the states, and never none."""
