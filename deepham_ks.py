@@ -1437,7 +1437,8 @@ def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, dampi
     for part in parts:
         trial = theta + rate / part * step.to(theta.dtype)
         left = total(loss(trial))
-        best, least = torch.where(left < least, trial, best), torch.minimum(left.nan_to_num(math.inf), least)
+        better = left < least
+        best, least = torch.where(better, trial, best), torch.where(better, left, least)
     taken = least < now
     damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
     return best, damping, taken
@@ -1516,7 +1517,11 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
     goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says; learnt
     moments then stay as they are, since next period's are not seen."""
     at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
-    x, dx = for_value(with_moments(at.x, layers, seen, econ)), for_value(at.dx)
+
+    def inputs(layers):
+        return for_value(with_moments(at.x, layers, seen, econ))
+
+    x, dx = inputs(layers), for_value(at.dx)
     slopes = None if bellman else learnt_slopes(layers, seen, econ)
     _, g_k_target, unit = value_targets(batch, econ)
     level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
@@ -1527,7 +1532,7 @@ def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ:
 
     def residuals(theta):
         layers = layers_of(theta, econ, cfg)
-        g, g_k = network_and_slope(layers, for_value(with_moments(at.x, layers, seen, econ)), dx)
+        g, g_k = network_and_slope(layers, inputs(layers), dx)
         return torch.stack([level * gap(layers, g), slope * (g_k_target - g_k)])
 
     now = residuals(theta)
@@ -1763,8 +1768,8 @@ def recentre(state: dict, econ: Tables, cfg: Config) -> None:
     shift = total(torch.log(state["K_path"] / econ.K_mean).mean()) / RANKS
     shift = torch.where(shift.abs() > 0.1, shift, torch.zeros_like(shift))
     econ.K_mean.mul_(torch.exp(shift))
-    shift, policy, values = econ.K_scale * shift, layers_of(state["policy"].detach(), econ, cfg), \
-        value_networks(state, econ, cfg)
+    policy, values = layers_of(state["policy"].detach(), econ, cfg), value_networks(state, econ, cfg)
+    shift = econ.K_scale * shift  # of the input
     policy[1].add_(shift * policy[0][:, K_INPUT])
     for W1, b1, *_ in values:  # x = x' + shift, and x^2 = x'^2 + 2 shift x' + shift^2
         of_square, of_x = W1[:, 0], W1[:, 1 + K_INPUT]
@@ -1833,10 +1838,11 @@ def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, 
         state["policy"].copy_(policy)
     if which == "both":
         value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
-    n = min(4, max(1, len(states.k) // cfg.value_networks))  # a quarter is enough where there is no noise to average
-    for i in range(12 if which == "value" else 0):
-        some = Batch(*[x[i % n :: n] for x in states])
-        value_taken = value_update(state, some, torch.ones_like(value_rate), econ, cfg, kernels, bellman=True)
+    if which == "value":
+        n = min(4, len(states.k) // cfg.value_networks)  # a quarter is enough where there is no noise to average
+        for i in range(12):
+            some = Batch(*[x[i % n :: n] for x in states])
+            value_taken = value_update(state, some, torch.ones_like(value_rate), econ, cfg, kernels, bellman=True)
     return torch.stack([taken, value_taken]).to(damping.dtype)
 
 
@@ -3690,7 +3696,7 @@ def at_most(threads: int):
 
 def choose_device(device: str) -> str:
     if device == "auto" and not torch.cuda.is_available():
-        driver, hidden = Path("/proc/driver/nvidia/version"), "CUDA_VISIBLE_DEVICES" in os.environ
+        driver, hidden = Path("/proc/driver/nvidia/version"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         require(hidden or not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
                 f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
         print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")

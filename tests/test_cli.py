@@ -466,9 +466,12 @@ def test_too_old_a_driver_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(dk, "Path", lambda name: tmp_path)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(dk.UserError, match="NVIDIA driver.*cu126.*--device cpu"):
-        dk.choose_device("auto")
+    for chosen in (None, "0"):  # of a scheduler, say
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if chosen:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        with pytest.raises(dk.UserError, match="NVIDIA driver.*cu126.*--device cpu"):
+            dk.choose_device("auto")
     assert dk.choose_device("cpu") == "cpu" and capsys.readouterr().out == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a user who hides the GPU wants the CPU
     assert dk.choose_device("auto") == "cpu" and "no CUDA device found" in capsys.readouterr().out
