@@ -1,32 +1,44 @@
-"""DeepHAM for heterogeneous-agent economies with aggregate shocks, the grid solution beside it as a judge.
+"""DeepHAM (Han, Yang & E 2021): heterogeneous households under aggregate shocks, and a grid solution that judges.
 
-Model: households (k, s) save in capital under shocks to their own state s and to the aggregate state z; prices follow
-from mean capital K. The default economy is Krusell & Smith (1998) in the calibration of Den Haan, Judd & Juillard
-(2010), s unemployed / employed, z bad / good. Any other is a set of tables: class Economy, and examples/.
+The economy. A household with capital k in state s has cash on hand m = R k + income(z, s) w, consumes c and saves
+k' = m - c >= k_min; it discounts by beta(s) and has utility u(c) of risk aversion gamma. R and w are the marginal products
+of Y = TFP(z) K^alpha L(z)^(1 - alpha), K being mean capital; (z, s) is a Markov chain. The default economy is Krusell &
+Smith (1998) in the calibration of Den Haan, Judd & Juillard (2010): s unemployed / employed, z bad / good. Any other is a
+set of tables: class Economy, and the files in examples/.
 
-Algorithm (Han, Yang & E 2021), one outer iteration:
-  1. policy step: raise E[sum_t beta^t u(c_t)] in the consumption share, towards the first-order condition;
-  2. value step: fit V to realised utility U_t and V_k to its pathwise derivative, the costate lambda_t;
-  3. simulate B economies of N households on under the new policy, shocks drawn first;
-  4. roll M price-taking households out for T periods along the simulated paths of (z, K), and go backwards through
-     time for U_t and lambda_t; save a checkpoint; repeat. At the end: judge, draw the figures, publish.
+The algorithm is learn(), one outer iteration after the other:
+  1. simulate: B economies of N households go on for some periods under the policy network as it is;
+  2. roll out: M single households live T periods on the simulated paths of (z, K). Each period has a label: what a
+     unit of k' is worth, lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and from later
+     periods what is left of the same condition there, discounted back along the path;
+  3. move the policy: a Gauss-Newton step of log c towards the first-order condition u'(c) = beta lambda';
+  4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out;
+  and after the last one
+  5. fit V, once: the value network solves the Bellman equation of the final policy.
 
-`python deepham_ks.py` solves the default preset into this folder, with `--preset smoke` every size is tiny, and
-`--help` has the rest: every number of the model and the method is a flag.
+How this differs from the paper, which `--preset paper` follows (published = True below):
+  - V. There V is trained in turn with the policy and stands for utility after T. Here no label sees V: the policy is the
+    same whatever V's weights are. V is for Bellman errors, welfare, and whoever wants a value function.
+  - K'. There K' is what N households happened to save. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
+    simulated paths by least squares; where networks see moments of the distribution, K' itself.
+  - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
+Both forms share the economy, the networks (two tanh layers) and the moments, given or learnt.
 
-Symbols: k, c, m capital, consumption, cash on hand of a household; K mean capital; R, w gross return and wage; `_next`
-is a prime. Shapes: B economies, N households of each, M households of a roll-out, T periods, P parameters, J
-successors of a state. A policy is any function (k, s, K, z) -> k'.
+Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the figures;
+below that line is the machine: ranks, CUDA graphs, files, command line, one run.
+
+Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
+distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
+households of each, M households of a roll-out, T periods, J successors (s', z') of a state, Z and S numbers of states, n
+moments, P parameters. A joint index is z S + s.
+
+`python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has all
+flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
 """
-
-from __future__ import annotations
 
 import argparse
 import atexit
-import concurrent.futures
 import contextlib
-import copy
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -44,7 +56,6 @@ import threading
 import time
 import types
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Tuple
@@ -52,6 +63,7 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 import numpy as np
 import scipy.interpolate
 import scipy.sparse
+import scipy.sparse.linalg
 import scipy.stats
 import torch
 import torch.distributed as dist
@@ -59,14 +71,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "2.9.0"
+__version__ = "3.0.0"
 
-# ---------------------------------------------------------------------------------------------- configuration
-
-
-def option(default, reason: str, within: str = "(-inf, inf)", choices=None):
-    """A dataclass field that is also a command-line flag; reason is its --help text, within an interval."""
-    return field(default=default, metadata={"help": reason, "within": within, "choices": choices})
+# ---------------------------------------------------------------------------------------------- settings
 
 
 class UserError(RuntimeError):
@@ -81,6 +88,11 @@ def require(holds, message: str) -> None:
         raise UserError(message)
 
 
+def option(default, reason: str, within: str = "(-inf, inf)", choices=None):
+    """A dataclass field that is also a command-line flag; reason is its --help text, within an interval."""
+    return field(default=default, metadata={"help": reason, "within": within, "choices": choices})
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Krusell & Smith (1998) in the calibration of Den Haan, Judd & Juillard (2010), quarterly."""
@@ -89,6 +101,7 @@ class Calibration:
     gamma: float = option(1.0, "relative risk aversion; 1 is log utility", "[0.1, 20]")
     alpha: float = option(0.36, "capital share", "(0, 1)")
     delta: float = option(0.025, "depreciation rate", "(0, 1]")
+    k_min: float = option(0.0, "borrowing limit: k' is at least this, in goods", "(-1e6, 1e6)")
     mu: float = option(0.15, "unemployment benefit, a share of the wage", "[0, 1]")
     l_bar: float = option(1 / 0.9, "time endowment; labour supply is 1 in the bad state", "(0, 100]")
     tfp_shock: float = option(0.01, "TFP is 1 minus this in the bad state, 1 plus this in the good one", "[0, 0.5]")
@@ -101,105 +114,72 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about the method. The defaults are the preset `default`."""
+    """The method; the defaults are the preset `default`. What is no flag stands as a named constant beside its use."""
 
     n_agents: int = option(125, "N, households an economy", "[1, 1e7]")
     n_economies: int = option(96, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
-    periods: int = option(100, "periods that each outer iteration simulates on from the last panel", "[2, 1e6]")
-    systematic: bool = option(True, "spread shocks to s evenly over households: less sampling noise in K")
-    horizon: int = option(75, "T, periods of utility before the value network takes over", "[2, 1e5]")
+    periods: int = option(100, "periods that each outer iteration simulates on from the last cross-section", "[3, 1e6]")
+    horizon: int = option(75, "T, periods of a roll-out", "[2, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
-    states: int = option(5, "periods of a roll-out to learn from, close to each other at its start", "[1, 1e5]")
-    iterations: int = option(120, "outer iterations at most: policy step, value step, simulate, roll out", "[1, 1e6]")
+    iterations: int = option(120, "outer iterations at most", "[1, 1e6]")
     hidden: int = option(28, "width of the two tanh layers of both networks", "[1, 1024]")
     moments: str = option("", "moments of the distribution, beside K, that the networks see: names of MOMENTS")
-    value_networks: int = option(1, "value networks, trained on other draws; the policy sees their mean", "[1, 16]")
     learnt_moments: int = option(0, "moments that are learnt, functions of (k, s) averaged over households", "[0, 8]")
-    optimizer: str = option(
-        "gauss-newton", "gauss-newton needs tens of steps where adam needs thousands", choices=("gauss-newton", "adam")
-    )
+    optimizer: str = option("gauss-newton", "gauss-newton: the algorithm above; adam: the published one",
+                            choices=("gauss-newton", "adam"))
     policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c. adam: rate", "(0, 1]")
     value_rate: float = option(1e-3, "adam: rate of the value network", "(0, 1]")
-    policy_steps: int = option(1, "adam: policy steps an outer iteration", "[1, 1e6]")
-    value_steps: int = option(1, "adam: value steps an outer iteration", "[1, 1e6]")
-    settle: float = option(
-        1e-4, "gauss-newton: steps are full until savings have moved less than this share of K ten times", "(0, 1)"
-    )
-    averaging: int = option(
-        14, "gauss-newton: iterations from there on, in which steps fall like 1 / (1 + decay n)", "[0, 1e6]"
-    )
-    decay: float = option(0.25, "gauss-newton: how fast they fall: in these they average noise out", "[0, 1e3]")
-    damping: float = option(3e-5, "gauss-newton: least damping, in units of the diagonal", "(0, 1e6]")
-    slope_weight: float = option(
-        1.0, "weight of V_k against the costates; 0 fits the value to utility alone", "[0, 1e6]"
-    )
-    level_weight: float = option(
-        0.3, "weight of V against realised utility, in units of the network's output", "(0, 1e6]"
-    )
-    control_variate: bool = option(True, "take out of the labels the surprises whose mean is exactly zero")
-    final_value_steps: int = option(
-        4, "gauss-newton: last iterations, in which V is fitted to the policy by its Bellman residual", "[0, 1e6]"
-    )
+    policy_steps: int = option(2000, "adam: policy steps an outer iteration", "[1, 1e6]")
+    value_steps: int = option(2000, "adam: value steps an outer iteration", "[1, 1e6]")
+    settle: float = option(1e-4, "savings have settled when they move less than this share of K ten times", "(0, 1)")
+    averaging: int = option(14, "iterations after that, in which steps fall and average noise out", "[0, 1e6]")
+    K_spread: float = option(0.04, "economies are scaled by up to this share before each simulation: K off its usual "
+                             "path", "[0, 0.9]")
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
-    wide_top: float = option(1.5, "upper end of these, in multiples of the largest simulated k", "(0, 100]")
-    even_share: float = option(
-        1.0, "share of roll-outs that start in any s alike: rare states hold most of the error", "[0, 1]"
-    )
-    K_spread: float = option(
-        0.04, "economies are scaled by up to this share before each simulation: K off its usual path", "[0, 0.9]"
-    )
-    eval_agents: int = option(50, "households an economy when the solution is judged, small", "[2, 1e7]")
-    eval_economies: int = option(64, "economies when the solution is judged, small", "[1, 1e6]")
-    eval_agents_large: int = option(5000, "households an economy when the solution is judged, large", "[2, 1e7]")
-    eval_economies_large: int = option(2, "economies when the solution is judged, large", "[1, 1e6]")
-    eval_periods: int = option(2800, "periods simulated to judge a solution, from its limit's distribution", "[3, 1e7]")
-    eval_drop: int = option(300, "periods of these that are dropped first", "[0, 1e7]")
-    eval_every: int = option(20, "of the rest every so many-th is pooled", "[1, 1e6]")
-    eval_states: int = option(50_000, "pooled states at which Bellman and Euler errors are taken", "[10, 1e8]")
+    eval_agents: int = option(50, "households an economy when the solution is judged in a panel", "[2, 1e7]")
+    eval_economies: int = option(64, "economies of that panel", "[1, 1e6]")
+    eval_periods: int = option(2800, "periods simulated to judge a solution; the first tenth is dropped", "[20, 1e7]")
     irf_paths: int = option(200, "economies in an impulse response", "[1, 1e6]")
     irf_agents: int = option(200, "households an economy in an impulse response", "[2, 1e7]")
     irf_periods: int = option(60, "periods of an impulse response", "[1, 1e5]")
-    irf_burn: int = option(100, "periods before the shock", "[1, 1e6]")
+
+    @property
+    def published(self) -> bool:
+        """Whether the algorithm is that of Han, Yang & E (2021)."""
+        return self.optimizer == "adam"
 
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Settings of the grid solution; at the defaults a finer grid changes nothing that matters."""
+    """The grid solution; at the defaults a finer grid changes nothing that matters."""
 
     n_k: int = option(400, "nodes of individual capital k in the household problem", "[10, 1e5]")
     n_K: int = option(12, "nodes of aggregate capital K in the household problem", "[4, 1000]")
     k_max: float = option(25.0, "largest k at first, a multiple of K; doubled while households come near", "[2, 1e6]")
-    exponent: float = option(4.0, "k nodes are k_max x^exponent, x uniform: dense near the limit", "[1, 20]")
-    K_low: float = option(0.75, "smallest K, a multiple of the centre, which follows the simulation", "(0, 1)")
-    K_high: float = option(1.35, "largest K, a multiple of the centre", "(1, 100]")
-    n_k_fine: int = option(2000, "k points of the policy table and of the histogram", "[10, 1e6]")
-    n_K_fine: int = option(41, "K points of the policy table, which is linear in between", "[2, 1e4]")
-    periods: int = option(60_000, "periods simulated for the law of motion, a twentieth in most updates", "[50, 1e7]")
-    burn_in: int = option(200, "first periods that the regression leaves out", "[1, 1e7]")
-    sweeps: int = option(100, "most EGM sweeps between two updates of the law of motion", "[1, 1e6]")
+    n_fine: int = option(2000, "k points of the policy table and of the histogram behind the law of motion",
+                         "[10, 1e6]")
+    periods: int = option(60_000, "periods behind the final law of motion, a twentieth in most updates", "[1000, 1e7]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
     tolerance: float = option(3e-7, "largest relative change of c, and of K' forecast, at the end", "(0, 1)")
     max_updates: int = option(90, "updates of the law of motion before giving up", "[1, 1e6]")
-    value_sweeps: int = option(4000, "most sweeps for V of the policy", "[1, 1e7]")
     seed: int = option(0, "seed of the path of z behind the law of motion", "[0, 1e9]")
+    exponent: float = 4.0  # k nodes are k_max x^exponent, x uniform: dense near the limit
+    n_K_fine: int = 41  # K points of the policy table, which is linear in between
+    K_range: tuple = (0.75, 1.35)  # of the nodes of K, multiples of the centre, which follows the simulation
 
 
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7, 4 nodes of K, for Krusell & Smith [0, 1000] x [30, 50]
-GRIDS = {"converged": GridConfig(), "published": GridConfig(n_k=100, exponent=7.0, n_K=4, K_low=0.76, K_high=1.27)}
-SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_k_fine=300, n_K_fine=11, periods=10_000, burn_in=50, tolerance=1e-5)
+GRIDS = {"converged": GridConfig(), "published": GridConfig(n_k=100, exponent=7.0, n_K=4, K_range=(0.76, 1.27))}
+SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_fine=300, n_K_fine=11, periods=10_000, tolerance=1e-5)
 PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 PRESETS = {
     "default": Config(),
     # game_nn_n50 of the authors' code, as far as this script has the choice
-    "paper": Config(n_agents=50, n_economies=384, periods=450, horizon=150, batch=384, states=10_000, iterations=6,
-                    averaging=0, hidden=24, optimizer="adam", policy_rate=4e-4, value_rate=1e-3, policy_steps=2000,
-                    value_steps=2000, slope_weight=0.0, level_weight=1.0, K_spread=0.0, systematic=False,
-                    control_variate=False, wide_share=0.0, even_share=0.0),
-    "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, states=5, iterations=3, hidden=8,
-                    averaging=1, final_value_steps=1,
-                    eval_agents=20, eval_economies=4, eval_agents_large=50, eval_periods=60, eval_drop=20,
-                    eval_every=5, eval_states=200, irf_paths=4, irf_agents=10, irf_periods=10, irf_burn=10),
+    "paper": Config(n_agents=50, n_economies=384, periods=450, horizon=150, batch=384, iterations=6, averaging=0,
+                    hidden=24, optimizer="adam", policy_rate=4e-4, K_spread=0.0, wide_share=0.0),
+    "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, iterations=3, averaging=1, hidden=8,
+                    eval_agents=20, eval_economies=4, eval_periods=60, irf_paths=4, irf_agents=10, irf_periods=10),
 }
 EQUILIBRIA = ("market", "game", "planner")
 
@@ -221,18 +201,47 @@ class Run:
     device: str = option("auto", "auto takes CUDA if there is one", choices=("auto", "cuda", "cpu"))
     compile: str = option("torchscript", "networks and roll-outs compiled or eager", choices=("torchscript", "none"))
     cuda_graphs: bool = option(True, "on CUDA: an outer iteration is one graph; turn off to debug")
-    output_dir: str = option("", "where results go; empty: . for default, runs/PRESET for the others")
+    output_dir: str = option("", "where results go; empty: . for the default economy with the default flags, a folder "
+                             "in runs/ named by the flags for anything else")
     evaluate: bool = option(False, "train nothing: rebuild every result from NN_weights_biases.pth")
     resume: bool = option(False, "continue from checkpoint.pt in the output directory")
 
 
-# ---------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------------------- the default economy
+
+
+def krusell_smith(cal: Calibration = Calibration()) -> "Economy":
+    """s: 0 unemployed / 1 employed; z: 0 bad / 1 good. Unemployment lasts as long as z says, in a new state of z 1.25
+    and 0.75 times as probably as usual there, and its rate depends on z alone; a tax on wages pays the benefits."""
+    u, z_stay = np.array([cal.u_bad, cal.u_good]), 1 - 1 / cal.z_duration
+    stay, L = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good]), cal.l_bar * (1 - u)
+    p_uu = np.array([[stay[0], 0.75 * stay[1]], [1.25 * stay[0], stay[1]]])  # (z, z')
+    p_eu = (u - u[:, None] * p_uu) / (1 - u[:, None])
+    employed = 1 - np.stack([p_uu, p_eu], -1)  # (z, z', s)
+    require(((employed >= 0) & (employed <= 1)).all(), "--u-bad, --u-good, --u-duration-bad, --u-duration-good imply a "
+            "probability outside [0, 1]; bring the two rates closer together or change the durations")
+    require((cal.mu * u < L).all(), "--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
+    return Economy(
+        alpha=cal.alpha, delta=cal.delta, gamma=cal.gamma, beta=cal.beta, k_min=cal.k_min,
+        TFP=np.array([1 - cal.tfp_shock, 1 + cal.tfp_shock]), L=L,
+        P_z=np.array([[z_stay, 1 - z_stay], [1 - z_stay, z_stay]]), Pi=np.stack([1 - employed, employed], -1),
+        income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
+        sees_s=np.array([[-1.0], [1.0]]), weight=np.array([3.0, 1.0]),
+        s_names=("unemployed", "employed"), z_names=("bad state", "good state"))
+
+
+# ---------------------------------------------------------------------------------------------- economies
+
+ROUNDING = 1e-4  # what a number of four digits, or of float32, may be off; tables are normalised within it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Economy:
     """All about the states s = 0..S-1 of a household and z = 0..Z-1 of the economy. Tables may be anything that numpy
-    reads and that broadcasts to the shape given; they are checked here, and UserError names the one that is wrong."""
+    reads and that broadcasts to the shape given; UserError names the one that is wrong. Fields stay as they were given,
+    so that dataclasses.replace() works; tables of full shape, and what follows from them, are in `arrays`: P (Z, S, Z,
+    S) of the chain (z, s), shares, L, annuity (Z, S), the present value of one util a period for ever. K_ss, R_ss, w_ss,
+    c_ss are those of the representative household at mean TFP and labour, where mean_beta R = 1."""
 
     alpha: float  # capital share
     delta: float  # depreciation rate
@@ -240,9 +249,9 @@ class Economy:
     k_min: float = 0.0  # borrowing limit: k' >= k_min
     TFP: np.ndarray  # (Z,), from bad to good
     P_z: np.ndarray  # (Z, Z) P(z' | z)
-    Pi: np.ndarray  # (Z, Z, S, S) P(s' | z, z', s)
+    Pi: np.ndarray  # (S, S) P(s' | s), or (Z, Z, S, S) P(s' | z, z', s)
     beta: np.ndarray  # (S,) discount factor from now to next period
-    income: np.ndarray  # (Z, S) share of the wage after taxes and benefits; S and Z are read off its shape
+    income: np.ndarray  # (Z, S) share of the wage after taxes and benefits; S is read off its shape
     L: np.ndarray | None = None  # (Z,) labour supply; without it what households earn on average
     shares: np.ndarray | None = None  # (Z, S) stationary shares; needed only where the chain (z, s) is not ergodic
     sees_s: np.ndarray | None = None  # (S, F) what the networks see of s; without it one 0/1 input for each s
@@ -256,122 +265,220 @@ class Economy:
     start: float = 1.0  # where a planner's solution begins, a multiple of K_ss: it can have two local optima
 
     def __post_init__(self):
-        Z, S = self.fill_in()
-        self.derive_chain(Z, S)
-        self.derive_steady_state(Z, S)
+        arrays = checked_tables(self)
+        add_chain(arrays)
+        vars(self).update(arrays=arrays, **steady_state(self, arrays))
 
-    def fill_in(self) -> Tuple[int, int]:
-        """Tables as float64 arrays of full shape, those left out at their defaults, every number inside its interval,
-        where NaN and infinity never are; (Z, S)."""
-        try:
-            Z, S = len(np.atleast_1d(self.TFP)), np.array(self.income, float).shape[-1]
-        except (IndexError, TypeError, ValueError):
-            raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
-        inf, chance = math.inf, (-1e-12, 1 + 1e-9)
-        parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
-                 "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
-                 "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
-                 "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
-                 "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
-                 "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
-        even = np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))
-        given = {"sees_s": np.eye(S), "sees_z": even} | {name: x for name, x in vars(self).items() if x is not None}
-        for name in [name for name in parts if name in given]:
-            shape, (low, high) = parts[name]
-            try:
-                x = np.array(given[name], float)
-                x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
-            except (IndexError, TypeError, ValueError):
-                raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by income") from None
-            outside = x[~((low < x) & (x < high))]
-            if outside.size:
-                raise UserError(f"{name}: {outside[0]:g} is not in ({low:g}, {high:g})")
-            if shape:
-                vars(self)[name] = x
-        for name, n in (("s_names", S), ("z_names", Z)):
-            names = vars(self)[name] = tuple(given[name]) or tuple(f"{name[0]} = {i}" for i in range(n))
-            require(len(names) == n, f"{name}: {len(names)} names for {n} states")
-        require(self.equilibrium in EQUILIBRIA, f"equilibrium: {self.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
-        return Z, S
-
-    def derive_chain(self, Z: int, S: int) -> None:
-        """P (Z, S, Z, S) of (z, s), and shares and L where they were left out; all tables must fit together."""
-        require(set(self.group) == set(range(len(set(self.group)))), "group: give groups 0, 1, 2, ... without a gap")
-        for name in ("P_z", "Pi"):
-            sums = getattr(self, name).sum(-1).ravel()
-            worst = sums[np.abs(sums - 1).argmax()]
-            require(abs(worst - 1) <= 1e-9, f"{name}: rows must sum to one, and one has {worst:.9g}")
-        vars(self)["P"] = np.einsum("xy,xyij->xiyj", self.P_z, self.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
-        P, one = self.P.reshape(Z * S, Z * S), np.ones(Z * S)
-        if self.shares is None:
-            require((np.abs(np.linalg.eigvals(P)) > 1 - 1e-10).sum() == 1,
-                    "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
-            equations = np.vstack([P.T - np.eye(Z * S), one])
-            shares = np.linalg.lstsq(equations, np.append(0 * one, 1.0), rcond=None)[0].clip(0)
-            vars(self)["shares"] = (shares / shares.sum()).reshape(Z, S)
-        x = self.shares.reshape(-1)
-        require((x >= 0).all() and abs(x.sum() - 1) < 1e-9 and np.abs(x @ P - x).max() < 1e-9,
-                "shares: not a stationary distribution of P_z and Pi")
-        earned = (self.shares * self.income).sum(1) / self.shares.sum(1)
-        vars(self)["L"] = earned if self.L is None else self.L
-        require((self.L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
-        gap = earned / self.L - 1
-        z = np.abs(gap).argmax()
-        require(not abs(gap[z]) > 1e-6, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
-                "labour L; change income or L, or leave L out")
-        seen = np.concatenate([self.sees_s, self.beta[:, None], self.income.T,
-                               self.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
-        for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
-            require(len(np.unique(getattr(self, name), axis=0)) == rows,
-                    f"{name}: the networks cannot tell two states apart that differ")
-
-    def derive_steady_state(self, Z: int, S: int) -> None:
-        """mean_beta; annuity (Z, S), D = 1 + beta E D', the present value of one util a period for ever; R_ss, K_ss,
-        w_ss, c_ss of the representative household at mean TFP and labour, where mean_beta R = 1, the unit of networks;
-        K_start and Delta_start, what would let it keep K where a solution starts, u'(c) = beta (R u'(c) + Delta)."""
-        discounted = np.tile(self.beta, Z)[:, None] * self.P.reshape(Z * S, Z * S)
-        of_z, mean_beta = self.shares.sum(1), float(self.shares.sum(0) @ self.beta)
-        growth = np.abs(np.linalg.eigvals(discounted)).max()
-        require(growth < 1 and mean_beta < 1, f"beta: utility discounted along the chain grows by {growth:.6g} a "
-                "period, so wealth has no bound; lower it")
-        annuity = np.linalg.solve(np.eye(Z * S) - discounted, np.ones(Z * S)).reshape(Z, S)
-        mean = types.SimpleNamespace(alpha=self.alpha, delta=self.delta, TFP=[of_z @ self.TFP], L=[of_z @ self.L])
-        R = 1 / mean_beta
-        K = float(mean.L[0] * (self.alpha * mean.TFP[0] / (R - 1 + self.delta)) ** (1 / (1 - self.alpha)))
-        require(1e-6 < K < 1e9, f"alpha, beta, delta: steady-state capital is {K:.3g}; bring it into (1e-6, 1e9) by "
-                "lower --alpha or --beta, or higher --delta")
-        vars(self).update(mean_beta=mean_beta, annuity=annuity, R_ss=R, K_ss=K, w_ss=float(prices(K, 0, mean)[1]),
-                          c_ss=float(output(K, 0, mean) - self.delta * K))
-        poorest = (R - 1) * self.k_min + self.income.min() * self.w_ss
-        require(poorest >= 0 and self.k_min < K, f"k_min: at {self.k_min:g} the poorest have {poorest:.3g} after "
-                "interest at steady-state prices; bring it nearer to 0")
-        K = K * (self.start if self.equilibrium == "planner" else 1.0)
-        c = np.maximum(output(K, 0, mean) - self.delta * K, 0.1 * self.c_ss)
-        vars(self).update(K_start=K, Delta_start=float((R - prices(K, 0, mean)[0]) * marginal_utility(c, self)))
-
-    def tables(self, device="cpu", dtype=torch.float64) -> Tables:
+    def tables(self, device="cpu", dtype=torch.float64) -> "Tables":
         """What the tensor functions use, on one device."""
-        Z, S = self.income.shape
-        P = self.P.reshape(Z * S, Z * S)
+        a, (Z, S) = self.arrays, self.arrays.income.shape
+        P = a.P.reshape(Z * S, Z * S)
         successors, real = padded([np.flatnonzero(row) for row in P])  # (Z S, J)
-        reach, possible = padded([np.flatnonzero(self.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
-        own = np.take_along_axis(self.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
-        members = self.group[:, None] == np.arange(self.group.max() + 1)  # (S, groups)
-        arrays = {"TFP": self.TFP, "L": self.L, "beta": self.beta, "income": self.income.reshape(-1),
-                  "cum_z": self.P_z.cumsum(1)[:, :-1],
-                  "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1), "reach": reach,
-                  "next_s": successors % S, "next_z": successors // S,
-                  "probability": np.take_along_axis(P, successors, 1) * real, "annuity": self.annuity.reshape(-1),
-                  "sees": np.concatenate([np.tile(self.sees_s, (Z, 1)), np.repeat(self.sees_z, S, 0)], 1),
-                  "root_weight": np.sqrt(self.weight), "shares": self.shares,
-                  "of_group": members / (self.shares.sum(0) @ members),
-                  "lowest": (self.income[0] == self.income[0].min()) * 1.0, "K_mean": np.array(self.K_start),
-                  "Delta_law": np.tile([self.Delta_start, 0.0], (Z, 1)), "M_mean": np.zeros((1, 0)),
-                  "M_std": np.ones((1, 0))}
+        reach, possible = padded([np.flatnonzero(a.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
+        own = np.take_along_axis(a.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
+        members = a.group[:, None] == np.arange(a.group.max() + 1)  # (S, groups)
+        rows = {"TFP": a.TFP, "L": a.L, "beta": a.beta, "income": a.income.reshape(-1),
+                "cum_z": a.P_z.cumsum(1)[:, :-1],
+                "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1), "reach": reach,
+                "next_s": successors % S, "next_z": successors // S,
+                "probability": np.take_along_axis(P, successors, 1) * real, "annuity": a.annuity.reshape(-1),
+                "sees": np.concatenate([np.tile(a.sees_s, (Z, 1)), np.repeat(a.sees_z, S, 0)], 1),
+                "root_weight": np.sqrt(a.weight), "shares": a.shares,
+                "of_group": members / (a.shares.sum(0) @ members),
+                "lowest": (a.income[0] == a.income[0].min()) * 1.0}
         tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
-                   for name, x in arrays.items()}
-        numbers = (self.alpha, self.delta, self.gamma, self.k_min, self.K_ss, self.c_ss, 8.0, 0.1, self.players)
+                   for name, x in rows.items()}
+        numbers = (a.alpha, a.delta, a.gamma, a.k_min, self.K_ss, self.c_ss, a.players)
         return Tables(self.equilibrium, *map(float, numbers), **tensors)
+
+
+def checked_tables(given: Economy) -> types.SimpleNamespace:
+    """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
+    interval, where NaN and infinity never are."""
+    try:
+        Z, S = len(np.atleast_1d(np.array(given.TFP, float))), np.array(given.income, float).shape[-1]
+    except (IndexError, TypeError, ValueError):
+        raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
+    inf, chance = math.inf, (-ROUNDING, 1 + ROUNDING)
+    parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
+             "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
+             "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
+             "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
+             "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
+             "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
+    defaults = {"sees_s": np.eye(S), "sees_z": np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))}
+    full = types.SimpleNamespace(L=None, shares=None)
+    for name, (shape, (low, high)) in parts.items():
+        x = getattr(given, name)
+        x = defaults.get(name) if x is None else x
+        if x is None:
+            continue
+        try:
+            x = np.array(x, float)
+            if name == "Pi":
+                refuse_other_shapes(x.shape, Z, S)
+            x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
+        except (IndexError, TypeError, ValueError):
+            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by income") from None
+        outside = x[~((low < x) & (x < high))]
+        hint = "; logs? take exp of them" if name in ("income", "TFP", "L") and (x < 0).any() else ""
+        require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "
+                f"{high:g}){hint}")
+        setattr(full, name, x if shape else float(x))
+    full.s_names, full.z_names = [tuple(names) or tuple(f"{letter} = {i}" for i in range(n)) for names, letter, n in
+                                  ((given.s_names, "s", S), (given.z_names, "z", Z))]
+    for name, n in (("s_names", S), ("z_names", Z)):
+        require(len(getattr(full, name)) == n, f"{name}: {len(getattr(full, name))} names for {n} states")
+    require(given.equilibrium in EQUILIBRIA,
+            f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
+    require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
+    return full
+
+
+def refuse_other_shapes(shape: tuple, Z: int, S: int) -> None:
+    """Shapes of Pi that numpy would broadcast in a way nobody meant."""
+    require(len(shape) != 3, f"Pi: shape {shape} does not say whether it depends on z or on z'; give Pi[:, None] where "
+            "it depends on z now, Pi[None] where on z' next period")
+    require(shape != (Z * S, Z * S) or Z == 1, f"Pi: shape {shape} is the joint matrix of (z, s); give "
+            f"P_z, Pi = dk.from_joint(P, {Z}, {S})")
+
+
+def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
+    """P_z (Z, Z) and Pi (Z, Z, S, S) of the joint matrix P (Z S, Z S), rows and columns in the order (z, s): z = 0 with
+    every s, then z = 1, and so on. UserError where the probability of z' depends on s."""
+    P = np.array(P, float)
+    require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
+            f"{(Z * S, Z * S)}")
+    to_z = P.reshape(Z, S, Z, S).sum(3)  # (z, s, z')
+    miss = np.ptp(to_z, axis=1).max()
+    require(miss <= S * ROUNDING, f"from_joint: the probability of z' depends on s, by up to {miss:.3g}; rows and "
+            "columns must be in the order (z, s)")
+    P_z = to_z.mean(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        Pi = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3) / to_z.transpose(0, 2, 1)[..., None]
+    return P_z, np.where(np.isfinite(Pi), Pi, np.eye(S))  # where z' never follows z any Pi will do
+
+
+def add_chain(a: types.SimpleNamespace) -> None:
+    """Rows that sum to one; P (Z, S, Z, S) of (z, s); shares and L where they were left out. All must fit together."""
+    Z, S = a.income.shape
+    require(set(a.group) == set(range(len(set(a.group)))), "group: give groups 0, 1, 2, ... without a gap")
+    for name in ("P_z", "Pi"):
+        rows = getattr(a, name).clip(0)
+        miss = rows.sum(-1) - 1
+        worst = miss.flat[np.abs(miss).argmax()]
+        require(abs(worst) <= rows.shape[-1] * ROUNDING, f"{name}: rows must sum to one, and one misses by {worst:.3g}")
+        setattr(a, name, rows / rows.sum(-1, keepdims=True))
+    a.P = np.einsum("xy,xyij->xiyj", a.P_z, a.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
+    P = a.P.reshape(Z * S, Z * S)
+    ergodic = (np.abs(np.linalg.eigvals(P)) > 1 - 1e-10).sum() == 1
+    require(ergodic or a.shares is not None,
+            "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
+    found = stationary_of(P, None if ergodic else a.shares.reshape(-1).clip(0))
+    if a.shares is not None:
+        miss = np.abs(a.shares.reshape(-1) - found).max()
+        require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
+    a.shares = found.reshape(Z, S)
+    of_z = a.shares.sum(1)
+    gone = np.flatnonzero(of_z < 1e-9)
+    require(not gone.size, f"P_z: z = {gone[0] if gone.size else 0} does not recur: once left it never comes again; "
+            "leave it out, or give it a way back")
+    earned = (a.shares * a.income).sum(1) / of_z
+    L = earned if a.L is None else a.L
+    require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
+    gap = earned / L - 1
+    z = np.abs(gap).argmax()
+    require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of labour "
+            "L; change income or L, or leave L out")
+    a.L = earned if np.abs(gap).max() > 1e-9 else L
+    low, high = goods_gap(a)
+    require(max(-low, high) <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so labour "
+            f"L by z misses what households supply: goods are off by {100 * low:.2g} to {100 * high:+.2g}% of output; "
+            "let (shares[z] / shares[z].sum()) @ Pi[z, z'] be the shares given z'")
+    seen = np.concatenate([a.sees_s, a.beta[:, None], a.income.T, a.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
+    for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
+        require(len(np.unique(getattr(a, name), axis=0)) == rows,
+                f"{name}: the networks cannot tell two states apart that differ")
+
+
+def stationary_of(P: np.ndarray, start: np.ndarray | None) -> np.ndarray:
+    """The distribution (n,) that P (n, n) keeps: the only one, or the one that start leads to."""
+    n = len(P)
+    if start is None:
+        found = np.linalg.lstsq(np.vstack([P.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1), rcond=None)[0]
+    else:
+        lazy = (P + np.eye(n)) / 2  # which forgets where a cycle stands
+        found = start / start.sum() @ np.linalg.matrix_power(lazy, 2**30)
+    found = found.clip(0)
+    return found / found.sum()
+
+
+def goods_gap(a: types.SimpleNamespace) -> Tuple[float, float]:
+    """Least and largest share of output by which incomes exceed it, where shares of s follow p' = p Pi[z, z'] along a
+    path of z and labour is L(z): w (sum_s p_s income(z, s) - L(z)) / Y."""
+    given_z = a.shares / a.shares.sum(1, keepdims=True)  # (Z, S)
+    if np.abs(np.einsum("xs,xyst->xyt", given_z, a.Pi) - given_z)[a.P_z > 0].max() < 1e-9:
+        return 0.0, 0.0
+    z_path, gaps = draw_z_path(4000, a.P_z, np.random.default_rng(0)), []
+    p = given_z[z_path[0]]
+    for z, z_next in zip(z_path[:-1], z_path[1:]):
+        gaps.append((1 - a.alpha) * (p @ a.income[z] / a.L[z] - 1))
+        p = p @ a.Pi[z, z_next]
+    return min(gaps), max(gaps)
+
+
+def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
+    """mean_beta; R_ss, K_ss, w_ss, c_ss of the representative household at mean TFP and labour, the unit of networks;
+    K_start and Delta_start, what would let it keep K where a solution starts: u'(c) = beta (R u'(c) + Delta)."""
+    Z, S = a.income.shape
+    discounted = np.tile(a.beta, Z)[:, None] * a.P.reshape(Z * S, Z * S)
+    of_z, mean_beta = a.shares.sum(1), float(a.shares.sum(0) @ a.beta)
+    growth = np.abs(np.linalg.eigvals(discounted)).max()
+    require(growth < 1 and mean_beta < 1, f"beta: utility discounted along the chain grows by {growth:.6g} a period, so "
+            "wealth has no bound; lower it")
+    a.annuity = np.linalg.solve(np.eye(Z * S) - discounted, np.ones(Z * S)).reshape(Z, S)
+    TFP, L, R = of_z @ a.TFP, of_z @ a.L, 1 / mean_beta
+    K = float(L * (a.alpha * TFP / (R - 1 + a.delta)) ** (1 / (1 - a.alpha)))
+    require(1e-6 < K < 1e9, f"alpha, beta, delta: steady-state capital is {K:.3g}; bring it into (1e-6, 1e9) by lower "
+            "--alpha or --beta, or higher --delta")
+    require(a.k_min < K, f"k_min: {a.k_min:g} is more than steady-state capital, {K:.4g}; lower it")
+
+    def consumed(K):
+        return TFP * K**a.alpha * L ** (1 - a.alpha) - a.delta * K
+
+    K_start, c_ss = K * (a.start if economy.equilibrium == "planner" else 1.0), float(consumed(K))
+    c = max(consumed(K_start), 0.1 * c_ss)
+    R_start = 1 - a.delta + a.alpha * TFP * (K_start / L) ** (a.alpha - 1)
+    Delta_start = float((R - R_start) * (c / c_ss) ** -a.gamma / c_ss)
+    return {"mean_beta": mean_beta, "R_ss": R, "K_ss": K, "w_ss": float((1 - a.alpha) * TFP * (K / L) ** a.alpha),
+            "c_ss": c_ss, "K_start": K_start, "Delta_start": Delta_start}
+
+
+def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray) -> None:
+    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K and z
+    (n,) that a solution visits: the prices of the solution decide, and those of the steady state do not."""
+    a = economy.arrays
+    R = 1 - a.delta + a.alpha * a.TFP[z] * (K / a.L[z]) ** (a.alpha - 1)
+    w = (1 - a.alpha) * a.TFP[z] * (K / a.L[z]) ** a.alpha
+    left = ((R - 1) * a.k_min + a.income[z].min(1) * w).min()
+    require(left >= -1e-9 * economy.c_ss, f"k_min: at {a.k_min:g} the poorest are {-left:.3g} goods short of interest at "
+            "the prices of the solution; bring it nearer to 0")
+
+
+def as_economy(economy) -> Economy:
+    """An Economy as it is, Krusell & Smith's for a Calibration, the default for None."""
+    if economy is None or isinstance(economy, Calibration):
+        return krusell_smith(economy or Calibration())
+    require(isinstance(economy, Economy), f"economy: give an Economy, a Calibration or None, not "
+            f"{type(economy).__name__}")
+    return economy
+
+
+def economy_dict(economy: Economy) -> dict:
+    """What was given, as files keep it: arrays of full shape, numbers and words."""
+    kept = {f.name: getattr(economy.arrays, f.name, getattr(economy, f.name)) for f in dataclasses.fields(economy)
+            if getattr(economy, f.name) is not None}
+    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in kept.items()}
 
 
 def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
@@ -391,8 +498,6 @@ class Tables(NamedTuple):
     k_min: float
     K_ss: float
     c_ss: float
-    K_scale: float  # ln K moves by about a tenth: times 8 it is of the size of the other inputs
-    value_unit: float  # one unit of the value network's output is a tenth of consumption for ever
     players: float
     TFP: Tensor  # (Z,)
     L: Tensor  # (Z,)
@@ -410,37 +515,45 @@ class Tables(NamedTuple):
     shares: Tensor  # (Z, S)
     of_group: Tensor  # (S, groups) 1 / share of the group that s is of, 0 elsewhere
     lowest: Tensor  # (S,) 1 where income is lowest
-    K_mean: Tensor  # () centre of the input ln K; follows the simulation while training, and so does
-    Delta_law: Tensor  # (Z, 2) the planner's Delta on (1, ln K) by z
-    M_mean: Tensor  # (V, n) centre and
-    M_std: Tensor  # (V, n) unit of the moments, see moments_of()
 
 
 def tables_on(econ: Tables, device) -> Tables:
     return Tables(*[x.to(device) if isinstance(x, Tensor) else x for x in econ])
 
 
-def krusell_smith(cal: Calibration = Calibration()) -> Economy:
-    """s: 0 unemployed / 1 employed; z: 0 bad / 1 good. Unemployment lasts as long as z says, in a new state of z 1.25
-    and 0.75 times as probably as usual there, and its rate depends on z alone; a tax on wages pays the benefits."""
-    u, z_stay = np.array([cal.u_bad, cal.u_good]), 1 - 1 / cal.z_duration
-    stay, L = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good]), cal.l_bar * (1 - u)
-    p_uu = np.array([[stay[0], 0.75 * stay[1]], [1.25 * stay[0], stay[1]]])  # (z, z')
-    p_eu = (u - u[:, None] * p_uu) / (1 - u[:, None])
-    employed = 1 - np.stack([p_uu, p_eu], -1)  # (z, z', s)
-    require(((employed >= 0) & (employed <= 1)).all(), "--u-bad, --u-good, --u-duration-bad, --u-duration-good imply a "
-            "probability outside [0, 1]; bring the two rates closer together or change the durations")
-    require((cal.mu * u < L).all(), "--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
-    return Economy(
-        alpha=cal.alpha, delta=cal.delta, gamma=cal.gamma, beta=cal.beta,
-        TFP=[1 - cal.tfp_shock, 1 + cal.tfp_shock], L=L, P_z=[[z_stay, 1 - z_stay], [1 - z_stay, z_stay]],
-        Pi=np.stack([1 - employed, employed], -1),
-        income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
-        sees_s=[[-1], [1]], weight=[3, 1],
-        s_names=("unemployed", "employed"), z_names=("bad state", "good state"))
+# ---------------------------------------------------------------------------------------------- household
 
 
-# ---------------------------------------------------------------------------------------------- shocks
+class At(NamedTuple):
+    """Where households are: what one has, its state, and what it sees of the economy. k, s, K, z and Delta broadcast
+    against each other; M has one dimension more."""
+
+    k: Tensor  # (...) capital, goods
+    s: Tensor  # (...) its state
+    K: Tensor  # (...) mean capital
+    z: Tensor  # (...) aggregate state
+    M: Tensor  # (..., n) moments of the cross-section beside K; n = 0 where networks see none
+    Delta: Tensor  # (...) a planner's mean gain from K; zero elsewhere
+
+
+class Ahead(NamedTuple):
+    """What is expected of the economy next period, for each z' where it depends on it."""
+
+    K: Tensor  # (...)
+    M: Tensor  # (..., Z, n)
+    Delta: Tensor  # (..., Z)
+
+
+def place(k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> At:
+    """Households of whom nothing else matters."""
+    zero = torch.zeros_like(K)
+    return At(k, s, K, z, zero.unsqueeze(-1)[..., :0], zero)
+
+
+def rows(at: At, first: int, last: int) -> At:
+    """The first index from first to last."""
+    return At(at.k[first:last], at.s[first:last], at.K[first:last], at.z[first:last], at.M[first:last],
+              at.Delta[first:last])
 
 
 def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
@@ -451,80 +564,6 @@ def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
 def group_of(s: Tensor, econ: Tables) -> Tensor:
     """The group (...) that households in s (...) are of."""
     return econ.of_group.argmax(1)[s]
-
-
-def draw(u: Tensor, cumulative: Tensor) -> Tensor:
-    """Index with probabilities of which cumulative (..., n - 1) are the sums, from uniform numbers u (...)."""
-    return (u[..., None] >= cumulative).sum(-1)
-
-
-def uniform(shape, rng: torch.Generator, device) -> Tensor:
-    """Uniform numbers of the generator, on device: a generator on the CPU gives every device the same."""
-    return torch.rand(shape, generator=rng, device=rng.device).to(device)
-
-
-def draw_z(u: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """z' from uniform numbers u of z's shape."""
-    return draw(u, econ.cum_z[z])
-
-
-def draw_s(u: Tensor, z: Tensor, z_next: Tensor, s: Tensor, econ: Tables) -> Tensor:
-    """s' given z and z', from uniform numbers u of s's shape; z, z' broadcast against it."""
-    return follow(lambda t, s: u, s, torch.stack([z, z_next]), econ)[1]
-
-
-def follow(draws: Callable, s: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
-    """Path s (periods + 1, ...) from s along z_path (periods + 1, ...), which broadcasts against it; draws(t, s) are
-    the uniform numbers of period t."""
-    s_path = s.new_empty(len(z_path), *s.shape)
-    s_path[0] = s
-    z_and_next = z_path[:-1] * econ.TFP.shape[0] + z_path[1:]
-    for t in range(len(z_and_next)):
-        s = s_path[t]
-        s_path[t + 1] = econ.reach[s, draw(draws(t, s), econ.cum_s[joint(s, z_and_next[t], econ)])]
-    return s_path
-
-
-def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
-    """P(s' | z, z', s) of the states s' that s can reach, reach[s]: (...) -> (..., n)."""
-    cumulative = econ.cum_s[joint(s, z * econ.TFP.shape[0] + z_next, econ)]
-    ends = torch.zeros_like(cumulative[..., :1]), torch.ones_like(cumulative[..., :1])
-    return torch.diff(torch.cat([ends[0], cumulative, ends[1]], -1))
-
-
-def successors(k_next: Tensor, s: Tensor, K_next: Tensor, z: Tensor,
-               econ: Tables) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The J states (k', s', K', z') that may follow (s, z), stacked in front: (J, ...)."""
-    at = joint(s, z, econ)
-    s_next, z_next = econ.next_s[at].movedim(-1, 0), econ.next_z[at].movedim(-1, 0)
-    shape = s_next.shape
-    return k_next.unsqueeze(0).expand(shape), s_next, K_next.unsqueeze(0).expand(shape), z_next
-
-
-def expected(values: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """E[values | z, s] as the exact sum over the successors: (J, ...) -> (...)."""
-    return (econ.probability[joint(s, z, econ)].movedim(-1, 0) * values).sum(0)
-
-
-def spread_uniform(s: Tensor, start: Tensor) -> Tensor:
-    """Uniform numbers (B, N) from start (B, 1), independent over time for a household but evenly spread over the
-    households of an economy in the same s (golden-ratio steps): as many leave as in a far larger economy."""
-    order = s.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(s.shape[1], device=s.device).expand_as(order))
-    return (rank.double() * 0.6180339887498949 + start).frac()
-
-
-def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Generator, systematic: bool = False):
-    """Paths s (periods + 1, B, N) and z (periods + 1, B, 1) from s (B, N), z (B, 1)."""
-    z_path = [z]
-    for u in uniform((periods, *z.shape), rng, z.device):
-        z_path.append(draw_z(u, z_path[-1], econ))
-    u = uniform((periods, *(z if systematic else s).shape), rng, s.device)
-    z_path = torch.stack(z_path)
-    return follow(lambda t, s: spread_uniform(s, u[t]) if systematic else u[t], s, z_path, econ), z_path
-
-
-# ---------------------------------------------------------------------------------------------- household
 
 
 def prices(K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -539,21 +578,16 @@ def output(K: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return econ.TFP[z] * K**econ.alpha * econ.L[z] ** (1 - econ.alpha)
 
 
-def earnings(s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+def earnings(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
     """(income(z, s) w, R): what cash on hand is made of, beside k."""
-    R, w = prices(K, z, econ)
-    return econ.income[joint(s, z, econ)] * w, R
+    R, w = prices(at.K, at.z, econ)
+    return econ.income[joint(at.s, at.z, econ)] * w, R
 
 
-def cash(k: Tensor, y: Tensor, R: Tensor) -> Tensor:
-    """m = R k + y, what c + k' is paid from."""
-    return R * k + y
-
-
-def cash_on_hand(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """(m, R), with y = income(z, s) w in m."""
-    y, R = earnings(s, K, z, econ)
-    return cash(k, y, R), R
+def cash_on_hand(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """(m, R), m = R k + income(z, s) w, what c + k' is paid from."""
+    y, R = earnings(at, econ)
+    return R * at.k + y, R
 
 
 # Period utility: these four, each in units of steady-state consumption, are all that the method knows of it.
@@ -580,26 +614,32 @@ def inverse_utility(u: Tensor, econ: Tables) -> Tensor:
 
 # What moving aggregate capital is worth to whoever decides is one more term, Delta (Davila et al. 2012): households
 # behave like price-takers with period utility u(c) + Delta k, Delta taken as given.
-def cash_of_K(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
+def cash_of_K(at: At, econ: Tables) -> Tensor:
     """dm/dK: a unit more of K lowers R and raises w."""
-    R, w = prices(K, z, econ)
-    return ((econ.alpha - 1) * (R - 1 + econ.delta) * k + econ.alpha * w * econ.income[joint(s, z, econ)]) / K
+    y, R = earnings(at, econ)
+    return ((econ.alpha - 1) * (R - 1 + econ.delta) * at.k + econ.alpha * y) / at.K
 
 
-def Delta(u_prime: Tensor, m_K: Tensor, common: Tensor, econ: Tables) -> Tensor:
-    """Delta of a household with marginal utility u_prime and dm/dK m_K: nothing where it takes prices as given, its own
-    gain from its share of K in the game, and for a planner the mean of u'(c) dm/dK over all households, common."""
+def Delta(u_prime: Tensor, at: At, econ: Tables) -> Tensor:
+    """Delta of a household with marginal utility u_prime: nothing where it takes prices as given, its own gain from its
+    share of K in the game, and for a planner the mean of u'(c) dm/dK over all households, at.Delta."""
     if econ.equilibrium == "planner":
-        return common + 0.0 * u_prime
+        return at.Delta + 0.0 * u_prime
     if econ.equilibrium == "game":
-        return u_prime * m_K / econ.players
+        return u_prime * cash_of_K(at, econ) / econ.players
     return 0.0 * u_prime
 
 
-def gain_from_K(k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
+def gain_from_K(k_next: Tensor, at: At, econ: Tables) -> Tensor:
     """u'(c) dm/dK of a household that saves k_next; its mean over the cross-section is the planner's Delta."""
-    m, _ = cash_on_hand(k, s, K, z, econ)
-    return marginal_utility(m - k_next, econ) * cash_of_K(k, s, K, z, econ)
+    m, _ = cash_on_hand(at, econ)
+    return marginal_utility(m - k_next, econ) * cash_of_K(at, econ)
+
+
+def worth_of_cash(c: Tensor, R: Tensor, at: At, econ: Tables) -> Tensor:
+    """V_k = R u'(c) + Delta: what a unit of k is worth to a household that consumes c (envelope condition)."""
+    u_prime = marginal_utility(c, econ)
+    return R * u_prime + Delta(u_prime, at, econ)
 
 
 def by_law(law: Tensor, ln_K: Tensor) -> Tensor:
@@ -607,18 +647,142 @@ def by_law(law: Tensor, ln_K: Tensor) -> Tensor:
     return law[..., 0] + law[..., 1] * ln_K
 
 
-def expected_Delta(u_prime: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """Delta where only K and z are known of the cross-section: the planner's by its law, in each z linear in ln K."""
-    if econ.equilibrium == "market":
-        return 0.0 * u_prime
-    return Delta(u_prime, cash_of_K(k, s, K, z, econ), by_law(econ.Delta_law[z], torch.log(K)), econ)
+def successors(at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> At:
+    """The J states that may follow, stacked in front: (J, ...)."""
+    row = joint(at.s, at.z, econ)
+    s, z = econ.next_s[row].movedim(-1, 0), econ.next_z[row].movedim(-1, 0)
+    n = ahead.M.shape[-1]
+    M = ahead.M.expand(list(z.shape) + [ahead.M.shape[-2], n])
+    M = M.gather(-2, z.unsqueeze(-1).unsqueeze(-1).expand(list(z.shape) + [1, n])).squeeze(-2)
+    gain = ahead.Delta.expand(list(z.shape) + [ahead.Delta.shape[-1]]).gather(-1, z.unsqueeze(-1)).squeeze(-1)
+    return At(k_next.unsqueeze(0).expand(z.shape), s, ahead.K.unsqueeze(0).expand(z.shape), z, M, gain)
+
+
+def expected(values: Tensor, at: At, econ: Tables) -> Tensor:
+    """E[values | z, s] as the exact sum over the successors: (J, ...) -> (...)."""
+    return (econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0) * values).sum(0)
+
+
+# ---------------------------------------------------------------------------------------------- shocks
+
+
+def draw(u: Tensor, cumulative: Tensor) -> Tensor:
+    """Index with probabilities of which cumulative (..., n - 1) are the sums, from uniform numbers u (...)."""
+    return (u.unsqueeze(-1) >= cumulative).sum(-1)
+
+
+def uniform(shape, rng: torch.Generator, device) -> Tensor:
+    """Uniform numbers of the generator, on device: a generator on the CPU gives every device the same."""
+    return torch.rand(shape, generator=rng, device=rng.device).to(device)
+
+
+def gamma_draws(shape, rng: torch.Generator) -> Tensor:
+    """Draws of mean one and standard deviation one half, on the generator's device: means of four exponentials."""
+    return -torch.rand((4, *shape), generator=rng, device=rng.device).clamp(min=1e-12).log().mean(0)
+
+
+def draw_z_path(periods: int, P_z: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Aggregate states z (periods,), from the middle one."""
+    z_path, cumulative = [len(P_z) // 2], P_z.cumsum(1)[:, :-1]
+    for u in rng.random(periods - 1):
+        z_path.append(int((u >= cumulative[z_path[-1]]).sum()))
+    return np.array(z_path)
+
+
+def follow(draws: Callable, s: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
+    """Path s (periods + 1, ...) from s along z_path (periods + 1, ...), which broadcasts against it; draws(t, s) are
+    the uniform numbers of period t."""
+    s_path = s.new_empty(len(z_path), *s.shape)
+    s_path[0] = s
+    z_and_next = z_path[:-1] * econ.TFP.shape[0] + z_path[1:]
+    for t in range(len(z_and_next)):
+        s = s_path[t]
+        s_path[t + 1] = econ.reach[s, draw(draws(t, s), econ.cum_s[joint(s, z_and_next[t], econ)])]
+    return s_path
+
+
+def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
+    """P(s' | z, z', s) of the states s' that s can reach, reach[s]: (...) -> (..., n)."""
+    cumulative = econ.cum_s[joint(s, z * econ.TFP.shape[0] + z_next, econ)]
+    ends = torch.zeros_like(cumulative[..., :1]), torch.ones_like(cumulative[..., :1])
+    return torch.diff(torch.cat([ends[0], cumulative, ends[1]], -1))
+
+
+def spread_uniform(s: Tensor, start: Tensor) -> Tensor:
+    """Uniform numbers (B, N) from start (B, 1), independent over time for a household but evenly spread over the
+    households of an economy in the same s (golden-ratio steps): as many leave as in a far larger economy."""
+    order = s.argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(s.shape[1], device=s.device).expand_as(order))
+    return (rank.double() * 0.6180339887498949 + start).frac()
+
+
+def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Generator, even: bool = False):
+    """Paths s (periods + 1, B, N) and z (periods + 1, B, 1) from s (B, N), z (B, 1); even: spread_uniform()."""
+    z_path = [z]
+    for u in uniform((periods, *z.shape), rng, z.device):
+        z_path.append(draw(u, econ.cum_z[z_path[-1]]))
+    u = uniform((periods, *(z if even else s).shape), rng, s.device)
+    z_path = torch.stack(z_path)
+    return follow(lambda t, s: spread_uniform(s, u[t]) if even else u[t], s, z_path, econ), z_path
+
+
+class Panel(NamedTuple):
+    """The cross-section of B economies at one date."""
+
+    k: Tensor  # (B, N)
+    s: Tensor  # (B, N)
+    z: Tensor  # (B, 1)
+
+
+def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) -> Panel:
+    """A dispersed cross-section (from a point mass it would need 2,000 periods to spread): k - k_min is gamma with mean
+    K - k_min and half of that as standard deviation, (z, s) at the stationary shares."""
+    device, shape = econ.TFP.device, (B, N)
+    k = econ.k_min + (K - econ.k_min) * gamma_draws(shape, rng).to(device)
+    of_z = econ.shares.sum(1)
+    z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
+    of_s = (econ.shares / of_z.unsqueeze(1)).cumsum(1)[:, :-1]
+    u = uniform(shape, rng, device)
+    if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
+        u = (torch.arange(N, device=device) + u) / N
+    return Panel(k, draw(u, of_s[z]), z)
+
+
+AT_ONCE = 2**22  # shocks drawn at once: 32 MB, whatever N is
+
+
+def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
+             even: bool = False) -> Iterator:
+    """The N-agent economy under a policy (k, s, K, z) -> k', period by period: yields k, s (B, N), K, z (B, 1), k'
+    (B, N)."""
+    (k, s, z), chunk = panel, max(1, AT_ONCE // panel.s.numel())
+    for start in range(0, periods, chunk):
+        n = min(chunk, periods - start)
+        s_path, z_path = draw_shocks(s, z, n, econ, rng, even)
+        for t in range(n):
+            K = k.mean(1, keepdim=True)
+            k_next = policy(k, s_path[t], K, z_path[t])
+            yield k, s_path[t], K, z_path[t], k_next
+            k = k_next
+        s, z = s_path[n], z_path[n]
 
 
 # ---------------------------------------------------------------------------------------------- networks
 # The policy network's output f is the log of the share of cash on hand (above the limit) that is consumed, where that
 # is below one; the value network's output g is a consumption equivalent, so both are of order one whatever gamma is.
 
+K_SCALE = 8.0  # ln K moves by about a tenth: times 8 it is of the size of the other inputs
+VALUE_UNIT = 0.1  # one unit of g is a tenth of consumption for ever
 K_INPUT, N_OWN = 3, 4  # column of ln K among the inputs, and how many inputs stand before what is seen of s and z
+
+
+class Net(NamedTuple):
+    """A network and the units of its inputs."""
+
+    layers: List[Tensor]  # W1 (H, inputs), b1 (H,), W2 (H, H), b2 (H,), w3 (H,), b3 ()
+    K_centre: Tensor  # () mean capital around which ln K is seen
+    M_mean: Tensor  # (n,) centre and
+    M_std: Tensor  # (n,) unit of the moments
 
 
 def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -628,34 +792,37 @@ def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
     return torch.log(rest / econ.c_ss + 0.1) / 0.4, rest / (rest + econ.K_ss)
 
 
-def features(k: Tensor, s: Tensor, m: Tensor, K: Tensor, z: Tensor, econ: Tables,
-             M: Tensor | None = None) -> Tensor:
-    """Inputs of the policy network, and of the value network but for_value(), (...) -> (..., N_OWN + F + G + n).
-    M (..., n): the moments that this network sees, if there are any."""
-    return with_own(k, m, features_of_others(k, s, K, z, econ, M), econ)
+def above_limit(m: Tensor, econ: Tables) -> Tensor:
+    """Cash on hand above the limit: what can be consumed. At prices far from any solution there may be none."""
+    return (m - econ.k_min).clamp(min=1e-6 * econ.c_ss)
+
+
+def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
+    """Inputs of the policy network, (...) -> (..., N_OWN + F + G + n)."""
+    return with_own(at.k, m, features_of_others(at.k, at, net, econ), econ)
 
 
 def with_own(k: Tensor, m: Tensor, others: Tensor, econ: Tables) -> Tensor:
     """What k and m say, and others. Log cash on hand carries the curvature, log capital what is left of it where the
     limit is near and cash hardly moves with k; the third is bounded."""
-    above = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss)
-    own = [torch.log(above / (econ.K_ss + econ.c_ss)), *capital_inputs(k, econ)]
+    own = [torch.log(above_limit(m, econ) / (econ.K_ss + econ.c_ss)), *capital_inputs(k, econ)]
     return torch.cat([torch.stack(own, -1), others], -1)
 
 
-def features_of_others(like: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables, M: Tensor | None = None) -> Tensor:
-    """The inputs that a household's own capital does not move, of like's shape (...): ln K, s and z, moments."""
-    ln_K = (econ.K_scale * torch.log(K / econ.K_mean)).expand_as(like).unsqueeze(-1)
-    x = torch.cat([ln_K, econ.sees[joint(s, z, econ)]], -1)
-    return x if M is None else torch.cat([x, M.expand(x.shape[:-1] + M.shape[-1:])], -1)
+def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
+    """The inputs that a household's own capital does not move, of like's shape (...): ln K, s and z, moments. These are
+    together of order one: many of them are then held by the damping of the steps while labels are noisy."""
+    ln_K = (scale * torch.log(at.K / net.K_centre)).expand_as(like).unsqueeze(-1)
+    sees = econ.sees[joint(at.s, at.z, econ)].expand(list(like.shape) + [econ.sees.shape[1]])
+    M = (at.M - net.M_mean) / (max(net.M_mean.shape[0], 1) ** 0.5 * net.M_std)
+    return torch.cat([ln_K, sees, M.expand(list(like.shape) + [M.shape[-1]])], -1)
 
 
-def feature_slopes(k: Tensor, m: Tensor, R: Tensor, econ: Tables) -> Tensor:
-    """d features / dk: (...) -> (..., N_OWN + F + G + n). One household's k does not move the moments."""
-    above, rest = (m - econ.k_min).clamp(min=1e-6 * econ.c_ss), (k - econ.k_min).clamp(min=0.0)
-    own = [R / above, 1 / (rest + 0.1 * econ.c_ss) / 0.4, econ.K_ss / (rest + econ.K_ss) ** 2, torch.zeros_like(k)]
-    others = [econ.sees.shape[1] + econ.M_mean.shape[1]]
-    zeros = torch.zeros(list(k.shape) + others, dtype=k.dtype, device=k.device)
+def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables) -> Tensor:
+    """d features / dk: (...) -> (..., n), n inputs. One household's k moves neither K nor the moments."""
+    rest = (k - econ.k_min).clamp(min=0.0)
+    own = [R / above_limit(m, econ), 1 / (rest + 0.1 * econ.c_ss) / 0.4, econ.K_ss / (rest + econ.K_ss) ** 2]
+    zeros = torch.zeros(list(k.shape) + [n - 3], dtype=k.dtype, device=k.device)
     return torch.cat([torch.stack(own, -1), zeros], -1)
 
 
@@ -665,35 +832,20 @@ def for_value(x: Tensor, column: int = K_INPUT) -> Tensor:
     return torch.cat([x[..., column : column + 1].square(), x], -1)
 
 
-def n_inputs(econ: Tables, network: str = "policy") -> int:
-    return N_OWN + econ.sees.shape[1] + econ.M_mean.shape[1] + (network == "value")
-
-
 def layer_shapes(n: int, H: int) -> List[tuple]:
     """W1, b1, W2, b2, w3, b3 of a network with n inputs and two layers of H units."""
     return [(H, n), (H,), (H, H), (H,), (H,), ()]
 
 
-def unpack(theta: Tensor, H: int, more=()) -> List[Tensor]:
-    """Layers W1 (H, n), b1, W2 (H, H), b2, w3 (H,), b3 as views of the parameter vector theta (P,), and those of the
-    shapes more that follow them."""
-    main = theta.numel() - sum(map(math.prod, more))
-    shapes = [*layer_shapes((main - 1) // H - H - 3, H), *more]
-    parts = torch.split(theta, [math.prod(shape) for shape in shapes])
+def unpack(theta: Tensor, shapes: list) -> List[Tensor]:
+    """Layers of these shapes, views of the front of the parameter vector theta (P,)."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = torch.split(theta[: sum(sizes)], sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
-def averaged(networks: list) -> List[Tensor]:
-    """The layers of a network whose output is the mean of those of several: units side by side, blind to each other."""
-    if len(networks) == 1:
-        return networks[0]
-    W1, b1, W2, b2, w3, b3 = zip(*networks)
-    return [torch.cat(W1), torch.cat(b1), torch.block_diag(*W2), torch.cat(b2), torch.cat(w3) / len(networks),
-            torch.stack(b3).mean()]
-
-
 def network(layers: List[Tensor], x: Tensor) -> Tensor:
-    """Two tanh layers and a linear output: (..., n) -> (...)."""
+    """Two tanh layers and a linear output: (..., inputs) -> (...)."""
     h = torch.tanh(linear(x, layers[0], layers[1]))
     h = torch.tanh(linear(h, layers[2], layers[3]))
     return torch.matmul(h, layers[4]) + layers[5]
@@ -713,7 +865,7 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def network_jacobian(layers: List[Tensor], x: Tensor) -> Tensor:
-    """d output / d theta, by hand: (M, n) -> (M, P)."""
+    """d output / d theta, by hand: (M, inputs) -> (M, P)."""
     h = torch.tanh(linear(x, layers[0], layers[1]))
     h2 = torch.tanh(linear(h, layers[2], layers[3]))
     d2 = (1 - h2 * h2) * layers[4]
@@ -722,7 +874,7 @@ def network_jacobian(layers: List[Tensor], x: Tensor) -> Tensor:
 
 
 def slope_jacobian(layers: List[Tensor], x: Tensor, dx: Tensor) -> Tensor:
-    """d slope / d theta of network_and_slope, by hand: (M, n) -> (M, P). d and e are the adjoints of the
+    """d slope / d theta of network_and_slope, by hand: (M, inputs) -> (M, P). d and e are the adjoints of the
     pre-activations and of their tangents."""
     h = torch.tanh(linear(x, layers[0], layers[1]))
     slope, a = 1 - h * h, linear(dx, layers[0])
@@ -745,28 +897,440 @@ def initial_parameters(n: int, H: int, output_bias: float, seed: int) -> Tensor:
     return torch.cat([W1.flatten(), b1, W2.flatten(), b2, torch.zeros(H), torch.tensor([output_bias])])
 
 
-def initial_learnt(econ: Tables, cfg: Config, seed: int) -> Tensor:
-    """Random parameters of Q."""
-    rng = torch.Generator().manual_seed(seed + 2)
-    parts = [torch.randn(shape, generator=rng) / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
-    return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
+def consumed_share(f: Tensor) -> Tensor:
+    """min(1, exp f): nothing is saved, k' = k_min, exactly where the network is positive."""
+    return torch.exp(f.clamp(max=0.0))
 
 
-def saved_share(f: Tensor) -> Tensor:
-    """1 - min(1, exp f): nothing is saved, k' = k_min, exactly where the network is positive."""
-    return 1 - torch.exp(f.clamp(max=0.0))
+def network_capital(net: Net, at: At, econ: Tables) -> Tensor:
+    """k' of the policy network."""
+    m, _ = cash_on_hand(at, econ)
+    return savings(net.layers, features(at, m, net, econ), m, econ)
 
 
-def network_capital(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
-                    M: Tensor | None = None) -> Tensor:
-    """k' of the policy network; K and z broadcast against k and s, M against k with one dimension more."""
-    m, _ = cash_on_hand(k, s, K, z, econ)
-    return savings(policy, features(k, s, m, K, z, econ, M), m, econ)
-
-
-def savings(policy: List[Tensor], x: Tensor, m: Tensor, econ: Tables) -> Tensor:
+def savings(layers: List[Tensor], x: Tensor, m: Tensor, econ: Tables) -> Tensor:
     """k' of the policy network at inputs x and cash on hand m."""
-    return econ.k_min + saved_share(network(policy, x)) * (m - econ.k_min)
+    return econ.k_min + (1 - consumed_share(network(layers, x))) * above_limit(m, econ)
+
+
+def value_of(g: Tensor, at: At, econ: Tables, unit: float = VALUE_UNIT) -> Tuple[Tensor, Tensor]:
+    """V = D(z, s) u(c_ss exp(g / 10)) and dV/dg: g is 0 where life is worth steady-state consumption for ever. With
+    Delta k in it V may have any sign: there V = D (u(c_ss) + sinh(g / 10))."""
+    x, D = unit * g, econ.annuity[joint(at.s, at.z, econ)]
+    c = econ.c_ss * torch.exp(x)
+    if econ.equilibrium != "market":
+        return D * (utility(torch.ones_like(x) * econ.c_ss, econ) + torch.sinh(x)), unit * D * torch.cosh(x)
+    return D * utility(c, econ), unit * D * marginal_utility(c, econ) * c
+
+
+def equivalent_of(V: Tensor, at: At, econ: Tables) -> Tensor:
+    """g at which the network's value is V."""
+    per_period = V / econ.annuity[joint(at.s, at.z, econ)]
+    if econ.equilibrium != "market":
+        return torch.asinh(per_period - utility(torch.ones_like(V) * econ.c_ss, econ)) / VALUE_UNIT
+    return torch.log(inverse_utility(per_period, econ) / econ.c_ss) / VALUE_UNIT
+
+
+def network_value(net: Net, at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """(V, V_k) of the value network, utility in the units of utility()."""
+    m, R = cash_on_hand(at, econ)
+    x = features(at, m, net, econ)
+    dx = feature_slopes(at.k, m, R, x.shape[-1], econ)
+    g, g_k = network_and_slope(net.layers, for_value(x), for_value(dx))
+    V, V_g = value_of(g, at, econ)
+    return V, V_g * g_k
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+HISTORY = ("seconds", "mean_K", "policy_residual", "euler", "at_limit", "policy_taken", "policy_damping", "rate",
+           "movement")  # columns of training.csv, a row an outer iteration
+
+
+@dataclass
+class State:
+    """What a run carries from one outer iteration to the next. Tensors change in place."""
+
+    policy: Tensor  # (P,) parameters of the policy network, behind them those of its learnt moments
+    policy_before: Tensor  # (P,) before the last step: where a step that went wrong goes back to
+    value: Tensor  # (P_V,) parameters of the value network
+    damping: Tensor  # () of the policy step
+    rates: Tensor  # (3,) sizes of the policy step and of the steps of both laws, see set_rates()
+    k: Tensor  # (B, N) the economies as they are: capital,
+    s: Tensor  # (B, N) states of households
+    z: Tensor  # (B, 1) and of the economy
+    K_centre: Tensor  # () of the input ln K
+    M_mean: Tensor  # (n,) centre and
+    M_std: Tensor  # (n,) unit of the moments
+    K_law: Tensor  # (Z, 2) float64: households believe ln K' = a(z) + b(z) ln K
+    Delta_law: Tensor  # (Z, 2) the planner's Delta on (1, ln K)
+    k_range: Tensor  # (2,) least and largest k, and
+    K_range: Tensor  # (2,) K, of late simulations
+    adam: Tensor  # (2, P + P_V) means of gradients and of their squares, for the published algorithm
+    adam_steps: Tensor  # (2,) float64: steps of policy and value network
+    iteration: int = 0
+    settled: int = 0  # iteration at which savings had settled
+    caution: float = 1.0  # share of the step that is taken, smaller after an iteration that was taken back
+    unbounded: int = 0  # iterations in a row in which a planner's households saved without bound
+    watched: list = field(default_factory=list)  # the last ten of watched_savings()
+    history: dict = field(default_factory=lambda: {name: [] for name in HISTORY})
+
+    def tensors(self) -> dict:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
+
+@torch.no_grad()
+def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: "Guard") -> None:
+    """The algorithm, in place on the state. guard wraps it: it runs an iteration as a CUDA graph, takes it back where it
+    went wrong, saves a checkpoint and shows progress."""
+
+    def iteration() -> Tensor:
+        """Steps 1 to 3, which never wait for the host. Returns what is known of them."""
+        # 1. Simulate. B economies go on under the policy as it is. K, a few percent off its usual path in each, gives
+        #    the law of motion that households believe in, ln K' = a(z) + b(z) ln K.
+        paths = simulate_on(state, econ, cfg, rng)
+
+        # 2. Roll out. M households on windows of these paths, half of them put anywhere in the range of k. The label
+        #    of a period is what a unit of k' is worth in it, lambda' = E[R' u'(c')] + what is left of this later on.
+        batch = roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+
+        # 3. Move the policy: a damped Gauss-Newton step of log c towards u'(c) = beta lambda'.
+        if cfg.published:
+            taken = published_steps(state, paths, econ, cfg, rng)
+        else:
+            taken = policy_step(state, batch, paths, econ, cfg)
+        return iteration_figures(state, batch, taken, econ, cfg)
+
+    while state.iteration < last_iteration(state, cfg):
+        set_rates(state, cfg)  # full steps at first; once savings have settled they fall like 1 / n
+        record(state, guard.run(iteration))
+
+        # 4. Settled? Savings have hardly moved for ten iterations and Euler errors neither fall nor rise. Another
+        #    cfg.averaging iterations follow.
+        if not state.settled and has_settled(state, cfg):
+            state.settled = state.iteration
+        guard.after_iteration()
+
+    # 5. Fit V to the Bellman equation of the policy, which stays what it is.
+    if not cfg.published:
+        fit_value(state, econ, cfg, rng)
+
+
+def full_steps(state: State, cfg: Config) -> int:
+    """Iterations with steps of full size: until savings have settled, or as many as there is room for."""
+    if cfg.published:
+        return cfg.iterations
+    return state.settled or max(cfg.iterations - cfg.averaging, 0)
+
+
+def last_iteration(state: State, cfg: Config) -> int:
+    return min(full_steps(state, cfg) + cfg.averaging, cfg.iterations)
+
+
+DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.averaging, slow enough to go on learning
+
+
+def set_rates(state: State, cfg: Config) -> None:
+    """Sizes of the steps: of the policy; of the law of K that is believed in, which follows by halves; of the planner's
+    Delta, which waits until the policy is near its first-order condition, as the cross-section of any other says
+    nothing of it. All fall like 1 / n after savings have settled, and are smaller for a while after trouble."""
+    fall = 1 + DECAY * max(state.iteration - full_steps(state, cfg), 0)
+    step, near = state.caution / fall, min(state.history["policy_residual"][-3:], default=1.0) < 0.05
+    law = 1.0 if state.iteration == 0 or cfg.published else 0.5
+    state.rates.copy_(torch.tensor([cfg.policy_rate * step, law * step, 0.2 * near]))
+
+
+WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mean capital at which savings are watched
+
+
+def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
+    """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its centre: (10,)."""
+    Z, S = econ.shares.shape
+    device, K = econ.TFP.device, state.K_centre
+    k = econ.k_min + torch.stack([multiple * (K - econ.k_min) for multiple in WATCHED]).view(-1, 1, 1, 1)
+    of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
+    at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
+    k_next = network_capital(policy_net(state, econ, cfg), place(*at)._replace(M=state.M_mean), econ)  # (10, 3, Z, S)
+    return (k_next * econ.shares).sum((2, 3)).mean(1) / K
+
+
+def movement(watched: list) -> float:
+    """Mean change between two means of five iterations in a row of watched_savings(), which averages noise out."""
+    n = min(5, len(watched) // 2)
+    if n == 0:
+        return 1.0
+    means = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
+    return float(np.abs(means[1] - means[0]).mean())
+
+
+def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables, cfg: Config) -> Tensor:
+    """The figures of HISTORY from mean_K to policy_damping, and watched_savings(), on the device."""
+    at = batch.at
+    if cfg.published:  # whose labels are realised, not expected
+        net, k_next = policy_net(state, econ, cfg), cash_on_hand(at, econ)[0] - batch.c
+        batch = batch._replace(expected=fast.expected_worth(net, at, k_next, batch.ahead, econ))
+    m, _ = cash_on_hand(at, econ)
+    free = batch.c < above_limit(m, econ) * (1 - 1e-6)
+    missed = torch.where(free, policy_residual(batch, econ), 0.0).square().mean()
+    error = 1 - inverse_marginal_utility((econ.beta[at.s] * batch.expected).clamp(min=1e-30), econ) / batch.c
+    euler, n = torch.where(free, error.abs(), 0.0).sum(), free.sum()
+    mean_K, missed, at_limit, euler, n = total(torch.stack([state.k.mean(), missed, 1 - free.float().mean(), euler,
+                                                            n.float()])) / RANKS
+    figures = torch.stack([mean_K, missed.sqrt(), euler / n, at_limit, taken, state.damping])
+    return torch.cat([figures, watched_savings(state, econ, cfg)])
+
+
+def record(state: State, figures: dict) -> None:
+    """A row of the history."""
+    state.watched = [*state.watched[-9:], figures.pop("watched")]
+    figures |= {"rate": float(state.rates[0]), "movement": movement(state.watched)}
+    for name, column in state.history.items():
+        column.append(figures[name])
+    state.iteration += 1
+
+
+def change_of(series: list, n: int) -> float:
+    """Mean of the last n over the mean of the n before."""
+    return float(np.mean(series[-n:]) / np.mean(series[-2 * n : -n]))
+
+
+def has_settled(state: State, cfg: Config) -> bool:
+    """Savings moved little ten times in a row, and Euler errors neither fall nor rise."""
+    moved = state.history["movement"][-10:]
+    return len(moved) == 10 and max(moved) < cfg.settle and 0.8 < change_of(state.history["euler"], 5) < 1.25
+
+
+def still_moving(history: dict, settled: int, cfg: Config) -> str:
+    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of fresh roll-outs, at K' and
+    Delta' as their laws expect them: noise-free but for the choice of states."""
+    if cfg.published:
+        return ""
+    euler = history["euler"][settled:]
+    n = min(len(euler) // 3, 10)
+    if n and change_of(euler, n) < 0.8:
+        last, before = np.mean(euler[-n:]), np.mean(euler[-2 * n : -n])
+        return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
+    if not settled:
+        return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- 1. simulate
+
+
+class Paths(NamedTuple):
+    """What a simulation of B economies leaves to learn from."""
+
+    K: Tensor  # (periods, B)
+    z: Tensor  # (periods, B)
+    K_next: Tensor  # (periods - 1, B) what is expected of K'
+    M: Tensor  # (periods, B, n) moments, and
+    M_next: Tensor  # (periods - 1, B, Z, n) what is expected of them given z'
+    k: Tensor  # (periods, B, N) the cross-sections, where moments are seen; else (0, B, N)
+    s: Tensor
+
+
+def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
+    """The economies go on from where they are, under the current policy; what the state holds of them follows."""
+    net, moments = policy_net(state, econ, cfg), seen_moments(state, econ, cfg)
+    unseen, n = torch.zeros_like(state.z, dtype=state.k.dtype), len(state.M_mean)
+
+    def policy(k, s, K, z):
+        return fast.network_capital(net, At(k, s, K, z, moments_of(k, s, moments, econ).unsqueeze(1), unseen), econ)
+
+    scale = 1 + cfg.K_spread * (2 * uniform((len(state.k), econ.of_group.shape[1]), rng, state.k.device) - 1)
+    scale = scale.gather(1, group_of(state.s, econ))  # each group's capital by a factor of its own
+    panel = Panel(econ.k_min + (state.k - econ.k_min) * scale, state.s, state.z)
+    K_path, z_path, k_path, s_path, gains = [], [], [], [], []
+    # shocks spread evenly take sampling noise out of K, which is what moments of finite economies are about
+    even = not (cfg.published or sees_who_earns(cfg))
+    for k, s, K, z, k_next in simulate(policy, panel, cfg.periods, econ, rng, even):
+        K_path.append(K[:, 0])
+        z_path.append(z[:, 0])
+        if n:
+            k_path.append(k)
+            s_path.append(s)
+        if econ.equilibrium == "planner":
+            gains.append(gain_from_K(k_next, place(k, s, K, z), econ).mean(1))
+    for of_state, now in zip((state.k, state.s, state.z), (k, s, z)):
+        of_state.copy_(now)
+    K_path, z_path = torch.stack(K_path), torch.stack(z_path)
+    every_K, every_z = gathered(K_path, 1), gathered(z_path, 1)
+    if econ.equilibrium == "planner":
+        found, _ = regress_by_z(gathered(torch.stack(gains), 1), torch.log(every_K), every_z, 0 * econ.TFP)
+        approach(state.Delta_law, found, state.rates[2])
+    if n:  # which are there to tell what the law of K cannot
+        K_next = K_path[1:]
+    else:
+        approach(state.K_law, law_of_motion(every_K, every_z, 0 * econ.TFP)[0], state.rates[1])
+        K_next = torch.exp(by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
+    widen(state.k_range, gathered(torch.stack([k.min(), k.max()]), 0))
+    widen(state.K_range, torch.stack([every_K.min(), every_K.max()]))
+    cross_sections = [torch.stack(x) if n else x[0].new_empty(0, *state.k.shape) for x in (k_path or [k], s_path or [s])]
+    M, M_next = path_moments(*cross_sections, z_path, moments, econ)
+    recentre(state, every_K, gathered(M, 1), econ, cfg)
+    return Paths(K_path, z_path, K_next, M, M_next, *cross_sections)
+
+
+def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """y = a(z) + b(z) x by least squares, float64, over (periods, B): coefficients (Z, 2) and R2 (Z,). Where x does not
+    move (one z, say) b is still(z) and R2 is NaN, and where z never comes a is NaN."""
+    here = (z == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods, B)
+    y, x = y.double(), x.double()
+
+    def mean(v):
+        return (here * v).sum((1, 2)) / here.sum((1, 2))
+
+    x_mean, y_mean = mean(x), mean(y)
+    dx, dy = x - x_mean.view(-1, 1, 1), y - y_mean.view(-1, 1, 1)
+    moves = mean(dx * dx) > 1e-10
+    b = torch.where(moves, mean(dx * dy) / mean(dx * dx), still.double())
+    r2 = 1 - mean((dy - b.view(-1, 1, 1) * dx) ** 2) / torch.where(moves, mean(dy * dy), torch.nan)
+    return torch.stack([y_mean - b * x_mean, b], 1), r2
+
+
+def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """ln K' on (1, ln K) by z over paths (periods, B), as regress_by_z() has it."""
+    ln_K = torch.log(K_path.double())
+    return regress_by_z(ln_K[1:], ln_K[:-1], z_path[:-1], still)
+
+
+def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
+    """The law (Z, 2), in place, moves this share of the way to what was found, where z came."""
+    law.add_(share * torch.where(found.isnan(), 0.0, found - law))
+
+
+def widen(ends: Tensor, now: Tensor) -> None:
+    """A simulated range (2,), in place: it grows at once and shrinks by a tenth an iteration, so that rare states are
+    learnt from all the time and not by fits."""
+    low, high, slowly = now.min(), now.max(), ends + 0.1 * (torch.stack([now.min(), now.max()]) - ends)
+    ends.copy_(torch.stack([torch.minimum(low, slowly[0]), torch.maximum(high, slowly[1])]))
+
+
+def recentre(state: State, K_path: Tensor, M: Tensor, econ: Tables, cfg: Config) -> None:
+    """Where mean K has moved by more than a tenth, or a moment by half its unit, the inputs are centred there anew; the
+    first layer takes the difference up, so that the policy network stays the function it was."""
+    W1, b1, *_ = unpack(state.policy, policy_shapes(econ, cfg))
+    shift = torch.log(K_path / state.K_centre).mean()
+    shift = torch.where(shift.abs() > 0.1, shift, 0.0)
+    state.K_centre.mul_(torch.exp(shift))
+    b1.add_(K_SCALE * shift * W1[:, K_INPUT])
+    n = len(state.M_mean)
+    if n:
+        M = M.flatten(0, 1)
+        shift, unit = (M.mean(0) - state.M_mean) / state.M_std, M.std(0) / state.M_std
+        moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
+        shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
+        b1.add_(W1[:, -n:] @ shift / n**0.5)
+        W1[:, -n:].mul_(unit)
+        state.M_mean.add_(state.M_std * shift)
+        state.M_std.mul_(unit)
+
+
+# ---------------------------------------------------------------------------------------------- 2. roll out
+
+
+class Batch(NamedTuple):
+    """Roll-outs of M households over T periods, each (T, M), or the states of them that teach (n,)."""
+
+    at: At
+    ahead: Ahead
+    c: Tensor
+    expected: Tensor  # E[R' u'(c') + Delta'] under the policy
+    worth: Tensor  # lambda', the label
+    U: Tensor  # realised utility, in the published algorithm
+    date: Tensor  # row of the cross-section among all dates and economies
+
+
+def pick(x, index):
+    """A tensor, or tuples of tensors however deep, at an index of the first dimensions."""
+    return type(x)(*[pick(part, index) for part in x]) if hasattr(x, "_fields") else \
+        tuple(pick(part, index) for part in x) if isinstance(x, tuple) else x[index]
+
+
+TAUGHT = 5  # periods of a roll-out that teach
+
+
+def taught(cfg: Config) -> List[int]:
+    """Periods of a roll-out whose states teach, all of them in its first half, so that T / 2 periods follow; many of
+    them early, where households are where they were put. In the published algorithm all that V learns from."""
+    last = max(cfg.horizon // 2 - 1, 0)
+    if cfg.published:
+        return list(range(last + 1))
+    return sorted({round(last * (i / (TAUGHT - 1)) ** 3) for i in range(TAUGHT)})
+
+
+def sample_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config, rng: torch.Generator):
+    """Path of M households (T + 1, M), who start with k (M,), the dates that they pass and what they expect: windows of
+    the simulated economies, s drawn anew. A share of them starts anywhere in the simulated range of k and a little
+    beyond: the ergodic set of a wrong policy never visits the tails that decide the distribution. And in any s alike:
+    rare states hold most of the error."""
+    M, (periods, B), device = cfg.batch, paths.K.shape, paths.K.device
+    economy = torch.randint(B, (M,), generator=rng, device=device)
+    start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
+    window = start + torch.arange(cfg.horizon + 1, device=device).unsqueeze(1)
+    start_wide, drawn = uniform((2, M), rng, device)
+    household = torch.randint(state.k.numel(), (M,), generator=rng, device=device)
+    low, unit = (state.k_range[0] - econ.k_min) / 10, 0.1 * econ.c_ss
+    high = learnt_top(state.k_range[1], state.K_centre) - econ.k_min
+    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense where c bends most
+    k = torch.where(start_wide < wide_share, wide, state.k.flatten()[household])
+    any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
+    s = state.s.flatten()[household] if cfg.published else any_s
+    z = paths.z[window, economy]
+    shocks = uniform(z.shape, rng, device)
+    s_path = follow(lambda t, s: shocks[t], s, z, econ)
+    K, now = paths.K[window, economy], window[:-1]
+    K_next = paths.K_next[now, economy]
+    Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
+    if econ.equilibrium == "planner":
+        Delta = by_law(state.Delta_law[z], torch.log(K))
+        Delta_next = by_law(state.Delta_law, torch.log(K_next).unsqueeze(-1))
+    path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta)
+    return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next), now * B + economy
+
+
+def learnt_top(k_high, K):
+    """Largest k that roll-outs start from: a half more than any household holds, and five times K, as at first the
+    cross-section is too narrow."""
+    return torch.maximum(1.5 * k_high, 5 * K)
+
+
+def roll_out_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config,
+                        rng: torch.Generator) -> Batch:
+    """M fresh households under the current policy, with their labels; the states that teach, as one list (n,)."""
+    net = policy_net(state, econ, cfg)
+    k0, path, ahead, date = sample_households(state, paths, wide_share, econ, cfg, rng)
+    k = fast.roll_out(net, k0, path, econ)
+    at = rows(path._replace(k=k), 0, cfg.horizon)
+    c, dc = fast.consumption_and_slope(net, at, econ)
+    if cfg.published:
+        last = pick(path._replace(k=k), -1)
+        U, worth = fast.published_labels(*fast.network_value(value_net(state, econ, cfg), last, econ), c, dc, at, econ)
+        batch = Batch(at, ahead, c, worth, worth, U, date)
+    else:
+        expected = fast.expected_worth(net, at, k[1:], ahead, econ)
+        batch = Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date)
+    return batch if cfg.published else thin(batch, cfg)
+
+
+def thin(batch: Batch, cfg: Config) -> Batch:
+    """The states that teach, as one list (n,)."""
+    if isinstance(batch, Tensor):
+        return torch.cat([batch[t] for t in taught(cfg)])
+    return type(batch)(*[thin(part, cfg) for part in batch])
+def consumption_and_slope(net: Net, at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """c and dc/dk of the policy network along a path, (T, M)."""
+    c, dc = torch.empty_like(at.k), torch.empty_like(at.k)
+    chunk = periods_at_once(at.k, 1)
+    for t in range(0, at.k.shape[0], chunk):
+        now = rows(at, t, t + chunk)
+        m, R = cash_on_hand(now, econ)
+        x = features(now, m, net, econ)
+        f, f_k = network_and_slope(net.layers, x, feature_slopes(now.k, m, R, x.shape[-1], econ))
+        share, above = consumed_share(f), above_limit(m, econ)
+        c[t : t + chunk], dc[t : t + chunk] = share * above, torch.where(f < 0, share * (R + above * f_k), R)
+    return c, dc
 
 
 def periods_at_once(k: Tensor, successors: int) -> int:
@@ -776,66 +1340,316 @@ def periods_at_once(k: Tensor, successors: int) -> int:
     return max(1, 4_194_304 // (successors * k.shape[1])) if k.is_cuda else on_cpu
 
 
-def consumption_and_slope(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
-                          M: Tensor | None = None, at: Tensor | None = None) -> Tuple[Tensor, Tensor]:
-    """c and dc/dk of the policy network at the states of a path, (T, M); a few periods at a time stay in the cache.
-    The moments of the states are the rows at (T, M) of M (dates, V, n)."""
-    c, dc = torch.empty_like(k), torch.empty_like(k)
-    chunk = periods_at_once(k, 1)
-    for t in range(0, k.shape[0], chunk):
-        k_t, s_t, K_t, z_t = k[t : t + chunk], s[t : t + chunk], K[t : t + chunk], z[t : t + chunk]
-        M_t = policy_view(M, at, t, t + chunk)
-        m, R = cash_on_hand(k_t, s_t, K_t, z_t, econ)
-        f, f_k = network_and_slope(policy, features(k_t, s_t, m, K_t, z_t, econ, M_t), feature_slopes(k_t, m, R, econ))
-        share, above = 1 - saved_share(f), m - econ.k_min
-        c[t : t + chunk], dc[t : t + chunk] = share * above, torch.where(f < 0, share * (R + above * f_k), R)
-    return c, dc
+def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> Tensor:
+    """E[R' u'(c') + Delta'] along a path (T, M): what k' is worth next period under the policy network, an exact sum
+    over (s', z')."""
+    worth = torch.empty_like(at.k)
+    chunk = periods_at_once(at.k, econ.next_s.shape[1])
+    for t in range(0, at.k.shape[0], chunk):
+        now = rows(at, t, t + chunk)
+        nexts = successors(now, k_next[t : t + chunk],
+                           Ahead(ahead.K[t : t + chunk], ahead.M[t : t + chunk], ahead.Delta[t : t + chunk]), econ)
+        m, R = cash_on_hand(nexts, econ)
+        c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
+        worth[t : t + chunk] = expected(worth_of_cash(c, R, nexts, econ), now, econ)
+    return worth
 
 
-def policy_view(M: Tensor | None, at: Tensor | None, first: int, last: int) -> Tensor | None:
-    """The policy's moments at the dates first to last of paths at, (last - first, M, n)."""
-    if M is None or at is None:
-        return None
-    return M[at[first:last], 0]
+def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
+    """k (T + 1, M) of M price-taking households along a path of s, K, z and what else is seen (T + 1, M), from k (M,)."""
+    k_path, T = torch.empty_like(path.K), path.K.shape[0] - 1
+    k_path[0] = k
+    y, R = earnings(path, econ)
+    others = features_of_others(path.K, path, net, econ)
+    for t in range(T):
+        m = R[t] * k_path[t] + y[t]
+        k_path[t + 1] = savings(net.layers, with_own(k_path[t], m, others[t], econ), m, econ)
+    return k_path
 
 
-def utility_ss(econ: Tables) -> float:
-    """u(c_ss)."""
-    return 0.0 if econ.gamma == 1.0 else 1 / (1 - econ.gamma)
+def worth_of_saving(expected: Tensor, c: Tensor, dc: Tensor, at: At, econ: Tables) -> Tensor:
+    """The labels (T, M): what a unit of k' is worth, lambda_{t+1}, backwards through a roll-out,
+
+      lambda_{t+1} = E_t[R' u'(c') + Delta'] + (dk'/dk)_{t+1} (beta lambda_{t+2} - u'(c_{t+1})),
+
+    whose second term is the miss of the first-order condition one period on: all later ones are in it, and at the
+    solution it is zero. It comes back by at most one for one, as beta dk'/dk V_k' / u'(c) can be a thousand for who
+    loses the income with next to nothing saved (Munos et al. 2016), and is at most as large as the first."""
+    beta, u_prime = econ.beta[at.s], marginal_utility(c, econ)
+    _, R = earnings(at, econ)
+    saved = R - dc  # dk'/dk
+    growth = beta[:-1] * (saved / R * worth_of_cash(c, R, at, econ))[1:].abs() / u_prime[:-1]
+    kept, size = 1 / growth.clamp(min=1.0), expected.abs()
+    worth = expected.clone()  # nothing is known of what follows the last period
+    for i in range(1, c.shape[0]):
+        t = c.shape[0] - 1 - i
+        miss = saved[t + 1] * (beta[t + 1] * worth[t + 1] - u_prime[t + 1])
+        worth[t] = expected[t] + torch.clamp(kept[t] * miss, -size[t] / 2, size[t])
+    return worth
 
 
-def value_of(g: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """V = D(z, s) u(c_ss exp(g / 10)) and dV/dg: g is 0 where life is worth steady-state consumption for ever. With
-    Delta k in it V may have any sign: there V = D (u(c_ss) + sinh(g / 10))."""
-    x, D = econ.value_unit * g, econ.annuity[joint(s, z, econ)]
-    if econ.equilibrium != "market":
-        return D * (utility_ss(econ) + torch.sinh(x)), econ.value_unit * D * torch.cosh(x)
-    c = econ.c_ss * torch.exp(x)
-    return D * utility(c, econ), econ.value_unit * D * marginal_utility(c, econ) * c
+def published_labels(V_T: Tensor, V_k_T: Tensor, c: Tensor, dc: Tensor, at: At,
+                     econ: Tables) -> Tuple[Tensor, Tensor]:
+    """Realised utility U_t = u(c_t) + Delta_t k_t + beta U_{t+1} and next period's costate lambda_{t+1}, with lambda_t =
+    u'(c_t) dc/dk + Delta_t + beta lambda_{t+1} dk'/dk, from V and V_k at T: back-propagation through time."""
+    beta, u_prime = econ.beta[at.s], marginal_utility(c, econ)
+    _, R = earnings(at, econ)
+    gain = Delta(u_prime, at, econ)
+    u, u_k = utility(c, econ) + gain * at.k, u_prime * dc + gain
+    U, lam_next = torch.empty_like(c), torch.empty_like(c)
+    for i in range(c.shape[0]):
+        t = c.shape[0] - 1 - i
+        lam_next[t] = V_k_T
+        V_T, V_k_T = u[t] + beta[t] * V_T, u_k[t] + beta[t] * (R - dc)[t] * V_k_T
+        U[t] = V_T
+    return U, lam_next
 
 
-def equivalent_of(V: Tensor, s: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """g at which the network's value is V."""
-    per_period = V / econ.annuity[joint(s, z, econ)]
-    if econ.equilibrium != "market":
-        return torch.asinh(per_period - utility_ss(econ)) / econ.value_unit
-    return torch.log(inverse_utility(per_period, econ) / econ.c_ss) / econ.value_unit
+KERNELS = ("network_capital", "network_value", "roll_out", "consumption_and_slope", "expected_worth", "worth_of_saving",
+           "published_labels", "network_jacobian", "slope_jacobian")
+fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # functions of loops, as they run
 
 
-def network_value(value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
-                  M: Tensor | None = None) -> Tuple[Tensor, Tensor]:
-    """(V, V_k) of the value network, utility in the units of utility()."""
-    m, R = cash_on_hand(k, s, K, z, econ)
-    x, dx = features(k, s, m, K, z, econ, M), feature_slopes(k, m, R, econ)
-    g, g_k = network_and_slope(value, for_value(x), for_value(dx))
-    V, V_g = value_of(g, s, z, econ)
-    return V, V_g * g_k
+def compile_kernels(mode: str) -> None:
+    """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where TorchScript
+    is gone or does not compile, one line says so and the run goes on eagerly."""
+    eager = {name: globals()[name] for name in KERNELS}
+    vars(fast).update(eager)
+    if mode != "torchscript":
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            vars(fast).update({name: torch.jit.script(function) for name, function in eager.items()})
+    except Exception as error:
+        vars(fast).update(eager)
+        print(f"TorchScript does not compile here ({str(error).strip().splitlines()[0]}): running eagerly")
+
+
+# ---------------------------------------------------------------------------------------------- 3. move the policy
+
+
+def policy_residual(batch: Batch, econ: Tables) -> Tensor:
+    """ln(c~ / c) with u'(c~) = beta lambda', within half a unit: how far log c is from its first-order condition."""
+    u_prime = marginal_utility(batch.c, econ)
+    worth = torch.maximum(econ.beta[batch.at.s] * batch.worth, 1e-6 * u_prime)
+    return torch.log(inverse_marginal_utility(worth, econ) / batch.c).clamp(-0.5, 0.5)
+
+
+def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
+    """Gauss-Newton: the output of the policy network, the log of what is consumed, moves by policy_residual() wherever
+    the borrowing limit leaves room. Whether the step was taken."""
+    shapes, net, at = policy_shapes(econ, cfg), policy_net(state, econ, cfg), batch.at
+    m, _ = cash_on_hand(at, econ)
+    x, seen = features(at, m, net, econ), learnt_seen(batch, paths, cfg)
+    f, missed = network(net.layers, x), policy_residual(batch, econ)
+    free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
+    free = free * robust(missed, free)
+    slopes = None if seen is None else learnt_slopes(seen_moments(state, econ, cfg).Q, seen, net, econ)
+
+    def residuals(theta):
+        layers = unpack(theta, shapes)
+        moved = x if seen is None else with_learnt(x, learnt_layers(theta, econ, cfg), seen, net, econ)
+        return ((f + missed - network(layers, moved)) * free).unsqueeze(0)
+
+    def jacobians(part):
+        jacobian = fast.network_jacobian(net.layers, x[part])
+        if slopes is not None:  # a moment enters where b1 does, through its column of W1
+            H, n = net.layers[0].shape
+            by_moment = jacobian[:, H * n : H * n + H] @ net.layers[0][:, -slopes.shape[1] :]
+            jacobian = torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes[part]).sum(1)], 1)
+        yield jacobian * free[part].unsqueeze(1)
+
+    state.policy_before.copy_(state.policy)
+    theta, damping, taken = gauss_newton_step(state.policy, state.damping, state.rates[0], residuals, jacobians)
+    state.policy.copy_(theta)
+    state.damping.copy_(damping)
+    agreed(state.policy)
+    return taken.to(damping.dtype)
+
+
+LEAST_DAMPING = 3e-5  # in units of the diagonal: less lets noise bend the networks where there are few states
+
+
+def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
+                      jacobians: Callable) -> Tuple[Tensor, Tensor, Tensor]:
+    """rate times a Levenberg-Marquardt step of theta (P,), solved in float64: the one way in which networks learn.
+    residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
+    of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
+    states see, the bends near the limit, is free to move, and of a tenth of the mean one. The mean squared residual is
+    added to it (Yamashita & Fukushima 2001): careful far from the solution, free near it. The step, or a third or a
+    ninth of it, whichever leaves the smallest residuals, is taken if that lowers them; if none does the damping rises
+    tenfold. All is decided on the device. Returns theta, damping and whether a step was taken."""
+    now = residuals(theta)
+    least, n = total(now.square().sum()), now.shape[1]
+    A, gradient, best = theta.new_zeros(len(theta), len(theta)), torch.zeros_like(theta), theta
+    for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
+        part = slice(start, start + 2048)
+        for residual, jacobian in zip(now[:, part], jacobians(part)):
+            add_gram(A, jacobian)
+            gradient.addmv_(jacobian.T, residual)
+    A, gradient, at_start = total(A).double(), total(gradient), least
+    A.diagonal().add_((damping + least / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
+    factor, _ = torch.linalg.cholesky_ex(A)
+    step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1).to(theta.dtype)
+    for share in (1, 3, 9):
+        trial = theta + rate / share * step
+        left = total(residuals(trial).square().sum())
+        better = left < least
+        best, least = torch.where(better, trial, best), torch.where(better, left, least)
+    taken = least < at_start
+    damping = torch.where(taken, (damping / 3).clamp(min=LEAST_DAMPING), (damping * 10).clamp(max=1e6))
+    return best, damping, taken
+
+
+def add_gram(A: Tensor, jacobian: Tensor) -> None:
+    """A += jacobian' jacobian in the lower triangle and the blocks on the diagonal, which is all that a Cholesky factor
+    is made of: seven twelfths of the work."""
+    P = len(A)
+    for block in range(6):
+        low, high = P * block // 6, P * (block + 1) // 6
+        A[low:high, :high].addmm_(jacobian[:, low:high].T, jacobian[:, :high])
+
+
+def robust(residual: Tensor, weight: Tensor) -> Tensor:
+    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
+    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the network
+    everywhere else."""
+    of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
+    return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
+
+
+# ---------------------------------------------------------------------------------------------- the published steps
+
+
+def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Tensor:
+    """Han, Yang & E (2021): value_steps of Adam on realised utility, a roll-out for every twenty, then policy_steps on
+    the utility of roll-outs, each on one of its own, in economies that follow."""
+
+    def fresh():
+        return roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+
+    for step in range(cfg.value_steps):
+        if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
+            states = thin(fresh(), cfg)
+        adam_step(state, "value", value_loss, states, paths, econ, cfg)
+    for step in range(cfg.policy_steps):
+        if step % 20 == 19:  # prices follow what households save
+            paths = simulate_on(state, econ, cfg, rng)
+        adam_step(state, "policy", policy_loss, fresh(), paths, econ, cfg)
+    return torch.ones_like(state.damping)
+
+
+def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
+    """Half the mean squared error of g against realised utility, held to half the least and twice the most consumption
+    for ever, as utility may have a bound that a noisy sample passes."""
+    D = econ.annuity[joint(states.at.s, states.at.z, econ)]
+    U = states.U
+    if econ.equilibrium == "market":
+        U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
+    net, (m, _) = value_net(state, econ, cfg), cash_on_hand(states.at, econ)
+    g = network(unpack(theta, value_shapes(econ, cfg)), for_value(features(states.at, m, net, econ)))
+    return (equivalent_of(U, states.at, econ) - g).square().mean() / 2
+
+
+def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
+    """Minus the utility of roll-outs up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
+    back-propagation through time without the graph through time."""
+    net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths, cfg)
+    x = features(batch.at, m, net, econ)
+    if seen is not None:
+        x = with_learnt(x, learnt_layers(theta, econ, cfg), seen, net, econ)
+    f, beta = network(unpack(theta, policy_shapes(econ, cfg)), x).clamp(max=0.0), econ.beta[batch.at.s]
+    first_order = (marginal_utility(batch.c, econ) - beta * batch.worth) * batch.c
+    return -(beta.cumprod(0) / beta * first_order * f).sum(0).mean()
+
+
+def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> None:
+    """A step of Adam (Kingma & Ba 2015) with the momentum of the authors' code, .99 for both means."""
+    of_value = name == "value"
+    theta, count = getattr(state, name), state.adam_steps[int(of_value)]
+    mean, square = state.adam[:, len(state.policy) :] if of_value else state.adam[:, : len(state.policy)]
+    with torch.enable_grad():
+        at = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(at, state, batch, paths, econ, cfg), at)
+    gradient = total(gradient) / RANKS
+    count += 1
+    mean.lerp_(gradient, 0.01)
+    square.lerp_(gradient.square(), 0.01)
+    unbiased = (1 - 0.99**count).to(theta.dtype)
+    rate = state.caution * (cfg.value_rate if of_value else cfg.policy_rate)
+    theta.sub_(rate * mean / unbiased / ((square / unbiased).sqrt() + 1e-8))
+    agreed(theta)
+
+
+# ---------------------------------------------------------------------------------------------- 5. fit V
+
+VALUE_ROUNDS = 4  # samples of states, and
+VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
+LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the network's output
+
+
+def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> None:
+    """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k +
+    beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
+    Huge & Savine 2020)."""
+    damping = torch.full_like(state.damping, 1e-2)
+    state.rates[1:] = 0  # what households believe stays what it is
+    for _ in range(VALUE_ROUNDS):
+        paths = simulate_on(state, econ, cfg, rng)
+        batch = roll_out_households(state, paths, 0.0, econ, cfg, rng)
+        n = min(4, len(batch.c))
+        for i in range(VALUE_STEPS):
+            step = value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
+            state.value.copy_(step[0])
+            damping = step[1]
+        agreed(state.value)
+
+
+def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config):
+    """A Gauss-Newton step of the value network: as gauss_newton_step() returns it."""
+    net, at, beta = value_net(state, econ, cfg), batch.at, econ.beta[batch.at.s]
+    (m, R), shapes = cash_on_hand(at, econ), value_shapes(econ, cfg)
+    x = for_value(features(at, m, net, econ))
+    dx = for_value(feature_slopes(at.k, m, R, x.shape[-1] - 1, econ))
+    nexts = successors(at, m - batch.c, batch.ahead, econ)
+    x_next = for_value(features(nexts, cash_on_hand(nexts, econ)[0], net, econ))
+    u_prime = marginal_utility(batch.c, econ)
+    flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k, worth_of_cash(batch.c, R, at, econ)
+    V_g, V_g_next = value_of(network(net.layers, x), at, econ)[1], value_of(network(net.layers, x_next), nexts, econ)[1]
+    here = joint(at.s, at.z, econ)
+    # V_g brings both into units of g; 1 - beta is small, so the Bellman residual counts 1 / (1 - beta) times
+    level = LEVEL_WEIGHT * econ.root_weight[at.s] * econ.annuity[here] / V_g
+    slope = econ.root_weight[at.s] / u_prime
+    P = econ.probability[here].T * beta * V_g_next
+
+    def both(theta):
+        layers = unpack(theta, shapes)
+        g, g_k = network_and_slope(layers, x, dx)
+        V_next = value_of(network(layers, x_next), nexts, econ)[0]
+        return flow + beta * expected(V_next, at, econ) - value_of(g, at, econ)[0], V_k - V_g * g_k
+
+    # there is no noise in the residuals, so what is large is next to a kink
+    level, slope = [weight * robust(weight * r, torch.ones_like(r)) for weight, r in
+                    zip((level, slope), both(state.value))]
+
+    def residuals(theta):
+        return torch.stack([weight * r for weight, r in zip((level, slope), both(theta))])
+
+    def jacobians(part):
+        out = V_g[part].unsqueeze(1) * fast.network_jacobian(net.layers, x[part])
+        for j in range(len(P)):
+            out -= P[j, part].unsqueeze(1) * fast.network_jacobian(net.layers, x_next[j, part])
+        yield level[part].unsqueeze(1) * out
+        yield fast.slope_jacobian(net.layers, x[part], dx[part] * (slope * V_g)[part].unsqueeze(1))
+
+    return gauss_newton_step(state.value, damping, 1.0, residuals, jacobians)
 
 
 # ---------------------------------------------------------------------------------------------- moments
 # Beside K and z the networks may see moments M of the cross-section: means over households of given functions of
-# (k, s) and of learnt ones, Q(k, s; theta), small networks whose parameters stand at the end of theta. Policy and value
-# network have their own Q, so M is (..., V, n): V = 2 views where anything is learnt, one for both where nothing is.
+# (k, s) and of learnt ones, Q(k, s), a small network whose parameters stand behind those of the policy network. It is
+# the policy that they are learnt for; the value network sees the same.
 
 # name -> (k, s, econ) -> (..., n), of which a moment is the mean over households: a line more is a moment more
 MOMENTS = {
@@ -848,50 +1662,73 @@ MOMENTS = {
 Q_HIDDEN = 12  # width of the two tanh layers of Q, as in the authors' code
 
 
-def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    """V1, c1, V2, c2, V3, c3 of Q, with one linear output for each learnt moment; none where nothing is learnt."""
-    n, p, H = 2 + econ.sees.shape[1], cfg.learnt_moments, Q_HIDDEN
-    return [(H, n), (H,), (H, H), (H,), (p, H), (p,)] if p else []
+class Moments(NamedTuple):
+    """What the networks see of a cross-section beside K."""
+
+    given: tuple  # names of MOMENTS
+    Q: list  # layers V1, c1, V2, c2, V3 (p, H), c3 (p,) of the learnt ones; empty where nothing is learnt
 
 
-def layers_of(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
-    """The six layers of a network, and after them the six of its Q."""
-    return unpack(theta, cfg.hidden, learnt_shapes(econ, cfg))
+def given_moments(cfg: Config) -> tuple:
+    """Names; UserError for one that is none."""
+    names = tuple(name for name in cfg.moments.split(",") if name)
+    for name in names:
+        require(name in MOMENTS, f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
+    return names
 
 
-def value_networks(state: dict, econ: Tables, cfg: Config) -> list:
-    """The layers of each value network, views of the state."""
-    return [layers_of(theta, econ, cfg) for theta in state["value"].detach().chunk(cfg.value_networks)]
+def n_moments(econ: Tables, cfg: Config) -> int:
+    """How many the networks see; UserError where households are too few to tell them apart."""
+    anybody = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device)
+    n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
+    require(2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
+            "--n-agents or take fewer")
+    return n
 
 
-def networks_of(state: dict, econ: Tables, cfg: Config) -> list:
-    """The layers of the policy network and of the value network, the mean of all there are."""
-    return [layers_of(state["policy"], econ, cfg), averaged(value_networks(state, econ, cfg))]
-
-
-def given_moments(cfg: Config) -> List[str]:
-    return [name for name in cfg.moments.split(",") if name]
-
-
-def needs_noise(cfg: Config) -> bool:
+def sees_who_earns(cfg: Config) -> bool:
     """Whether the networks see who is in which s: then economies must differ in it as finite ones do."""
     return cfg.learnt_moments > 0 or "unemployment" in given_moments(cfg)
 
 
-def with_units(econ: Tables, cfg: Config) -> Tables:
-    """Tables with a centre and a unit for each moment that the networks see; UserError for a name that is none."""
-    for name in given_moments(cfg):
-        require(name in MOMENTS, f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
-    anybody = torch.zeros(1, 1, dtype=econ.beta.dtype, device=econ.beta.device)
-    given = [MOMENTS[name](anybody, anybody.long(), econ) for name in given_moments(cfg)]
-    n, V = sum(x.shape[-1] for x in given) + cfg.learnt_moments, 2 if cfg.learnt_moments else 1
-    require(2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
-            "--n-agents or take fewer")
-    require(cfg.value_networks == 1 or not cfg.learnt_moments, "--value-networks: the value network has learnt moments "
-            "of its own, so there is one; give 1 or no --learnt-moments")
-    require(cfg.value_networks <= cfg.batch // RANKS, f"--value-networks {cfg.value_networks}: more than the "
-            f"{cfg.batch // RANKS} households of --batch to learn from; give fewer")
-    return econ._replace(M_mean=anybody.new_zeros(V, n), M_std=anybody.new_ones(V, n))
+def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
+    n, p, H = 2 + econ.sees.shape[1], cfg.learnt_moments, Q_HIDDEN
+    return [(H, n), (H,), (H, H), (H,), (p, H), (p,)] if p else []
+
+
+def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
+    """Layers of the policy network, without those of Q."""
+    return layer_shapes(N_OWN + econ.sees.shape[1] + n_moments(econ, cfg), cfg.hidden)
+
+
+def value_shapes(econ: Tables, cfg: Config) -> List[tuple]:
+    """Layers of the value network, which has one input more: see for_value()."""
+    return layer_shapes(N_OWN + econ.sees.shape[1] + n_moments(econ, cfg) + 1, cfg.hidden)
+
+
+def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
+    return Net(unpack(state.policy, policy_shapes(econ, cfg)), state.K_centre, state.M_mean, state.M_std)
+
+
+def value_net(state: State, econ: Tables, cfg: Config) -> Net:
+    return Net(unpack(state.value, value_shapes(econ, cfg)), state.K_centre, state.M_mean, state.M_std)
+
+
+def learnt_layers(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
+    """Layers of Q, views of the end of the policy's parameters."""
+    shapes = learnt_shapes(econ, cfg)
+    return unpack(theta[len(theta) - sum(map(math.prod, shapes)) :], shapes) if shapes else []
+
+
+def seen_moments(state: State, econ: Tables, cfg: Config) -> Moments:
+    return Moments(given_moments(cfg), learnt_layers(state.policy, econ, cfg))
+
+
+def Q(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
+    """(..., p) of households k, s (...)."""
+    h = torch.tanh(linear(learnt_inputs(k, s, econ), layers[0], layers[1]))
+    h = torch.tanh(linear(h, layers[2], layers[3]))
+    return linear(h, layers[4], layers[5])
 
 
 def learnt_inputs(k: Tensor, s: Tensor, econ: Tables) -> Tensor:
@@ -899,237 +1736,1326 @@ def learnt_inputs(k: Tensor, s: Tensor, econ: Tables) -> Tensor:
     return torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[s]], -1)
 
 
-def Q(layers: List[Tensor], x: Tensor) -> Tensor:
-    """(..., 2 + F + G) -> (..., p)."""
-    h = torch.tanh(linear(x, layers[6], layers[7]))
-    h = torch.tanh(linear(h, layers[8], layers[9]))
-    return linear(h, layers[10], layers[11])
-
-
 def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
     """d (mean of Q over the households of a cross-section) / d its parameters: k, s (n, N) -> (n, p, parameters)."""
     x, N = learnt_inputs(k, s, econ), k.shape[1]
-    h = torch.tanh(linear(x, layers[6], layers[7]))
-    h2 = torch.tanh(linear(h, layers[8], layers[9]))
-    one_of_p, columns = torch.eye(len(layers[11]), dtype=k.dtype, device=k.device), []
-    for of_output, row in zip(one_of_p, layers[10]):
+    h = torch.tanh(linear(x, layers[0], layers[1]))
+    h2 = torch.tanh(linear(h, layers[2], layers[3]))
+    one_of_p, columns = torch.eye(len(layers[5]), dtype=k.dtype, device=k.device), []
+    for of_output, row in zip(one_of_p, layers[4]):
         d2 = (1 - h2 * h2) * row / N
-        d1 = (1 - h * h) * torch.matmul(d2, layers[8])
+        d1 = (1 - h * h) * torch.matmul(d2, layers[2])
         V3 = of_output.unsqueeze(1) * h2.mean(1).unsqueeze(1)
         parts = (d1.mT @ x, d1.sum(1), d2.mT @ h, d2.sum(1), V3, of_output.expand(len(k), -1))
         columns.append(torch.cat([part.flatten(1) for part in parts], 1))
     return torch.stack(columns, 1)
 
 
-def contributions(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> Tensor:
-    """What households add to the moments that networks (lists of layers) see: (...) -> (..., V, n)."""
-    given = [MOMENTS[name](k, s, econ) for name in given_moments(cfg)]
-    if not cfg.learnt_moments:
-        return torch.cat(given, -1).unsqueeze(-2)
-    x = learnt_inputs(k, s, econ)
-    return torch.stack([torch.cat([*given, Q(layers, x)], -1) for layers in networks], -2)
+def contributions(k: Tensor, s: Tensor, moments: Moments, econ: Tables) -> Tensor:
+    """What households add to the moments: (...) -> (..., n)."""
+    given = [MOMENTS[name](k, s, econ) for name in moments.given]
+    return torch.cat([*given, Q(moments.Q, k, s, econ)] if moments.Q else given or [k.unsqueeze(-1)[..., :0]], -1)
 
 
-def standard(M: Tensor, econ: Tables) -> Tensor:
-    """Moments (..., V, n), or the policy's alone (..., 1, n), as inputs that are together of order one: many of them
-    are then held by the damping of the steps while labels are noisy."""
-    V, n = M.shape[-2:]
-    return (M - econ.M_mean[:V]) / (n**0.5 * econ.M_std[:V])
+def moments_of(k: Tensor, s: Tensor, moments: Moments, econ: Tables, weight: Tensor | float = 1.0) -> Tensor:
+    """Moments of cross-sections k, s (B, N) -> (B, n); weight (B, N) of households, whose mean is one."""
+    q = contributions(k, s, moments, econ)
+    return (q if isinstance(weight, float) else weight.unsqueeze(-1) * q).mean(1)
 
 
-def moments_of(networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config,
-               weight: Tensor | float = 1.0) -> Tensor:
-    """Moments of cross-sections k, s (B, N) -> (B, V, n); weight (B, N) of households, whose mean is one."""
-    q = contributions(networks, k, s, econ, cfg)
-    return standard((q if isinstance(weight, float) else weight[..., None, None] * q).mean(1), econ)
-
-
-def next_moments(networks: list, k_next: Tensor, s: Tensor, z: Tensor, econ: Tables, cfg: Config,
+def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: Tables,
                  weight: Tensor | float = 1.0) -> Tensor:
-    """E[M' | z'] for each z', everybody's s' in expectation, an exact sum: k', s (B, N), z (B, 1) -> (B, Z, V, n).
-    weight (B, N) of households whose mean is one."""
+    """E[M' | z'] for each z', everybody's s' in expectation, an exact sum: k', s (B, N), z (B, 1) -> (B, Z, n)."""
+    if not moments.given and not moments.Q:
+        return k_next.new_zeros(len(k_next), len(econ.TFP), 0)
     s_next = econ.reach[s]  # (B, N, reachable)
-    q = contributions(networks, k_next.unsqueeze(-1).expand(s_next.shape), s_next, econ, cfg)
+    q = contributions(k_next.unsqueeze(-1).expand(s_next.shape), s_next, moments, econ)
     of_z = []
     for z_next in range(len(econ.TFP)):
         p = own_transition(s, z, z_next, econ) * (weight if isinstance(weight, float) else weight.unsqueeze(-1))
-        of_z.append(torch.einsum("bni,bnivm->bvm", p, q) / k_next.shape[1])
-    return standard(torch.stack(of_z, 1), econ)
+        of_z.append(torch.einsum("bni,bnim->bm", p, q) / k_next.shape[1])
+    return torch.stack(of_z, 1)
 
 
-def path_moments(networks: list, k: Tensor, s: Tensor, z: Tensor, econ: Tables, cfg: Config) -> Tuple[Tensor, Tensor]:
-    """M and E[M' | z'] at the dates of simulated economies k, s (periods, B, N), z (periods, B): (periods B, V, n) and
-    (periods B, Z, V, n), of which the last period of the second is not known, and zero."""
+def path_moments(k: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """M (periods, B, n) and E[M' | z'] (periods - 1, B, Z, n) of simulated economies k, s (periods, B, N), z (periods,
+    B); without moments n is 0, and so are the periods of k."""
+    periods, B = z.shape
+    if not len(k):
+        return k.new_zeros(periods, B, 0), k.new_zeros(periods - 1, B, len(econ.TFP), 0)
     chunk, M, M_next = max(1, 2**16 // k[0].numel()), [], []
-    for t in range(0, len(k), chunk):
-        some = slice(t, min(t + chunk, len(k) - 1))
-        M.append(moments_of(networks, k[t : t + chunk].flatten(0, 1), s[t : t + chunk].flatten(0, 1), econ, cfg))
-        k_next = k[some.start + 1 : some.stop + 1].flatten(0, 1)
-        M_next.append(next_moments(networks, k_next, s[some].flatten(0, 1), z[some].flatten().unsqueeze(1), econ, cfg))
-    M_next.append(torch.zeros_like(M_next[0][: k.shape[1]]))
-    return torch.cat(M), torch.cat(M_next)
+    for t in range(0, periods, chunk):
+        last = min(t + chunk, periods - 1)
+        M.append(moments_of(k[t : t + chunk].flatten(0, 1), s[t : t + chunk].flatten(0, 1), moments, econ))
+        M_next.append(next_moments(k[t + 1 : last + 1].flatten(0, 1), s[t:last].flatten(0, 1),
+                                   z[t:last].flatten().unsqueeze(1), moments, econ))
+    return torch.cat(M).view(periods, B, -1), torch.cat(M_next).view(periods - 1, B, len(econ.TFP), -1)
 
 
-class Seen(NamedTuple):
-    """What one network sees of the cross-sections at the n states of a batch."""
-
-    M: Tensor  # (n, n_m) moments as they were simulated
-    k: Tensor  # (n, N) the cross-sections, where moments are learnt
-    s: Tensor
-    unit: Tensor  # (p,) unit and
-    centre: Tensor  # (p,) centre of the learnt moments
-
-
-def by_date(state: dict, name: str) -> Tensor | None:
-    """Moments, or cross-sections, at all dates of all economies of the simulation, one a row; None without moments."""
-    return state[name].flatten(0, 1) if name in state else None
-
-
-def seen_by(view: int, state: dict, at: Tensor, econ: Tables, cfg: Config) -> Seen | None:
-    """view 0: the policy network, -1: the value network; at (n,) the dates of the states."""
-    if not econ.M_mean.numel():
+def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> Tuple[Tensor, Tensor] | None:
+    """k, s (n, N) of the cross-sections that the states of a batch see, where moments of them are learnt."""
+    if not cfg.learnt_moments:
         return None
-    p = cfg.learnt_moments
-    of_view = by_date(state, "M")[at, view], by_date(state, "k_panel")[at], by_date(state, "s_panel")[at]
-    return Seen(*of_view, econ.M_mean.shape[1] ** 0.5 * econ.M_std[view, -p:], econ.M_mean[view, -p:])
+    return paths.k.flatten(0, 1)[batch.date], paths.s.flatten(0, 1)[batch.date]
 
 
-def with_moments(x: Tensor, layers: List[Tensor], seen: Seen | None, econ: Tables) -> Tensor:
-    """Inputs x (n, inputs) and the moments of the states, the learnt ones by the Q of these layers."""
-    if seen is None:
-        return x
-    if len(layers) == 6:
-        return torch.cat([x, seen.M], -1)
-    learnt = Q(layers, learnt_inputs(seen.k, seen.s.long(), econ)).mean(-2)
-    return torch.cat([x, seen.M[..., : -len(seen.unit)], (learnt - seen.centre) / seen.unit], -1)
+def learnt_units(net: Net, p: int) -> Tuple[Tensor, Tensor]:
+    """Centre and unit (p,) of the learnt moments as inputs."""
+    return net.M_mean[-p:], len(net.M_mean) ** 0.5 * net.M_std[-p:]
 
 
-def learnt_slopes(layers: List[Tensor], seen: Seen | None, econ: Tables) -> Tensor | None:
-    """d moment / d parameters of Q at the states, (n, p, parameters)."""
-    if seen is None or len(layers) == 6:
-        return None
-    size = max(1, 2**18 // seen.k.shape[1])
-    parts = [Q_jacobian(layers, k, s.long(), econ) for k, s in zip(seen.k.split(size), seen.s.split(size))]
-    return torch.cat(parts) / seen.unit.unsqueeze(1)
+def with_learnt(x: Tensor, layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
+    """Inputs x (n, inputs) with the learnt moments as Q of these layers has them."""
+    centre, unit = learnt_units(net, len(layers[5]))
+    learnt = (Q(layers, *seen, econ).mean(-2) - centre) / unit
+    return torch.cat([x[..., : -len(unit)], learnt], -1)
 
 
-def with_learnt(jacobian: Tensor, layers: List[Tensor], slopes: Tensor | None) -> Tensor:
-    """A jacobian (n, P) with the columns of Q beside it, zero without slopes: moments enter where b1 does, through
-    W1."""
-    if len(layers) == 6:
-        return jacobian
-    if slopes is None:
-        return torch.nn.functional.pad(jacobian, (0, sum(layer.numel() for layer in layers[6:])))
-    H, n = layers[0].shape
-    by_moment = jacobian[:, H * n : H * n + H] @ layers[0][:, -slopes.shape[1] :]
-    return torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes).sum(1)], 1)
+def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
+    """d learnt moments / d parameters of Q as inputs at the states, (n, p, parameters)."""
+    size, (_, unit) = max(1, 2**18 // seen[0].shape[1]), learnt_units(net, len(layers[5]))
+    parts = [Q_jacobian(layers, k, s, econ) for k, s in zip(seen[0].split(size), seen[1].split(size))]
+    return torch.cat(parts) / unit.unsqueeze(1)
 
 
-# ---------------------------------------------------------------------------------------------- simulation
+def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
+    """Before the first iteration: everybody consumes the share of cash on hand above the limit at which the
+    representative household would stay where it is, and V is that consumption for ever."""
+    device, n, a, K = econ.TFP.device, n_moments(econ, cfg), economy.arrays, economy.K_start
+    of_z = a.shares.sum(1)
+    Y = float(of_z @ a.TFP * K**a.alpha * (of_z @ a.L) ** (1 - a.alpha))
+    share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
+    rng_Q = torch.Generator().manual_seed(seed + 2)
+    Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
+    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
+    policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
+    value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
+    for theta, size in ((policy, inputs), (value, inputs + 1)):  # moments come in as they are needed
+        theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n :] = 0
+    value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
+    ends = torch.stack([panel.k.min(), panel.k.max()])
+    return State(
+        policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
+        rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
+        M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
+        K_law=torch.tensor([0.0, 1.0], dtype=torch.float64, device=device).repeat(len(of_z), 1),
+        Delta_law=torch.tensor([economy.Delta_start, 0.0], dtype=torch.float64, device=device).repeat(len(of_z), 1),
+        k_range=ends, K_range=panel.k.mean(1)[:2].clone(),
+        adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
+        adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
 
 
-class Panel(NamedTuple):
-    """The cross-section of B economies at one date."""
-
-    k: Tensor  # (B, N), or (policies, B, N)
-    s: Tensor  # (B, N)
-    z: Tensor  # (B, 1)
+# ---------------------------------------------------------------------------------------------- solutions
 
 
-AT_ONCE = 2**22  # shocks drawn at once: 32 MB, whatever N is
+class Policy:
+    """What the network's and the grid's solution share: a policy and a value, on tensors and on numpy arrays. Below,
+    n_m is the number of moments that the networks see, and zero for a grid."""
+
+    K_mean: float  # mean capital, goods
+    K_of_z: np.ndarray  # (Z,) its mean given z
+    moments = Moments((), [])
+
+    def policy(self, at: At) -> Tensor:
+        """k' of households, float64 tensors."""
+        raise NotImplementedError
+
+    def values(self, at: At) -> Tensor:
+        """V in the units of utility(), whose c is in units of c_ss."""
+        raise NotImplementedError
+
+    def reach(self) -> Tuple[Tuple[float, float], Tuple[float, float]]:
+        """Least and largest k, and K, at which there is a solution."""
+        raise NotImplementedError
+
+    def usual(self, at: At) -> At:
+        """The same with the moments that are usual at K and z."""
+        return at
+
+    def next_capital(self, k, s, K, z, M=None) -> np.ndarray:
+        """k' (goods) for numbers or arrays that broadcast: k, K in goods, s and z indices. M (..., n_m) as moments_at()
+        gives it, without which moments, if there are any, are as usual at K and z. ValueError outside the range of k
+        and K that was learnt or solved, and for states that do not exist."""
+        return self.on_arrays(self.policy, k, s, K, z, M)
+
+    def value(self, k, s, K, z, M=None) -> np.ndarray:
+        """Expected discounted utility in utils, u(c) = c^(1 - gamma) / (1 - gamma) or ln c; the rest as in
+        next_capital()."""
+        return self.on_arrays(self.utils, k, s, K, z, M)
+
+    def utils(self, at: At) -> Tensor:
+        econ = self.econ
+        if econ.gamma == 1.0:
+            return self.values(at) + econ.annuity[joint(at.s, at.z, econ)] * math.log(econ.c_ss)
+        return self.values(at) * econ.c_ss ** (1 - econ.gamma)
+
+    def moments_at(self, k, s) -> np.ndarray:
+        """M (..., n_m) of cross-sections k, s (..., N)."""
+        if not self.moments.given and not self.moments.Q:
+            raise ValueError("this solution sees nothing but K of the cross-section")
+        k, s = np.broadcast_arrays(k, s)
+        sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
+        return moments_of(*sections, self.moments, self.econ).reshape(*k.shape[:-1], -1).cpu().numpy()
+
+    def on_arrays(self, function: Callable, k, s, K, z, M=None) -> np.ndarray:
+        """A function of At, called with numbers or arrays."""
+        k, s, K, z = np.broadcast_arrays(k, s, K, z)
+        for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
+            wrong = index[~np.isin(index, np.arange(n))]
+            if wrong.size:
+                raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
+        for name, x, (low, high) in zip(("k", "K"), (k, K), self.reach()):
+            slack = 1e-6 * (high - low)  # of float32
+            wrong = x[~((x >= low - slack) & (x <= high + slack))]
+            if wrong.size:
+                raise ValueError(f"{name} = {wrong.flat[0]:g} is outside [{low:.6g}, {high:.6g}], where this solution "
+                                 "was found")
+        dtypes = torch.float64, torch.int64, torch.float64, torch.int64
+        at = place(*[torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), dtypes)])
+        if M is None:
+            return function(self.usual(at)).cpu().numpy()
+        n = len(self.net.M_mean) if isinstance(self, Solution) else 0
+        if not n or np.shape(M)[-1:] != (n,):
+            raise ValueError(f"M is (..., {n}) as moments_at() gives it, here {np.shape(M)}")
+        M = np.broadcast_to(M, (*k.shape, n))
+        return function(at._replace(M=torch.tensor(M, dtype=torch.float64, device=self.device))).cpu().numpy()
+
+    @property
+    def device(self):
+        return self.econ.TFP.device
 
 
-def dispersed(shape, rng: torch.Generator) -> Tensor:
-    """Gamma draws of mean one and standard deviation one half, on the generator's device."""
-    return torch._standard_gamma(torch.full(shape, 4.0, device=rng.device), generator=rng) / 4
+LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
 
 
-def initial_panel(B: int, N: int, econ: Tables, rng: torch.Generator, dtype=torch.float32) -> Panel:
-    """A dispersed cross-section (from a point mass it would need 2,000 periods to spread): k - k_min is gamma with
-    mean K_mean - k_min and half of that as standard deviation, (z, s) at the stationary shares."""
-    device, shape, above = econ.TFP.device, (B, N), econ.K_mean - econ.k_min
-    k = econ.k_min + above * dispersed(shape, rng).to(device, dtype)
-    of_z = econ.shares.sum(1)
-    z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
-    of_s = (econ.shares / of_z.unsqueeze(1)).cumsum(1)[:, :-1]
-    u = uniform(shape, rng, device)
-    if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
-        u = (torch.arange(N, device=device) + u) / N
-    return Panel(k.to(dtype), draw(u, of_s[z]), z)
+class Solution(Policy):
+    """A trained policy and value network, in float64: what is judged, saved and loaded. Made of the dict that
+    NN_weights_biases.pth holds."""
+
+    def __init__(self, weights: dict, device="cpu"):
+        self.weights, self.config = weights, Config(**weights["config"])
+        tables = weights["economy"].items()
+        self.economy = Economy(**{name: x.numpy() if isinstance(x, Tensor) else x for name, x in tables})
+        self.econ = self.economy.tables(device, torch.float64)
+        units = [torch.as_tensor(weights[name]).to(device, torch.float64) for name in ("K_centre", "M_mean", "M_std")]
+        policy, value = [[layer.to(device, torch.float64) for layer in weights[name].values()]
+                         for name in ("policy", "value")]
+        self.net, self.value_net = Net(policy[:6], *units), Net(value, *units)
+        self.moments = Moments(given_moments(self.config), policy[6:])
+        self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
+        self.usual_moments = weights["M_law"].to(device)
+
+    def policy(self, at: At) -> Tensor:
+        return fast.network_capital(self.net, at, self.econ)
+
+    def values(self, at: At) -> Tensor:
+        m, _ = cash_on_hand(at, self.econ)
+        g = network(self.value_net.layers, for_value(features(at, m, self.value_net, self.econ)))
+        return value_of(g, at, self.econ)[0]
+
+    def usual(self, at: At) -> At:
+        return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1)))
+
+    def reach(self) -> tuple:
+        low, high = [float(x) for x in self.weights["K_range"]]
+        top = float(learnt_top(self.weights["k_range"][1], self.net.K_centre.cpu()))
+        return (self.econ.k_min, top), (low, high)
+
+    def save(self, path) -> None:
+        save_checkpoint(Path(path), self.weights)
 
 
-def simulate(policies: List[Callable], panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
-             systematic: bool = False) -> Iterator:
-    """The N-agent economy under each policy on the same shocks, period by period: yields s (B, N), z (B, 1) and for
-    each policy (k, K, k') with k, k' (B, N), K (B, 1)."""
-    (k, s, z), chunk = panel, max(1, AT_ONCE // panel.s.numel())
-    k_of = list(k) if k.dim() == 3 else [k] * len(policies)
-    for start in range(0, periods, chunk):
-        n = min(chunk, periods - start)
-        s_path, z_path = draw_shocks(s, z, n, econ, rng, systematic)
-        for t in range(n):
-            K_of = [k.mean(1, keepdim=True) for k in k_of]
-            k_next = [policy(k, s_path[t], K, z_path[t]) for policy, k, K in zip(policies, k_of, K_of)]
-            yield s_path[t], z_path[t], list(zip(k_of, K_of, k_next))
-            k_of = k_next
-        s, z = s_path[n], z_path[n]
+def weights_file(state: State, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
+    """Everything needed to use the networks: layers, tables, configuration, what inputs are centred on, mean capital,
+    the range that was learnt, and what is usual of the moments at (1, ln K) in each z: M_law (Z, n_m, 2)."""
+    econ = economy.tables(state.policy.device, torch.float32)
+    with torch.no_grad():  # the economies a while longer, as they are
+        rng = generator(state.policy.device.type, seed + state.iteration + 1)
+        paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
+    K, z, M = [gathered(x, 1) for x in (paths.K, paths.z, paths.M)]
+    laws = [regress_by_z(M[..., i], torch.log(K), z, 0 * econ.TFP)[0].nan_to_num().cpu() for i in range(M.shape[-1])]
+    of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
+    layers = {"policy": [*policy_net(state, econ, cfg).layers, *learnt_layers(state.policy, econ, cfg)],
+              "value": value_net(state, econ, cfg).layers}
+    networks = {name: dict(zip(LAYERS, (layer.cpu().clone() for layer in of))) for name, of in layers.items()}
+    units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
+    return {**networks, **units, "K_mean": float(K.double().mean()), "K_of_z": torch.stack(of_z).double().cpu(),
+            "M_law": torch.stack(laws, 1) if laws else torch.zeros(len(econ.TFP), 0, 2, dtype=torch.float64),
+            "economy": economy_dict(economy), "calibration": calibration, "config": dataclasses.asdict(cfg),
+            "seed": seed, "settled": state.settled, "history": {name: list(x) for name, x in state.history.items()}}
 
 
-def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor, instrument: Tensor | None = None):
-    """y = a(z) + b(z) x by least squares, or by an instrument of x, float64, over (periods, B): coefficients (Z, 2) and
-    R2 (Z,). Where x does not move (one z, say), or little with the instrument, b is still(z); where it does not move
-    R2 is NaN, and where z never comes a."""
-    here = (z == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods, B)
-
-    def mean(v):
-        return (here * v).sum((1, 2)) / here.sum((1, 2))
-
-    x_mean, y_mean = mean(x), mean(y)
-    dx, dy = x - x_mean.view(-1, 1, 1), y - y_mean.view(-1, 1, 1)
-    v = x if instrument is None else instrument
-    dv = v - mean(v).view(-1, 1, 1)
-    moves = (mean(dx * dx) > 1e-10) & (mean(dv * dx) ** 2 > 0.1 * mean(dv * dv) * mean(dx * dx))
-    b = torch.where(moves, mean(dv * dy) / mean(dv * dx), still.double())
-    r2 = 1 - mean((dy - b.view(-1, 1, 1) * dx) ** 2) / torch.where(moves, mean(dy * dy), torch.nan)
-    return torch.stack([y_mean - b * x_mean, b], 1), r2
+# ---------------------------------------------------------------------------------------------- errors
 
 
-def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """ln K' on (1, ln K) by z over paths (periods, B), as regress_by_z() has it."""
-    ln_K = torch.log(K_path.double())
-    return regress_by_z(ln_K[1:], ln_K[:-1], z_path[:-1], still)
+class Section(NamedTuple):
+    """Cross-sections at D dates. A panel is a histogram of equal weights."""
+
+    at: At  # k, s (D, n); K, z, Delta (D, 1); M (D, 1, n_m)
+    ahead: Ahead  # K (D, 1), M (D, 1, Z, n_m), Delta (D, 1, Z)
+    k_next: Tensor  # (D, n)
+    weight: Tensor  # (D, n), whose mean over n is one
 
 
-def driven_by_z(law: Tensor, z_path: Tensor) -> Tensor:
-    """The part of ln K that the history of z alone explains, by a law of motion (Z, 2): (periods, B)."""
-    a, b = (law[:, 0] - law[:, 0].nanmean()).nan_to_num(), law[:, 1].mean().clamp(0.0, 0.999)
-    t = torch.arange(len(z_path), device=z_path.device)
-    lag = t.unsqueeze(1) - t - 1
-    return torch.where(lag < 0, 0.0, b ** lag.clamp(min=0)) @ a[z_path]
+def cross_section(solution: Policy, k: Tensor, s: Tensor, z: Tensor, k_next: Tensor, weight: Tensor) -> Section:
+    """What households k, s, k' (D, n) of the economies z (D, 1) see, and what is expected of their economies: K' is what
+    they save, moments and a planner's Delta are in expectation over everybody's s', for each z'."""
+    econ, K, K_next = solution.econ, (weight * k).mean(1, keepdim=True), (weight * k_next).mean(1, keepdim=True)
+    M = moments_of(k, s, solution.moments, econ, weight).unsqueeze(1)
+    M_next = next_moments(k_next, s, z, solution.moments, econ, weight).unsqueeze(1)
+    zero = torch.zeros_like(K)
+    section = Section(At(k, s, K, z, M, zero), Ahead(K_next, M_next, zero.unsqueeze(-1).expand(-1, -1, len(econ.TFP))),
+                      k_next, weight)
+    return with_planner_Delta(solution, section) if econ.equilibrium == "planner" else section
 
 
-def belief(K_path: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
-    """The law of motion (Z, 2) of infinitely many households, from simulated paths of few: what ln K owes to luck of
-    the rich, or to K_spread, lasts longer than what it owes to z, and would make b too large, so the history of z is
-    the instrument. NaN where z never comes."""
-    ln_K, z = torch.log(K_path.double()), z_path[:-1]
-    law, _ = law_of_motion(K_path, z_path, torch.zeros_like(econ.TFP))
-    return regress_by_z(ln_K[1:], ln_K[:-1], z, law[:, 1], driven_by_z(law, z))[0]
+def with_planner_Delta(solution: Policy, section: Section) -> Section:
+    """Delta, the mean gain from K over households: now, and next period for each z'."""
+    econ, (at, ahead, k_next, weight) = solution.econ, section
+    now = (weight * gain_from_K(k_next, at, econ)).mean(1, keepdim=True)
+    nexts = successors(at, k_next, ahead, econ)
+    gain = gain_from_K(solution.policy(solution.usual(nexts)), nexts, econ)
+    p = weight * econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0)
+    to = [p * (nexts.z == z_next) for z_next in range(len(econ.TFP))]
+    Delta_next = torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1).unsqueeze(1)
+    return section._replace(at=at._replace(Delta=now), ahead=ahead._replace(Delta=Delta_next))
 
 
-def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
-    """The law (Z, 2), in place, moves this share of the way to what was found, where z came."""
-    law.add_(share * torch.where(found.isnan(), 0.0, found - law))
+def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
+    """n households spread evenly over the mass of all dates, each (n,)."""
+    mass = section.weight.flatten().double().cumsum(0)
+    at = (torch.arange(n, device=mass.device) + 0.5) / n * mass[-1] * (1 - 1e-12)
+    chosen = torch.searchsorted(mass, at).clamp(max=len(mass) - 1)
+    date = chosen // section.weight.shape[1]
+    here = section.at._replace(k=section.at.k.flatten()[chosen], s=section.at.s.flatten()[chosen])
+    of_all = {name: getattr(here, name)[date, 0] for name in ("K", "z", "M", "Delta")}
+    return here._replace(**of_all), pick(section.ahead, (date, 0))
 
 
-def expected_capital(K_path: Tensor, z_path: Tensor, law: Tensor, econ: Tables) -> Tensor:
-    """E[K' | K, z] by a law of motion at all but the last date of simulated paths (periods, B); realised K' also has
-    the sampling noise of N households in it. Where networks see moments it is K' itself, which these are there to
-    tell."""
-    if econ.M_mean.numel():
-        return K_path[1:]
-    return torch.exp(by_law(law[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
+def euler_errors(solution: Policy, at: At, ahead: Ahead) -> Tensor:
+    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, at the states (n,)
+    where the limit does not hold c = c~ there."""
+    econ, (m, _), k_next = solution.econ, cash_on_hand(at, solution.econ), solution.policy(at)
+    nexts = successors(at, k_next, ahead, econ)
+    m_next, R_next = cash_on_hand(nexts, econ)
+    worth = expected(worth_of_cash(m_next - solution.policy(nexts), R_next, nexts, econ), at, econ)
+    implied = inverse_marginal_utility((econ.beta[at.s] * worth).clamp(min=1e-30), econ)
+    implied = torch.minimum(implied, m - econ.k_min)
+    return (1 - implied / (m - k_next))[(k_next > econ.k_min) | (implied < m - econ.k_min)]
 
+
+def bellman_errors(solution: Policy, at: At, ahead: Ahead) -> Tuple[Tensor, Tensor]:
+    """u(c) + Delta k + beta E V(s') - V(s), Delta given, at the policy's own c and at the best one, in the units of
+    utility(): the Bellman error of Han, Yang & E (2021) is the second."""
+    econ, (m, _), k_next = solution.econ, cash_on_hand(at, solution.econ), solution.policy(at)
+    above = m - econ.k_min
+    V = solution.values(at) - Delta(marginal_utility(m - k_next, econ), at, econ) * at.k
+
+    def objective(share):
+        nexts = successors(at, econ.k_min + (1 - share) * above, ahead, econ)
+        return utility(share * above, econ) + econ.beta[at.s] * expected(solution.values(nexts), at, econ)
+
+    own_share = 1 - (k_next - econ.k_min) / above
+    own, best = objective(own_share), best_of(objective, own_share * 0.5, (own_share * 1.5).clamp(max=1.0))
+    return own - V, torch.maximum(own, best) - V
+
+
+def best_of(objective: Callable, low: Tensor, high: Tensor) -> Tensor:
+    """The largest value of a function with one peak between low and high: golden-section search down to a tenth of the
+    way, then the parabola through the best point and its neighbours."""
+    golden = (math.sqrt(5) - 1) / 2
+    x = torch.stack([low, high - golden * (high - low), low + golden * (high - low), high])
+    y = torch.stack([objective(point) for point in x])
+    for _ in range(5):
+        below = y[1] > y[2]
+        new = torch.where(below, x[2] - golden * (x[2] - x[0]), x[1] + golden * (x[3] - x[1]))
+        x, y = [torch.where(below, torch.stack([p[0], p_new, p[1], p[2]]), torch.stack([p[1], p[2], p_new, p[3]]))
+                for p, p_new in ((x, new), (y, objective(new)))]
+    (x0, x1, x2), (y0, y1, y2) = [torch.where(y[1] > y[2], points[:3], points[1:]) for points in (x, y)]
+    rise, fall = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    peak = (x0 + x1) / 2 + rise * (x2 - x0) / (2 * (rise - fall))
+    return torch.maximum(y.amax(0), objective(peak.nan_to_num().clamp(x0, x2)))
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+JUDGE_SEED = 20_000  # shocks on which every run is judged: far from the seeds of training, the same for all
+POOLED_EVERY = 20  # periods: cross-sections of which errors and statistics are taken
+ERROR_STATES = 50_000  # states at which errors are taken
+C_MIN = 1e-12  # of c_ss: keeps u'(c) finite where there is nothing to consume
+
+
+def dropped(cfg: Config) -> int:
+    """First periods of eval_periods that nothing is taken from."""
+    return cfg.eval_periods // 10
+
+
+def inequality(x: np.ndarray, weight: np.ndarray) -> dict:
+    """Moments, quantiles, Gini, top shares and Lorenz curve (share held by the poorest 0, 5, ..., 100%) of x (n,), each
+    with its weight."""
+    order = np.argsort(x, kind="stable")
+    x, weight = x[order], weight[order] / weight.sum()
+    mean = weight @ x
+    people, held = [np.concatenate([[0.0], part.cumsum()]) for part in (weight, weight * x / mean)]
+    middle = people[:-1] + weight / 2
+    return {
+        "mean": mean, "std": np.sqrt(weight @ (x - mean) ** 2),
+        "quantiles": {str(q): np.interp(q / 100, middle, x) for q in (1, 5, 25, 50, 75, 95, 99)},
+        "gini": 1 - 2 * np.trapezoid(held, people),
+        "top_percent_hold": {str(q): 100 * (1 - np.interp(1 - q / 100, people, held)) for q in (1, 5, 10, 20, 30)},
+        "lorenz": list(np.interp(np.linspace(0, 1, 21), people, held)),
+    }
+
+
+def law_of_motion_figures(K_path: np.ndarray, z_path: np.ndarray, Z: int) -> dict:
+    """ln K' = a(z) + b(z) ln K by regression over (periods, B), and Den Haan's (2010) dynamic error: the largest
+    distance in percent between K and the path that the law of motion draws by itself from the same z."""
+    alm, r2 = [x.numpy() for x in law_of_motion(*map(torch.from_numpy, (K_path, z_path, np.full(Z, np.nan))))]
+    ln_K = np.log(K_path)
+    forecast = ln_K.copy()
+    for t in range(len(ln_K) - 1):
+        forecast[t + 1] = alm[z_path[t], 0] + alm[z_path[t], 1] * forecast[t]
+    error = 100 * np.abs(forecast - ln_K)
+    return {"coefficients": alm, "r2": r2, "den_haan_max_percent": error.max(), "den_haan_mean_percent": error.mean()}
+
+
+def euler_sizes(error: Tensor) -> dict:
+    """log10 of absolute Euler errors, 10^-16 at least."""
+    error = np.maximum(error.abs().cpu().numpy(), 1e-16) if len(error) else np.array([1e-16])
+    return {"mean": np.log10(error.mean()), "p99": np.log10(np.percentile(error, 99)), "max": np.log10(error.max())}
+
+
+def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path: np.ndarray) -> Tuple[dict, dict]:
+    """All figures of a solution on pooled cross-sections and paths (periods, B), and the arrays behind them."""
+    econ, each = solution.econ, max(1, ERROR_STATES // len(sections))
+    of_section = [states_of(section, min(each, section.weight.numel())) for section in sections]
+    at, ahead = [stacked([states[i] for states in of_section]) for i in (0, 1)]
+    n, size = len(at.k), len(at.k) if at.k.is_cuda else 4096  # which a CPU holds in its cache
+    parts = [bellman_errors(solution, pick(at, slice(i, i + size)), pick(ahead, slice(i, i + size)))
+             for i in range(0, n, size)]
+    own, best = [torch.cat(x) for x in zip(*parts)]
+    c = cash_on_hand(at, econ)[0] - solution.policy(at)
+    utils = econ.c_ss ** (1 - econ.gamma)
+
+    def sizes(error):
+        error = error.cpu().numpy()
+        return {"mean": np.abs(error).mean(), "rmse": np.sqrt(np.mean(error**2)), "max": np.abs(error).max()}
+
+    every_c = torch.cat([(cash_on_hand(x.at, econ)[0] - x.k_next).flatten() for x in sections]).cpu().numpy()
+    k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in
+                 ([x.at.k for x in sections], [x.weight for x in sections])]
+    R, _ = prices(*[torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path)], econ)
+    u = utility(torch.from_numpy(every_c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
+    figures = {
+        "periods": len(K_path), "states": n, "bellman_own_c": sizes(utils * own), "bellman_best_c": sizes(utils * best),
+        "bellman_in_consumption": sizes(own / (marginal_utility(c, econ) * c)),
+        "euler_log10": euler_sizes(euler_errors(solution, at, ahead)), "capital": inequality(k, weight),
+        "consumption": inequality(every_c, weight), "interest_rate_percent": 100 * (float(R.mean()) - 1),
+        "welfare": float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ)),
+        "law_of_motion": law_of_motion_figures(K_path, z_path, len(econ.TFP))}
+    if econ.equilibrium == "planner":
+        figures["Delta"] = float(at.Delta.mean())
+    return figures, {"k": k, "weight": weight, "K_path": K_path, "z_path": z_path, "sample_k": at.k.cpu().numpy(),
+                     "bellman": (utils * own).cpu().numpy()}
+
+
+def stacked(parts: list):
+    """Tuples of tensors, one after the other."""
+    return type(parts[0])(*[torch.cat(of) for of in zip(*parts)])
+
+
+# --- in a panel of N households
+
+
+def panel_policy(solution: Policy) -> Callable:
+    """(k, s, K, z) -> k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
+    def policy(k, s, K, z):
+        M = moments_of(k, s, solution.moments, solution.econ).unsqueeze(1)
+        return solution.policy(At(k, s, K, z, M, torch.zeros_like(K)))
+    return policy
+
+
+def settled_panel(k: np.ndarray, mass: np.ndarray, B: int, N: int, econ: Tables, rng: torch.Generator) -> Panel:
+    """(z, s) as in initial_panel(), and k given s as the histogram mass (S, n) at nodes k (n,) has it."""
+    panel = initial_panel(B, N, econ, 1.0 + econ.k_min, rng)
+    s, u = panel.s.cpu().numpy(), uniform(panel.s.shape, rng, "cpu").numpy()
+    k_of = np.empty((B, N))
+    for i, held in enumerate(mass.cumsum(1)):
+        k_of[s == i] = np.interp(u[s == i] * held[-1], held, k)
+    return panel._replace(k=torch.from_numpy(k_of).to(econ.TFP.device))
+
+
+def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) -> Tuple[dict, dict]:
+    """Figures in panels of N households, which start from the solution's own distribution in the limit. The shocks are
+    the same whatever the solution and the device."""
+    econ, rng = solution.econ, torch.Generator().manual_seed(JUDGE_SEED)
+    panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
+    sections, K_path, z_path = [], [], []
+    policy = replayed(panel_policy(solution)) if solution.device.type == "cuda" else panel_policy(solution)
+    periods = simulate(policy, panel, cfg.eval_periods, econ, rng)
+    for t, (k, s, K, z, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
+        if t >= dropped(cfg):
+            K_path.append(K[:, 0])
+            z_path.append(z[:, 0])
+            if (t - dropped(cfg)) % POOLED_EVERY == 0:
+                sections.append(cross_section(solution, k, s, z, k_next, torch.ones_like(k)))
+    K_path, z_path = [torch.stack(x).cpu().numpy() for x in (K_path, z_path)]
+    figures, arrays = judged(solution, sections, K_path, z_path)
+    if solution.moments.Q:
+        figures["moments"] = meaning(sections, econ, len(solution.moments.Q[-1]))
+    return {"n_agents": cfg.eval_agents, "n_economies": cfg.eval_economies} | figures, arrays
+
+
+def meaning(sections: List[Section], econ: Tables, p: int) -> dict:
+    """Correlation of each learnt moment with K and with the share of households in the state of lowest income."""
+    K = torch.cat([x.at.K.flatten() for x in sections])
+    lowest = torch.cat([(econ.lowest[x.at.s] * x.weight).mean(-1) for x in sections])
+    learnt = torch.cat([x.at.M.flatten(0, 1) for x in sections])[:, -p:].T
+    r = torch.corrcoef(torch.cat([torch.stack([K, lowest]), learnt]))[:2, 2:]
+    return {"K": r[0], "unemployment": r[1]}
+
+
+# --- in the limit of infinitely many households
+
+
+def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
+    return low + (high - low) * np.linspace(0, 1, n) ** exponent
+
+
+def between(x: np.ndarray, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """The node below x, but for the last, and how far x is on the way to the next."""
+    position = np.interp(x, nodes, np.arange(len(nodes)))
+    i = np.minimum(position.astype(int), len(nodes) - 2)
+    return i, position - i
+
+
+def lottery(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
+    """The matrix (S n, S m n) that moves mass (S, m, n) to the two of the nodes k (n,) around k' (S, m, n), so that its
+    mean is k'."""
+    (S, _, n), (low, share) = k_next.shape, between(k_next, k)
+    to = np.stack([low, low + 1], -1) + n * np.arange(S)[:, None, None, None]
+    return scipy.sparse.csc_array((np.stack([1 - share, share], -1).ravel(), to.ravel(),
+                                   2 * np.arange(low.size + 1)), (S * n, low.size))
+
+
+def simulate_histogram(table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, Pi: np.ndarray,
+                       keep: Callable | None = None):
+    """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
+    two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,), or a function of (mass,
+    K, z). Between two nodes of K each moves its share of the mass, which is the same but for households whose k' passes
+    a node of k there. Returns K (periods,) and the mass after it, at the first z again; keep(t, mass, k') sees every
+    period."""
+    K_path, k_of_all = np.empty(len(z_path)), np.tile(k, len(mass))
+
+    @functools.cache
+    def between_nodes(z, j):
+        return lottery(table[z][:, j : j + 2], k)
+
+    for t, z in enumerate(z_path):
+        K_path[t] = mass.ravel() @ k_of_all
+        if callable(table):
+            k_next, weight = table(mass, K_path[t], z)[:, None], np.ones(1)  # (s, 1, n)
+        else:
+            position = (K_path[t] - K[0]) / (K[1] - K[0])
+            j = min(max(int(position), 0), len(K) - 2)
+            k_next, weight = table[z][:, j : j + 2], np.array([j + 1 - position, position - j])
+        if weight.min() < 0:  # beyond the nodes of K
+            k_next, weight = (weight @ k_next)[:, None], np.ones(1)
+        if keep:
+            keep(t, mass, weight @ k_next)
+        move = between_nodes(z, j) if len(weight) == 2 else lottery(k_next, k)
+        moved = move @ (mass[:, None] * weight[:, None]).ravel()
+        mass = Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)
+    return K_path, mass
+
+
+def dispersed_mass(k: np.ndarray, K: float, z: int, economy: Economy) -> np.ndarray:
+    """(s, n) on the nodes k: the gamma distribution of initial_panel() with mean about K, s at its share given z."""
+    above, shares = scipy.stats.gamma.cdf((k[1:] + k[:-1]) / 2 - k[0], 4, scale=(K - k[0]) / 4), economy.arrays.shares
+    return np.diff(np.append(above, 1), prepend=0) * (shares[z] / shares[z].sum())[:, None]
+
+
+def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
+    """(Z, S, n) distribution of (z, s, k) on nodes k (n,) where K is always as usual in z, at the level of K at which
+    mean capital is K: one sparse linear system for each level that is tried. Where households mix slowly no path is
+    long enough to come here from anywhere else."""
+    economy, (Z, S), n = solution.economy, solution.economy.arrays.shares.shape, len(k)
+    start = np.stack([dispersed_mass(k, solution.K_mean, z, economy) * economy.arrays.shares[z].sum() for z in range(Z)])
+    back = 1e-9  # of the mass starts anew each period, so that groups for ever keep their shares
+
+    def at_level(level):
+        K = torch.tensor(solution.K_of_z * math.exp(level), device=solution.device)
+        z, s, nodes = [torch.from_numpy(x).to(solution.device) for x in np.meshgrid(
+            np.arange(Z), np.arange(S), k, indexing="ij")]
+        k_next = solution.policy(solution.usual(place(nodes, s, K[z], z))).cpu().numpy().reshape(Z * S, n)
+        low, share = between(k_next, k)
+        come, go = economy.arrays.P.reshape(Z * S, Z * S).nonzero()
+        P = economy.arrays.P.reshape(Z * S, Z * S)[come, go][:, None]
+        index = np.arange(n) * Z * S  # nodes outermost: what moves a little stays near the diagonal
+        to = np.concatenate([(low + step)[come] * Z * S + go[:, None] for step in (0, 1)])
+        weight = np.concatenate([P * part[come] for part in (1 - share, share)])
+        of = np.broadcast_to(index + np.concatenate([come, come])[:, None], to.shape)
+        size = Z * S * n
+        move = scipy.sparse.csc_array((weight.ravel(), (to.ravel(), of.ravel())), (size, size))
+        system = (scipy.sparse.eye_array(size, format="csc") - (1 - back) * move).tocsc()
+        mass = scipy.sparse.linalg.splu(system, permc_spec="NATURAL").solve(
+            back * start.reshape(Z * S, n).T.ravel()).reshape(n, Z, S).transpose(1, 2, 0)
+        mass = mass.clip(0) / mass.clip(0).sum()
+        return mass, math.log(max(mass.sum((0, 1)) @ k, 1e-9) / (mass.sum((1, 2)) @ K.cpu().numpy()))
+
+    found = {}
+
+    def excess(level):
+        found[level], gap = at_level(level)
+        return gap
+
+    ends = (-0.05, 0.05)
+    if excess(ends[0]) <= 0 or excess(ends[1]) >= 0:  # the usual K is not that of this policy: a path has to tell
+        return start
+    scipy.optimize.brentq(excess, *ends, xtol=1e-7, rtol=1e-12, maxiter=60)
+    return list(found.values())[-1]
+
+
+def judge_nodes(solution: Policy, top: float) -> Tuple[np.ndarray, np.ndarray, float]:
+    """Nodes k (n,) up to top for the histogram, the stationary mass (Z, S, n) on them, and the share of the std of
+    capital that they add: a lottery between two nodes spreads capital by the square of their distance. Nodes as dense
+    as the cube root of the density of households (and a quarter of them as in power_grid()) spread least, and there are
+    so many that it is less than .1%."""
+    k, std = power_grid(1000, solution.econ.k_min, top, 4.0), []
+    mass = stationary_mass(solution, k)
+
+    def nodes(n):
+        width, people = np.gradient(k), mass.sum((0, 1))
+        where = np.cumsum((people / width) ** (1 / 3) * width)
+        share = 0.25 * np.linspace(0, 1, len(k)) + 0.75 * (where - where[0]) / (where[-1] - where[0])
+        return np.interp(np.linspace(0, 1, n), share, k)
+
+    for n in (1000, 2000):
+        k = nodes(n)
+        mass = stationary_mass(solution, k)
+        people = mass.sum((0, 1))
+        std.append(np.sqrt(people @ (k - people @ k) ** 2))
+    spread = abs(std[0] / std[1] - 1) / 3  # of 2,000 nodes; it falls with the square of their number
+    n = int(np.clip(2000 * math.sqrt(spread / 0.0007), 2000, 16_000))
+    if n > 2000:
+        finer, held = nodes(n), mass.cumsum(2)
+        cumulative = np.array([[np.interp(finer, k, row) for row in of_z] for of_z in held])
+        k, mass = finer, np.diff(cumulative, prepend=0)
+    return k, mass, spread * (2000 / n) ** 2
+
+
+MOVES = 0.005  # most that mean and std of capital may move while they are judged: half of the tolerance of std
+PASSES = 6  # over the judged path of z, at most, until they move less
+
+
+def judge_limit(solution: Policy, cfg: Config, top: float) -> Tuple[dict, dict]:
+    """Figures in the limit N = infinity, where sampling noise hides nothing: the policy through a histogram that starts
+    from its stationary distribution, over one path of z again and again until mean and std of capital are what they
+    were the last time, so that no transition is judged."""
+    economy, Pi = solution.economy, solution.economy.arrays.Pi
+    k, mass, spread = judge_nodes(solution, top)
+    z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
+    K = solution.K_mean * np.linspace(*GridConfig.K_range, GridConfig.n_K_fine)
+    table, last = histogram_policy(solution, k, K), None
+    mass = mass[z_path[0]] / mass[z_path[0]].sum()
+    for _ in range(PASSES):
+        pooled = []
+
+        def keep(t, mass, k_next, pooled=pooled):
+            if t >= dropped(cfg) and (t - dropped(cfg)) % POOLED_EVERY == 0:
+                pooled.append((mass, k_next, z_path[t]))
+
+        K_path, mass = simulate_histogram(table, k, K, mass, z_path, Pi, keep)
+        mean_mass = np.mean([mass for mass, *_ in pooled], 0)
+        people = mean_mass.sum(0)
+        now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
+        moves = 1.0 if last is None else float(np.abs(now / last - 1).max())
+        last = now
+        if moves < MOVES:
+            break
+    require(people[-1] * k[-1] < 1e-6 * now[0], f"judge: households hold all the capital that there are nodes for, k = "
+            f"{k[-1]:.4g}: savings do not settle; train longer, or give a larger --grid-k-max")
+    require(K_path.min() > 0.9 * K[0] and K_path.max() < 1.1 * K[-1], f"judge: K goes from {K_path.min():.4g} to "
+            f"{K_path.max():.4g} where it was {solution.K_mean:.4g}: the policy is of no use there; train longer")
+    sections = [histogram_section(solution, k, *of) for of in pooled]
+    kept = K_path[dropped(cfg) :, None], z_path[dropped(cfg) :, None]
+    figures, arrays = judged(solution, sections, *kept)
+    figures["risky_steady_state"] = risky_steady_state(solution, table, k, K, mass, cfg) | {
+        "by_law_of_motion": np.exp(np.divide(*(figures["law_of_motion"]["coefficients"] * [1, -1] + [0, 1]).T))}
+    return {"n_agents": None, "moves": moves, "nodes": len(k), "spread_by_nodes": spread} | figures, arrays | {
+        "k": k, "weight": people, "mass": mean_mass}
+
+
+def histogram_policy(solution: Policy, k: np.ndarray, K: np.ndarray):
+    """The policy as simulate_histogram() takes it: a table (Z, S, n_K, n), or where moments are seen a function."""
+    (Z, S), device = solution.economy.arrays.shares.shape, solution.device
+    if not solution.moments.given and not solution.moments.Q:
+        s, K_at, k_at = [torch.tensor(x, device=device) for x in np.meshgrid(np.arange(S), K, k, indexing="ij")]
+        return np.array([solution.policy(place(k_at, s, K_at, torch.full_like(s, z))).cpu().numpy() for z in range(Z)])
+    if device.type == "cuda":  # so little work a period that launching it takes longer
+        return histogram_policy(Solution(solution.weights), k, K)
+    nodes = np.append(k[:-1:5], k[-1])  # k' is interpolated in between
+    s = torch.arange(S).unsqueeze(1)
+    of_all = torch.from_numpy(k).expand(S, -1)
+    q = contributions(of_all, s.expand_as(of_all), solution.moments, solution.econ).flatten(0, 1)
+    some = torch.from_numpy(nodes).expand(S, -1)
+
+    def rule(mass, K, z):
+        M = torch.tensordot(torch.from_numpy(mass / mass.sum()).flatten(), q, 1)
+        at = place(some, s.expand_as(some), torch.full_like(some, K), torch.full_like(s, z))
+        return np.array([np.interp(k, nodes, row) for row in solution.policy(at._replace(M=M)).numpy()])
+
+    return rule
+
+
+def histogram_section(solution: Policy, k: np.ndarray, mass: np.ndarray, k_next: np.ndarray, z: int) -> Section:
+    """A period of the histogram, mass (S, n), where anybody is."""
+    somebody, s = mass > 1e-16, np.indices(mass.shape)[0]
+    rows = np.broadcast_to(k, mass.shape), s, k_next, mass * somebody.sum() / mass[somebody].sum()
+    k, s, k_next, weight = [torch.tensor(x[somebody], device=solution.device).unsqueeze(0) for x in rows]
+    return cross_section(solution, k, s, torch.tensor([[z]], device=solution.device), k_next, weight)
+
+
+def risky_steady_state(solution: Policy, table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, cfg: Config) -> dict:
+    """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
+    distribution followed for as many periods as are judged, how much K still moved in the last tenth of them, and the
+    mean Euler error there."""
+    periods, found = cfg.eval_periods - dropped(cfg), {"K": [], "still_moves": [], "euler_log10": []}
+    for z in range(len(solution.economy.arrays.TFP)):
+        last = []
+        path, _ = simulate_histogram(table, k, K, mass, np.full(periods, z), solution.economy.arrays.Pi,
+                                     lambda t, *now: last.__setitem__(slice(None), now))
+        section = histogram_section(solution, k, *last, z)
+        error = euler_errors(solution, *states_of(section, ERROR_STATES // 10))
+        found["K"].append(path[-1])
+        found["still_moves"].append(np.ptp(path[-max(periods // 10, 2) :]))
+        found["euler_log10"].append(euler_sizes(error)["mean"])
+    return found
+
+
+def policy_distance(network: Policy, grid: Policy, K_path: np.ndarray) -> dict:
+    """Mean and largest |k' - k' of the grid| over k up to four times mean capital and K at the 2nd, 50th and 98th
+    percentile of a path, all (z, s)."""
+    K, a, k_min = np.percentile(K_path, (2, 50, 98)), network.economy.arrays, network.econ.k_min
+    k = k_min + (4.07 * K[1] - k_min) * np.linspace(1 / 320, 1, 640)
+    k, s, K, z = np.meshgrid(k, np.arange(len(a.beta)), K, np.arange(len(a.TFP)), indexing="ij")
+    at = place(*[torch.tensor(x, device=network.device) for x in (k, s, K, z)])
+    gap = (network.policy(network.usual(at)) - grid.policy(at)).abs()
+    return {"mean": float(gap.mean()), "max": float(gap.max())}
+
+
+def compare(network: Solution, grid: "GridSolution | None", cfg: Config) -> Tuple[dict, dict]:
+    """Every accuracy figure of both on the same shocks, by solution: small (a panel of N households), limit (infinitely
+    many); under comparison the distances between both. The arrays behind the pictures, by size and solution."""
+    solutions = {"network": network} | ({"grid": grid} if grid else {})
+    top = max(solution.reach()[0][1] for solution in solutions.values())
+    figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {"small": {}, "limit": {}, "irf": {}}
+    for name, solution in solutions.items():
+        of_limit, behind = judge_limit(solution, cfg, top)
+        figures[name]["small"], arrays["small"][name] = judge_panel(solution, cfg, behind["k"], behind["mass"])
+        figures[name]["limit"], arrays["limit"][name] = of_limit, behind
+        arrays["irf"][name] = impulse_responses(solution, cfg, behind["k"], behind["mass"])
+    if not grid:
+        return figures, arrays
+    require_inside(grid, arrays["limit"]["grid"])
+    both, gaps, K_path = figures["comparison"], {}, arrays["limit"]["grid"]["K_path"]
+    for size in ("small", "limit"):
+        (k, weight), (k_grid, weight_grid) = [(x["k"], x["weight"]) for x in arrays[size].values()]
+        both[size] = {"std_ratio": figures["network"][size]["capital"]["std"] / figures["grid"][size]["capital"]["std"],
+                      "w1": scipy.stats.wasserstein_distance(k, k_grid, weight, weight_grid)}
+    for series in SERIES[:4]:
+        ours, theirs = [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
+        gaps[series] = np.abs(ours - theirs).max()
+    rest, rest_grid = [np.array(figures[name]["limit"]["risky_steady_state"]["K"]) for name in solutions]
+    both |= {"resting": list(rest / rest_grid), "policy_distance": policy_distance(network, grid, K_path),
+             "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
+    figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
+                        "notes": list(grid.notes)}
+    if grid.econ.equilibrium == "planner":
+        figures["grid"]["Delta_law"] = {"coefficients": grid.Delta_law, "r2": grid.Delta_r2}
+    return figures, arrays
+
+
+def require_inside(grid: "GridSolution", arrays: dict) -> None:
+    """The judged histogram stays on the nodes of the grid."""
+    k, K = arrays["k"], arrays["K_path"]
+    beyond = (arrays["weight"] * k)[k > grid.k_max].sum() / (arrays["weight"] @ k)
+    require(beyond < 1e-4, f"grid: {100 * beyond:.2g}% of capital lies above its largest k, {grid.k_max:.4g}; give a "
+            "larger --grid-k-max")
+    require(grid.K_low <= K.min() and K.max() <= grid.K_high, f"grid: K goes from {K.min():.4g} to {K.max():.4g}, beyond "
+            f"its nodes {grid.K_low:.4g} to {grid.K_high:.4g}; judge with --grid none")
+
+
+# ---------------------------------------------------------------------------------------------- grid solution
+# Maliar, Maliar & Valli (2010), by endogenous gridpoints
+
+C_MAX = 1e4  # of c_ss: keeps c finite where saving is worth nothing
+
+
+def on_grid(k: np.ndarray, K: np.ndarray, econ: Tables) -> At:
+    """Households at every (z, s, K, k), in this order of axes."""
+    s, z = np.arange(len(econ.beta)), np.arange(len(econ.TFP))
+    z, s, K, k = [torch.from_numpy(x) for x in np.meshgrid(z, s, K, k, indexing="ij")]
+    return place(k, s, K, z)
+
+
+class Nodes(NamedTuple):
+    """The household problem at k (n_k,), K (n_K,)."""
+
+    k: np.ndarray
+    K: np.ndarray
+    R: np.ndarray  # (z, n_K)
+    y: np.ndarray  # (z, s, n_K) income
+    m: np.ndarray  # (z, s, n_K, n_k) cash on hand
+    slope: np.ndarray  # (n_k, n_k): values at k -> derivatives at k of the cubic spline through them
+
+
+def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> Nodes:
+    m, R = [x.numpy() for x in cash_on_hand(on_grid(k, K, econ), econ)]
+    slope = scipy.interpolate.CubicSpline(k, np.eye(len(k))).derivative()(k)
+    return Nodes(k, K, R[:, 0, :, 0], m[..., 0] - R[..., 0] * k[0], m, slope)
+
+
+def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
+    """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
+    and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
+    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.k))])
+    i, t = [np.array(x).reshape(*k_endo.shape[:-1], len(k)) for x in found]
+    rise, run = nodes.k[i + 1] - nodes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
+    dk_next = 1 / (k_endo @ nodes.slope.T)
+    d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
+    k_next = nodes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
+    return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
+
+
+def forecast(law: np.ndarray, K: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """K' (z, n_K) by the law of motion (Z, 2), and (z, n_K, n_K) values at K -> values at K' of their cubic spline."""
+    K_next = np.exp(law[:, :1] + law[:, 1:] * np.log(K))
+    return K_next, scipy.interpolate.CubicSpline(K, np.eye(len(K)))(K_next)
+
+
+def expected_on_grid(values: np.ndarray, economy: Economy) -> np.ndarray:
+    """beta(s) E[values | z, s]: (z, z', s', n_K, n_k) -> (z, s, n_K, n_k)."""
+    (Z, S), a = economy.arrays.shares.shape, economy.arrays
+    out = [scipy.sparse.csr_array(P * a.beta[:, None]) @ v.reshape(Z * S, -1) for P, v in
+           zip(a.P.reshape(Z, S, Z * S), values)]
+    return np.array(out).reshape(Z, S, *values.shape[3:])
+
+
+def solve_household(c: np.ndarray, laws: list, nodes: Nodes, economy: Economy, config: GridConfig):
+    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion ln K' = a(z) + b(z) ln K and
+    Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each: the new c, the k_endo at which each k' of the grid is
+    optimal, the last change of c, and the share of nodes at which saving is worth nothing, so that c was bounded."""
+    econ = economy.tables()
+    K_next, spline = forecast(laws[0], nodes.K)
+    nexts = [on_grid(nodes.k, K, econ) for K in K_next]  # by z now: (z', s', n_K, n_k)
+    at = At(*[torch.stack(x) for x in zip(*nexts)])
+    at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K)))
+    R, _ = prices(at.K, at.z, econ)
+    least = float(marginal_utility(torch.tensor(C_MAX * econ.c_ss), econ))
+    for _ in range(SWEEPS):
+        c_next = np.maximum(spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
+        worth = expected_on_grid(worth_of_cash(torch.from_numpy(c_next), R, at, econ).numpy(), economy)
+        c_endo = inverse_marginal_utility(np.maximum(worth, least), econ)
+        k_endo = (c_endo + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
+        c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.k)
+        change = np.max(np.abs(c - c_last) / np.maximum(c, C_MIN * econ.c_ss))
+        if change < config.tolerance:
+            break
+    return c, k_endo, change, (worth < least).mean()
+
+
+SWEEPS = 100  # most sweeps between two updates of the law of motion
+BURN_IN = 200  # first periods that the regressions leave out
+VALUE_SWEEPS = 4000  # most sweeps for V of the policy
+
+
+def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, laws: list, economy: Economy):
+    """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
+    still changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
+    bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
+    econ = economy.tables()
+    at = on_grid(k, nodes.K, econ)
+    at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K)))
+    c = (cash_on_hand(at, econ)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
+    u = (utility(c, econ) + Delta(marginal_utility(c, econ), at, econ) * at.k).numpy()
+    at_k_next, (_, spline) = lottery(k_next.reshape(-1, 1, len(k)), k).T, forecast(laws[0], nodes.K)
+    D = economy.arrays.annuity[..., None, None]
+    V = u * D
+    for _ in range(VALUE_SWEEPS):
+        EV = expected_on_grid(spline[:, None, None] @ V, economy)
+        change = u + (at_k_next @ EV.ravel()).reshape(EV.shape) - V
+        middle = np.median(change)
+        V += change + middle * (D - 1)
+        left = (np.abs(change - middle) / (1 + np.abs(V))).max()
+        if left < 1e-7:
+            break
+    return V, float(left)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GridSolution(Policy):
+    """Policy table on power-spaced k and uniform K; law of motion ln K' = a(z) + b(z) ln K behind it."""
+
+    economy: Economy
+    econ: Tables
+    table: Tensor  # (z, s, n_K_fine, n_fine) k', float64
+    value_table: Tensor  # (z, s, n_K_fine, n_fine) V of this policy in the units of utility()
+    k_max: float
+    exponent: float
+    K_low: float
+    K_high: float
+    K_mean: float  # over the path behind the law of motion
+    K_of_z: np.ndarray  # (Z,) its mean given z
+    alm_coefficients: np.ndarray  # (z, 2) intercept and slope
+    alm_r2: np.ndarray  # (z,)
+    Delta_law: np.ndarray  # (z, 2) the planner's Delta on (1, ln K)
+    Delta_r2: np.ndarray  # (z,)
+    notes: tuple  # what a user should know of it
+
+    @functools.cached_property
+    def nodes(self) -> Tensor:
+        """k (n_fine,) of the tables."""
+        nodes = power_grid(self.table.shape[3], self.econ.k_min, self.k_max, self.exponent)
+        return torch.from_numpy(nodes).to(self.device)
+
+    def interpolate(self, table: Tensor, at: At) -> Tensor:
+        """A table at states: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
+        n_K, n_k = table.shape[2:]
+        low, width = self.econ.k_min, self.k_max - self.econ.k_min
+        i = (((at.k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).long().clamp(max=n_k - 2)
+        left, right = self.nodes[i], self.nodes[i + 1]
+        position = (at.K - self.K_low) / (self.K_high - self.K_low) * (n_K - 1)
+        j = position.floor().clamp(0, n_K - 2)
+        along_k, along_K, flat = (at.k - left) / (right - left), position - j, table.reshape(-1)
+        corner = (joint(at.s, at.z, self.econ) * n_K + j.long()) * n_k + i
+        low, low1, high, high1 = [flat[corner + step] for step in (0, 1, n_k, n_k + 1)]
+        below = low + along_k * (low1 - low)
+        return below + along_K * (high + along_k * (high1 - high) - below)
+
+    def policy(self, at: At) -> Tensor:
+        return self.interpolate(self.table, at).clamp(min=self.econ.k_min)
+
+    def values(self, at: At) -> Tensor:
+        return self.interpolate(self.value_table, at)
+
+    def reach(self) -> tuple:
+        return (self.econ.k_min, self.k_max), (self.K_low, self.K_high)
+
+    def to(self, device) -> "GridSolution":
+        return dataclasses.replace(self, econ=tables_on(self.econ, device), table=self.table.to(device),
+                                   value_table=self.value_table.to(device))
+
+
+def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool = False) -> GridSolution:
+    """Krusell & Smith's (1998) fixed point: households believe a law of motion of K, which their savings confirm.
+    economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
+    k as far as capital is held. Raises UserError where there is no convergence."""
+    economy = as_economy(economy)
+    centre, k_max = economy.K_start, config.k_max * economy.K_start
+    with tqdm(desc="grid solution", disable=None if progress else True) as bar:
+        for _ in range(60):
+            found = law_of_motion_fixed_point(economy, config, centre, k_max, bar)
+            if isinstance(found, GridSolution):
+                return found
+            centre, k_max = found
+    raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
+
+
+def simulated_laws(table: np.ndarray, nodes: tuple, mass: np.ndarray, z_path: np.ndarray, laws: list, economy: Economy):
+    """The policy table at nodes (k, K) through the histogram: K (periods,), the last mass, and the laws [of ln K', of
+    the planner's Delta] that come out, each (coefficients (Z, 2), R2); where z never comes coefficients stay."""
+    econ, s, Deltas = economy.tables(), torch.arange(len(economy.arrays.beta))[:, None], np.zeros(len(z_path))
+
+    def keep(t, mass, k_next):
+        k = torch.from_numpy(nodes[0])
+        gain = gain_from_K(torch.from_numpy(k_next), place(k, s, torch.tensor(mass.sum(0) @ nodes[0]),
+                                                           torch.tensor(z_path[t])), econ)
+        Deltas[t] = (mass * gain.numpy()).sum()
+
+    K_path, mass = simulate_histogram(table, *nodes, mass, z_path, economy.arrays.Pi,
+                                      keep if econ.equilibrium == "planner" else None)
+    kept = [torch.from_numpy(x[BURN_IN:, None]) for x in (K_path, Deltas, z_path)]
+    of_K = law_of_motion(kept[0], kept[2], torch.from_numpy(laws[0][:, 1]))
+    of_Delta = regress_by_z(kept[1], torch.log(kept[0]), kept[2], torch.zeros(len(laws[1]), dtype=torch.float64))
+    return K_path, mass, [(np.where(found.isnan(), law, found.numpy()), r2.numpy())
+                          for (found, r2), law in zip((of_K, of_Delta), laws)]
+
+
+def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: float, k_max: float, bar):
+    """The fixed point on nodes of K around centre and of k up to k_max: a GridSolution or, where the cross-section
+    leaves the nodes, the next (centre, k_max) to try. Few sweeps an update, so that the policy and the laws of motion
+    converge together, on a short path of z; how much its luck moves the laws is measured once on a long one."""
+    econ, Z, planner = economy.tables(), len(economy.arrays.TFP), economy.equilibrium == "planner"
+    nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
+                            centre * np.linspace(*config.K_range, config.n_K), econ)
+    k = power_grid(config.n_fine, econ.k_min, k_max, config.exponent)
+    K = np.linspace(nodes.K[0], nodes.K[-1], config.n_K_fine)
+    z_path = draw_z_path(config.periods, economy.arrays.P_z, np.random.default_rng(config.seed))
+    comes = [BURN_IN + np.flatnonzero(z_path[BURN_IN:] == z)[:20][-1] for z in np.unique(z_path[BURN_IN:])]
+    short = max(config.periods // 20, 2 * BURN_IN, max(comes) + 2)  # every z comes 20 times
+    laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), np.tile([economy.Delta_start, 0.0], (Z, 1))]
+    wage = prices(torch.from_numpy(nodes.K), torch.arange(Z)[:, None], econ)[1].numpy()
+    above, permanent = nodes.m - econ.k_min, 0.9 * (economy.arrays.L[:, None] * wage)[:, None, :, None]
+    c = np.minimum(above, (1 - economy.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
+    mass = dispersed_mass(k, centre, z_path[0], economy)
+    x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
+    gap, damping, long, steps = np.inf, config.damping, None, np.zeros((2, Z, 2))
+    correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
+    for update in range(config.max_updates):
+        c, k_endo, change, bounded = solve_household(c, laws, nodes, economy, config)
+        table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
+        K_path, mass, new = simulated_laws(table, (k, K), mass, z_path[:short], laws, economy)
+        last, steps = steps, [found + to_long - law for (found, _), to_long, law in zip(new, correction, laws)]
+        gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
+        converged = long is not None and max(gap, change) < config.tolerance
+        near = update >= 4 or planner or converged  # at first, a market's policies are far from any solution
+        elsewhere = next_nodes(K_path, (mass, k), centre, k_max, near, update >= 4 or converged)
+        if elsewhere:
+            return elsewhere
+        if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
+            long_path, mass, long = simulated_laws(table, (k, K), mass, z_path, laws, economy)
+            for _ in range(2):  # from the end of a short path, as always
+                _, mass, new = simulated_laws(table, (k, K), mass, z_path[:short], laws, economy)
+            correction = np.array([of_long - of_short for (of_long, _), (of_short, _) in zip(long, new)])
+            gap = gap_last = math.inf
+        bar.update()
+        bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
+        if converged:
+            kept, z_kept = long_path[BURN_IN:], z_path[BURN_IN:]
+            require_payable(economy, kept, z_kept)
+            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws, economy)
+            notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * economy.K_start else []
+            if left >= 1e-7:
+                notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
+            if bounded:
+                notes.append(f"grid: at {100 * bounded:.2g}% of the nodes saving is worth nothing; c is bounded there")
+            values = scipy.interpolate.CubicSpline(nodes.K, V, axis=2)(K)
+            return GridSolution(
+                economy=economy, econ=econ, table=torch.from_numpy(table), value_table=torch.from_numpy(values),
+                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1], K_mean=kept.mean(),
+                K_of_z=np.array([kept[z_kept == z].mean() if (z_kept == z).any() else kept.mean() for z in range(Z)]),
+                alm_coefficients=laws[0], alm_r2=long[0][1], Delta_law=laws[1], Delta_r2=long[1][1],
+                notes=tuple(notes))
+        if gap > gap_last and any(np.vdot(new @ x, old @ x) < 0 for new, old in zip(steps, last)):
+            damping /= 2  # the law of motion overshoots: more K expected means less saved
+        laws = [law + damping * step for law, step in zip(laws, steps)]
+    raise UserError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
+                    f"(c moves {change:.0e}, K forecast {gap:.0e}); lower --grid-damping or judge with --grid none")
+
+
+def next_nodes(K_path: np.ndarray, histogram: tuple, centre: float, k_max: float, near: bool, settled: bool):
+    """(centre, k_max) to try next where K has left its nodes, or households come near the end of theirs; else None.
+    near: policies are near a solution; settled: the cross-section is, too."""
+    kept, (mass, k) = K_path[BURN_IN:], histogram
+    low, high = (0.8, 1.28) if near else (0.4, 2.5)
+    if not low < kept.mean() / centre < high or not (K_path > max(k[0], 0)).all():
+        return centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
+    if settled and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
+        return centre, 2 * k_max
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- impulse responses
+
+SERIES = ("capital", "output", "consumption", "interest_rate", "shocks")
+IRF_BURN = 100  # periods before the shock
+
+
+def impulse_responses(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) -> dict:
+    """series -> (benchmark, shocked), each (paths, periods): economies that were in the middle state a period before 0
+    (the upper one of two) and are at 0 in it, or one state below. They start from the histogram mass (S, n) at k (n,).
+    Every random number is the same whatever the solution and the state at 0."""
+    econ, policy, rng = solution.econ, panel_policy(solution), torch.Generator().manual_seed(JUDGE_SEED)
+    panel = settled_panel(k, mass, cfg.irf_paths, cfg.irf_agents, econ, rng)
+    for _, s, _, z, k in simulate(policy, panel, IRF_BURN, econ, rng):
+        pass
+    usual = torch.full_like(z, len(econ.TFP) // 2)
+    draws, out = uniform((2, *s.shape), rng, s.device), {series: [] for series in SERIES}
+    s, after = follow(lambda t, s: draws[0], s, torch.stack([z, usual]), econ)[1], rng.get_state()
+    k = policy(k, s, k.mean(1, keepdim=True), usual)
+    for z_0 in (usual, (usual - 1).clamp(min=0)):
+        s_0, columns = follow(lambda t, s: draws[1], s, torch.stack([usual, z_0]), econ)[1], []
+        rng.set_state(after)
+        for k_t, s_t, K, z_t, k_next in simulate(policy, Panel(k, s_0, z_0), cfg.irf_periods, econ, rng):
+            m, R = cash_on_hand(place(k_t, s_t, K, z_t), econ)
+            C = (m - k_next).mean(1)
+            columns.append([K[:, 0], output(K, z_t, econ)[:, 0], C, R[:, 0], z_t[:, 0].double()])
+        for series, values in zip(SERIES, zip(*columns)):
+            out[series].append(torch.stack(values, 1).cpu().numpy())
+    return out
+
+
+def impulse_response(benchmark, shocked, points=False):
+    """Response of a series (paths, periods) in percent, a ratio of means, or in percentage points:
+    mean, 10th and 90th percentile of the single paths' responses, each (periods,)."""
+    def change(b, s):
+        return 100 * (s - b) if points else 100 * (s / b - 1)
+    low, high = np.percentile(change(benchmark, shocked), (10, 90), axis=0)
+    return change(benchmark.mean(0), shocked.mean(0)), low, high
+
+
+# ---------------------------------------------------------------------------------------------- the list of figures
+
+
+class Figure(NamedTuple):
+    """A row of the verdict, of results.txt and of the README's tables."""
+
+    name: str
+    of: Callable  # (metrics of a solution, comparison) -> number
+    tolerance: float | None = None  # in the default economy
+    elsewhere: Callable | None = None  # tolerance in any other: (the grid's figure, its mean K) -> number
+    signed: bool = False  # whether the figure itself is held, and not its size
+    own: bool = True  # whether the grid has this figure, too, and it is no comparison with the grid
+    published: float | None = None  # Maliar, Maliar & Valli (2010); Bellman errors Han, Yang & E (2021), at N = 50
+
+
+def at(path: str) -> Callable:
+    """The figure at keys joined by blanks of a solution's metrics."""
+    return lambda metrics, both: functools.reduce(lambda x, key: x[int(key) if isinstance(x, list) else key],
+                                                  path.split(), metrics)
+
+
+def compared(path: str, less: float = 0.0) -> Callable:
+    """The same of the comparison with the grid."""
+    return lambda metrics, both: at(path)(both, both) - less
+
+
+def figure_list(economy: Economy, cfg: Config) -> List[Figure]:
+    """Every figure that is judged, in the order in which it is shown. Networks that see who is unemployed have tighter
+    tolerances; those that know more than K rest elsewhere than the grid (docs/method.md)."""
+    sees, N, limit = sees_who_earns(cfg), f"N={cfg.eval_agents}", "N=inf"
+    published = N == "N=50" and not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
+    near = None if cfg.moments or cfg.learnt_moments else 0.001
+    rows = [
+        Figure(f"W1 of capital, {N}", compared("small w1"), 0.15, lambda x, K: 0.004 * K, own=False, published=0.16),
+        Figure(f"W1 of capital, {limit}", compared("limit w1"), 0.06, lambda x, K: 0.004 * K, own=False),
+        Figure(f"std of capital over the grid's - 1, {N}", compared("small std_ratio", 1), 0.01, lambda x, K: 0.01,
+               own=False, published=-0.005),
+        Figure(f"std of capital over the grid's - 1, {limit}", compared("limit std_ratio", 1), 0.01,
+               lambda x, K: 0.01, own=False),
+        Figure("|k' - k' grid|, mean", compared("policy_distance mean"), 0.005, lambda x, K: 0.00015 * K, own=False,
+               published=0.006),
+        Figure("|k' - k' grid|, max", compared("policy_distance max"), 0.03, own=False, published=0.017),
+        Figure(f"Euler error, log10 mean, {limit}", at("limit euler_log10 mean"), -4.8,
+               lambda x, K: max(x + 0.15, -4.3), signed=True),
+        Figure(f"Euler error, log10 p99, {limit}", at("limit euler_log10 p99"), -4.2,
+               lambda x, K: max(x + 0.15, -3.5), signed=True),
+        Figure(f"Euler error, log10 max, {limit}", at("limit euler_log10 max"), -3.0, signed=True),
+        Figure(f"Bellman error, own c, mean, {N}", at("small bellman_own_c mean"), 0.0005 if sees else 0.004),
+        Figure(f"Bellman error, best c, mean, {N}", at("small bellman_best_c mean"), 0.0005 if sees else 0.004,
+               published=0.0153 if cfg.learnt_moments else 0.0184),
+        Figure(f"Bellman error, own c, mean, {limit}", at("limit bellman_own_c mean"), 0.00015 if sees else 0.0001),
+        Figure(f"Bellman error over u'(c) c, mean, {limit}", at("limit bellman_in_consumption mean"), None,
+               lambda x, K: max(1.5 * x + 1e-5, 5e-4)),
+        *[Figure(f"K* resting in {name}, {limit}", at(f"limit risky_steady_state K {z}"))
+          for z, name in enumerate(economy.arrays.z_names)],
+        *[Figure(f"K* resting in {name} over the grid's - 1, {limit}", compared(f"resting {z}", 1), near,
+                 near and (lambda x, K: 0.001), own=False) for z, name in enumerate(economy.arrays.z_names)],
+        Figure(f"Euler error, log10 mean, at the worst K*, {limit}",
+               lambda x, both: max(x["limit"]["risky_steady_state"]["euler_log10"]), -3.6,
+               lambda x, K: max(x + 0.1, -3.6), signed=True),
+        Figure("response of output, gap (p.p.)", compared("impulse_response_gap output"), 0.02, lambda x, K: 0.02,
+               own=False),
+        Figure("response of capital, gap (p.p.)", compared("impulse_response_gap capital"), 0.02, lambda x, K: 0.02,
+               own=False),
+    ]
+    if sees:
+        rows.insert(6, Figure(f"Euler error, log10 mean, {N}", at("small euler_log10 mean"), -3.9, lambda x, K: x,
+                              signed=True))
+    return rows if published else [row._replace(published=None) for row in rows]
+
+
+COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
+
+
+def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
+    """Rows of COLUMNS. In the default economy tolerances are absolute, in any other a figure is measured by the grid's
+    of the same economy. Without a grid, or where a distribution still moves, nothing passes or fails."""
+    net, both, grid = figures["network"], figures["comparison"], figures.get("grid")
+    default, rows = not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy"), []
+    still = max(figures[name]["limit"]["moves"] for name in ("network", "grid") if name in figures) < MOVES
+    for row in figure_list(economy, cfg):
+        if not grid and not row.own:
+            continue
+        ours, theirs = row.of(net, both), (row.of(grid, both) if row.own else 0.0) if grid else None
+        tolerance = None
+        if grid and still:
+            tolerance = row.tolerance if default else \
+                row.elsewhere and row.elsewhere(theirs, grid["limit"]["capital"]["mean"])
+        passed = None if tolerance is None else bool((ours if row.signed else abs(ours)) <= tolerance)
+        rows.append((row.name, ours, theirs, row.published, tolerance, passed))
+    return rows
+
+
+def print_verdict(rows: list) -> None:
+    line = "{:<52}{:>10}{:>10}{:>11}{:>11}  {}"
+    print("\n" + line.format(*COLUMNS[:-1], "verdict"))
+    for name, *numbers, passed in rows:
+        shown = ["-" if x is None else f"{x:.4g}" for x in numbers]
+        print(line.format(name, *shown, {True: "pass", False: "FAIL", None: "-"}[passed]))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+# name -> data, where the network is a solid line and the grid, if there is one, a dashed one
+
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False,
+         "legend.handlelength": 3.0, "legend.columnspacing": 1.0, "axes.formatter.useoffset": False}
+BLUE, SKY = "#0072B2", "#56B4E9"  # Okabe & Ito (2008)
+LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and wide: dashes show on it in grey too
+         "grid": dict(color="black", linestyle=(0, (4, 2)), linewidth=1.1)}  # drawn second: dashes on the solid line
+
+
+@contextlib.contextmanager
+def figure(path, height, note=""):
+    """A figure in the common style, with every label above all panels, written to path at the end; no pyplot state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(7, height), layout="constrained")
+        yield fig
+        labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        if labels:
+            fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
+        fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
+        fig.savefig(path, dpi=160, format="png")
+
+
+def plot_lines(ax, gap, x, of, label):
+    """Each solution's y over x, and network minus grid in the strip below."""
+    for name, y in of.items():
+        ax.plot(x, y, label=name, **LINES[name])
+    if "grid" in of:
+        gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
+    gap.axhline(0, **LINES["grid"])
+    ax.set(ylabel=label, xlim=(x[0], x[-1]))
+    gap.set_ylabel("difference")
+
+
+def plot_distribution(path, arrays, title, note):
+    """Density and left tail of individual capital k (n,) in a panel."""
+    k_of = {name: of["k"] for name, of in arrays.items()}
+    low = min(k.min() for k in k_of.values())
+    top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
+    poor = np.linspace(low, low + (top - low) / 15, 201)
+    with figure(path, 3.6, note) as fig:
+        density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
+        for name, k in k_of.items():
+            label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
+            density.stairs(*np.histogram(k, 80, (low, top), density=True), label=label, **LINES[name])
+            tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
+        density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
+        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)")
+
+
+def plot_history(path, history):
+    """Training over outer iterations, name -> (iterations,)."""
+    panels = {"mean_K": "mean capital K (goods)", "policy_residual": "policy residual (rms of ln c~ / c)",
+              "euler": "Euler error (mean)", "movement": "movement of savings (share of K)"}
+    with figure(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
+        for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
+            ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
+            ax.set(title=title, yscale="linear" if name == "mean_K" else "log")
+
+
+def plot_policies(path, solutions, K, k_max, economy):
+    """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
+    a = economy.arrays
+    k = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(k_max), 400)).clip(a.k_min, k_max)
+    Z, S = a.income.shape
+    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
+    with figure(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
+        axes = fig.subplots(2 * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, 1.2) * len(of_z))
+        for row, column in np.ndindex(len(of_z), len(of_s)):
+            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], of_z[row], of_s[column]
+            saved = {name: solution.next_capital(k, s, K, z) - k for name, solution in solutions.items()}
+            plot_lines(ax, gap, k, saved, "k' - k (goods)")
+            ax.set_title(f"{a.z_names[z]}, {a.s_names[s]}")
+            gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
+
+
+def plot_bellman_errors(path, arrays, note):
+    """Mean and 95th percentile of |error| at the states that a solution visits, in groups of equally many by k."""
+    with figure(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
+        ax = fig.subplots()
+        for name, of in arrays.items():
+            groups = np.array_split(np.argsort(of["sample_k"]), min(40, len(of["sample_k"])))
+            k = [of["sample_k"][group].mean() for group in groups]
+            error = [np.abs(of["bellman"][group]) for group in groups]
+            ax.plot(k, [x.mean() for x in error], label=f"{name}, mean", **LINES[name])
+            ax.plot(k, [np.percentile(x, 95) for x in error], ".", label=f"{name}, 95th percentile",
+                    color=LINES[name]["color"])
+        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
+               ylabel="|Bellman error|, policy's own c (utils)")
+
+
+def plot_impulse_responses(path, responses, note):
+    """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
+    with figure(path, 4.6, f"{note}; periods after the shock.") as fig:
+        for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
+            points = series == "interest_rate"
+            for name, solution in responses.items():
+                mean, low, high = impulse_response(*solution[series], points)
+                if name == "network":
+                    ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
+                                    label="network, 10-90% of paths")
+                ax.plot(mean, label=f"{name}, mean", **LINES[name])
+            ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
+            ax.set_title(f"{series.replace('_', ' ')} ({'percentage points' if points else 'percent'})")
+
+
+def plot_capital_paths(path, arrays, z_names, note):
+    """Mean capital K on the first periods of the judged path of z; the lower states are shaded."""
+    z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
+    with figure(path, 4.0, note) as fig:
+        ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
+        ax.fill_between(range(len(z)), z < low, step="mid", color="0.9", linewidth=0, zorder=0.5,
+                        transform=ax.get_xaxis_transform(), label=" / ".join(z_names[:low]))
+        paths = {name: of["K_path"][:400, 0] for name, of in arrays.items()}
+        plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
+        gap.set_xlabel("period")
+
+
+def plot_moments(path, network, meaning, k_max):
+    """What a household with capital k adds to each learnt moment, by s, in units of the moment's own movement."""
+    k = torch.linspace(network.econ.k_min, k_max, 300, dtype=torch.float64, device=network.device)
+    S, (M_mean, M_std), p = len(network.econ.beta), network.net[2:], len(network.moments.Q[-1])
+    s = torch.arange(S, device=network.device).unsqueeze(1).expand(S, 300)
+    q = (contributions(k.expand(S, -1), s, network.moments, network.econ) - M_mean) / M_std
+    with figure(path, 1.0 + 2.4 * p) as fig:
+        for row, ax in enumerate(fig.subplots(p, 1, squeeze=False)[:, 0]):
+            for i, color in zip(sorted({0, S - 1}), (BLUE, "#D55E00")):
+                ax.plot(k.cpu(), q[i, :, row - p].cpu(), color=color, label=network.economy.arrays.s_names[i])
+            r = [float(meaning[of][row]) for of in ("K", "unemployment")]
+            ax.set(title=f"correlation {r[0]:+.2f} with K, {r[1]:+.2f} with the share in the lowest income",
+                   xlabel="individual capital k (goods)", ylabel="Q(k, s)")
+
+
+def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict) -> None:
+    """Every picture of the output directory."""
+    draw, economy, of, cfg = folder / "figures", network.economy, figures["network"], network.config
+    draw.mkdir()
+    small, limit = [f"{N}, {of[size]['periods']} periods" for size, N in
+                    (("small", f"N = {cfg.eval_agents}, {cfg.eval_economies} economies"), ("limit", "N = infinity"))]
+    title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
+    plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
+    plot_history(draw / "training_history.png", network.weights["history"])
+    solutions, K = {"network": network} | ({"grid": grid} if grid else {}), of["limit"]["capital"]["mean"]
+    top = max(np.quantile(arrays["small"]["network"]["k"], 0.9999), network.econ.k_min + 1)
+    top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
+    plot_policies(draw / "policy_functions.png", solutions, K, top, economy)
+    plot_bellman_errors(draw / "bellman_errors.png", arrays["limit"], limit)
+    if network.moments.Q:
+        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
+    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"],
+                           f"{cfg.irf_paths} paths, N = {cfg.irf_agents}")
+    plot_capital_paths(draw / "capital_path.png", arrays["limit"], economy.arrays.z_names, limit)
+
+
+# ============================================================================================== the machine
+# From here on nothing is about economics: several processes, CUDA graphs, files, the command line, one run.
 
 # ---------------------------------------------------------------------------------------------- ranks
 # Under torchrun each rank has its share of the economies and of the roll-out's households, and its own random stream.
@@ -1138,19 +3064,25 @@ def expected_capital(K_path: Tensor, z_path: Tensor, law: Tensor, econ: Tables) 
 
 RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
                for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
-# the dimension along which ranks share a tensor of the state; of `batch_` it is the first
-SHARED = dict.fromkeys(("k", "s", "z"), 0) | dict.fromkeys(
-    ("K_path", "K_next", "z_path", "M", "M_next", "k_panel", "s_panel"), 1)
+SHARED = ("k", "s", "z")  # tensors of the state of which each rank has a part
 
 
-def join_ranks(device: str) -> None:
-    """Once for every process: NCCL for what is on a GPU, gloo for what is not."""
-    if RANKS == 1 or dist.is_initialized():
+def join_ranks(device: str, task: str) -> None:
+    """Once for every process: NCCL for what is on a GPU, gloo for what is not. task: what all must have in common."""
+    if RANKS == 1:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    together(lambda: dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"))
-    atexit.register(dist.destroy_process_group)
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"torchrun: the processes do not find each other: {str(error).splitlines()[0]}") from error
+        atexit.register(dist.destroy_process_group)
+    tasks = [None] * RANKS
+    together(lambda: dist.all_gather_object(tasks, task))
+    require(len(set(tasks)) == 1, "torchrun: the processes do not solve the same economy with the same flags; start "
+            "them with one command, and draw nothing at random before dk.solve()")
 
 
 def together(work: Callable) -> None:
@@ -1210,882 +3142,106 @@ def own_share(cfg: Config) -> Config:
     return dataclasses.replace(cfg, n_economies=cfg.n_economies // RANKS, batch=cfg.batch // RANKS)
 
 
-def shared_along(name: str) -> int | None:
-    return 0 if name.startswith("batch_") else SHARED.get(name)
-
-
-def whole(state: dict) -> dict:
-    """The state of all ranks, on the CPU."""
-    return {name: x if shared_along(name) is None else gathered(x.cpu(), shared_along(name))
-            for name, x in state.items()}
-
-
-def own_part(state: dict) -> dict:
-    """Of a whole state."""
-    return {name: x if shared_along(name) is None else x.chunk(RANKS, shared_along(name))[RANK].clone()
-            for name, x in state.items()}
-
-
-# ---------------------------------------------------------------------------------------------- learning
-
-
-def roll_out(policy: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables,
-             M: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-    """k (T + 1, M) of M price-taking households along given paths s, K, z (T + 1, M), from k (M,); the moments are
-    the rows at (T + 1, M) of M (dates, V, n)."""
-    path, T = torch.empty_like(K), K.shape[0] - 1
-    path[0] = k
-    y, R = earnings(s, K, z, econ)
-    others = features_of_others(path[:T], s[:T], K[:T], z[:T], econ, policy_view(M, at, 0, T))
-    for t in range(T):
-        m = cash(path[t], y[t], R[t])
-        path[t + 1] = savings(policy, with_own(path[t], m, others[t], econ), m, econ)
-    return path
-
-
-def value_and_costate(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-                      econ: Tables, M: Tensor | None = None) -> Tuple[Tensor, Tensor]:
-    """V of the value network and, by the envelope condition, V_k = R u'(c) + Delta of the policy network: sharper than
-    the slope of V, as the policy network has the kink of the borrowing limit."""
-    m, R = cash_on_hand(k, s, K, z, econ)
-    x = features(k, s, m, K, z, econ, None if M is None else M[..., 0, :])
-    x_value = x if M is None or M.shape[-2] == 1 else features(k, s, m, K, z, econ, M[..., 1, :])
-    u_prime = marginal_utility((1 - saved_share(network(policy, x))) * (m - econ.k_min), econ)
-    V, _ = value_of(network(value, for_value(x_value)), s, z, econ)
-    return V, R * u_prime + expected_Delta(u_prime, k, s, K, z, econ)
-
-
-def surprises(policy: List[Tensor], value: List[Tensor], k: Tensor, s: Tensor, K: Tensor, z: Tensor,
-              K_next: Tensor, econ: Tables, M: Tensor | None = None, M_next: Tensor | None = None,
-              at: Tensor | None = None) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Control variates, (T, M) from paths (T + 1, M) and K_next = E[K' | K, z] (T, M): V(k', s', K', z') as it came
-    less its expectation, and the same of V_k. Their mean is zero, and they carry nearly all the noise of the realised
-    utility and of the costate: that of s' and z', and that of K', which N households leave. Then V and V_k as they
-    came. Moments: rows at (T + 1, M) of M (dates, V, n), and of M_next (dates, Z, V, n), which is E[M' | z']."""
-    T = k.shape[0] - 1
-    surprise, surprise_k, came, came_k = [torch.empty_like(k[:T]) for _ in range(4)]
-    chunk = periods_at_once(k, econ.next_s.shape[1])
-    for t in range(0, T, chunk):
-        last = min(t + chunk, T)
-        s_t, z_t = s[t:last], z[t:last]
-        k_came, K_came = k[t + 1 : last + 1], K[t + 1 : last + 1]
-        s_came, z_came = s[t + 1 : last + 1], z[t + 1 : last + 1]
-        k1, s1, K1, z1 = successors(k_came, s_t, K_next[t:last], z_t, econ)
-        M_came: Tensor | None = None
-        M1: Tensor | None = None
-        if M is not None and M_next is not None and at is not None:
-            M_came, M1 = M[at[t + 1 : last + 1]], M_next[at[t:last].expand(z1.shape), z1]
-        V, V_k = value_and_costate(policy, value, k1, s1, K1, z1, econ, M1)
-        came[t:last], came_k[t:last] = value_and_costate(policy, value, k_came, s_came, K_came, z_came, econ, M_came)
-        surprise[t:last] = came[t:last] - expected(V, s_t, z_t, econ)
-        surprise_k[t:last] = came_k[t:last] - expected(V_k, s_t, z_t, econ)
-    return surprise, surprise_k, came, came_k
-
-
-def costates(c: Tensor, dc: Tensor, k: Tensor, s: Tensor, R: Tensor, Delta: Tensor, V_T: Tensor, V_k_T: Tensor,
-             surprise: Tensor, surprise_k: Tensor, came: Tensor, came_k: Tensor,
-             econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
-    """Backwards through the roll-out, each (T, M): realised utility U_t = u(c_t) + Delta_t k_t + beta(s_t) U_{t+1}, its
-    derivative lambda_t = u'(c_t) dc/dk + Delta_t + beta(s_t) lambda_{t+1} dk'/dk, and the next costate that the
-    household weighs against u'(c_t). Equal to back-propagation through time when surprises, V and V_k as they came are
-    zero.
-
-    lambda_{t+1} is V_k as it came and, for the rest, Euler errors of later periods, each weighted by the growth of beta
-    dk'/dk u'(c) since t. Where risk aversion is high one household in a thousand loses its income with next to nothing
-    saved, its u'(c) grows a thousandfold, and its label is all noise. So the rest comes back by at most
-    one for one in each period (Munos et al. 2016), and is at most as large as E V_k: at the solution it is zero."""
-    u, u_k, beta = utility(c, econ) + Delta * k, marginal_utility(c, econ) * dc + Delta, econ.beta[s]
-    saved = torch.cat([(1 - dc / R)[1:], torch.ones_like(R[:1])])  # of a unit of cash next period
-    growth = beta * (saved * came_k).abs() / marginal_utility(c, econ)
-    kept, expected_k = 1 / growth.clamp(min=1.0), came_k - surprise_k
-    most = torch.where(came_k == 0, math.inf, expected_k.abs())
-    flow, of_next, of_saving = u + beta * ((1 - kept) * came - surprise), beta * kept, beta * (R - dc)
-    least, U, lam, lam_next = -most / 2, torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
-    U_t, lam_t = V_T, V_k_T
-    for i in range(c.shape[0]):
-        t = c.shape[0] - 1 - i
-        rest = torch.clamp(kept[t] * (lam_t - came_k[t]), least[t], most[t])
-        lam_next[t] = expected_k[t] + rest
-        U_t = torch.addcmul(flow[t], of_next[t], U_t)
-        lam_t = torch.addcmul(u_k[t], of_saving[t], lam_next[t])
-        U[t], lam[t] = U_t, lam_t
-    return U, lam, lam_next
-
-
-class Kernels(NamedTuple):
-    """The functions that run inside loops, TorchScript-compiled or as they are."""
-
-    network_capital: Callable
-    network_value: Callable
-    roll_out: Callable
-    consumption_and_slope: Callable
-    surprises: Callable
-    costates: Callable
-    network_jacobian: Callable
-    slope_jacobian: Callable
-
-
-def compile_kernels(mode: str) -> Kernels:
-    """mode 'torchscript' or 'none'. TorchScript ends with Python 3.14: there one warning, and eager mode."""
-    functions = [globals()[name] for name in Kernels._fields]
-    if mode == "torchscript" and sys.version_info >= (3, 14):
-        warnings.warn("TorchScript does not run on Python 3.14 or later: using --compile none", stacklevel=2)
-    elif mode == "torchscript":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            functions = [torch.jit.script(function) for function in functions]
-    return Kernels(*functions)
-
-
-class Batch(NamedTuple):
-    """What a roll-out of M households over T periods teaches, each (T, M)."""
-
-    k: Tensor
-    s: Tensor
-    K: Tensor
-    z: Tensor
-    K_next: Tensor  # E[K' | K, z]
-    c: Tensor
-    U: Tensor  # realised utility, then V
-    lam: Tensor  # its derivative, a sample of V_k
-    lam_next: Tensor  # lambda_{t+1}: what a unit of k' is worth
-    at: Tensor  # date and economy, a row of the state's moments
-
-
-def sample_households(panel: Panel, K_path: Tensor, K_next: Tensor, z_path: Tensor, k_range: Tensor, econ: Tables,
-                      cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Initial k (M,), paths s, K, z (T + 1, M), E[K' | K, z] (T, M) and the rows of their dates (T + 1, M): windows of
-    the simulated economies (periods, B), s drawn anew. A share of the households starts anywhere in the simulated
-    range of k (2,) and a little beyond: the ergodic set of a wrong policy never visits the tails that decide the
-    distribution."""
-    M, device = cfg.batch, K_path.device
-    economy = torch.randint(K_path.shape[1], (M,), generator=rng, device=device)
-    start = torch.randint(K_path.shape[0] - cfg.horizon, (M,), generator=rng, device=device)
-    window = start + torch.arange(cfg.horizon + 1, device=device).unsqueeze(1)
-    K, z = K_path[window, economy], z_path[window, economy]
-    start_wide, start_even, drawn = uniform((3, M), rng, device)
-    household = torch.randint(panel.k.numel(), (M,), generator=rng, device=device)
-    low, unit = (k_range[0] - econ.k_min) / 10, 0.1 * econ.c_ss
-    high = torch.maximum(cfg.wide_top * k_range[1], 5 * econ.K_mean) - econ.k_min  # at first the panel is too narrow
-    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense where c bends most
-    k = torch.where(start_wide < cfg.wide_share, wide, panel.k.flatten()[household])
-    any_s = torch.randint(econ.beta.shape[0], (M,), generator=rng, device=device)
-    s = torch.where(start_even < cfg.even_share, any_s, panel.s.flatten()[household])
-    shocks = uniform(z.shape, rng, device)
-    s_path = follow(lambda t, s: shocks[t], s, z, econ)
-    return k, s_path, K, z, K_next[window[:-1], economy], window * K_path.shape[1] + economy
-
-
-def roll_out_batch(policy: List[Tensor], value: List[Tensor], paths, econ: Tables, cfg: Config,
-                   kernels: Kernels, M: Tensor | None = None, M_next: Tensor | None = None) -> Batch:
-    """Forward along the paths, backward with utilities and costates. M and M_next as path_moments() has them."""
-    k0, s, K, z, K_next, at = paths
-    k = kernels.roll_out(policy, k0, s, K, z, econ, M, at)
-    c, dc = kernels.consumption_and_slope(policy, k[:-1], s[:-1], K[:-1], z[:-1], econ, M, at[:-1])
-    if cfg.control_variate:
-        surprise = kernels.surprises(policy, value, k, s, K, z, K_next, econ, M, M_next, at)
-        V_T, V_k_T = surprise[2][-1], surprise[3][-1]
-    else:
-        surprise, M_T = [torch.zeros_like(c)] * 4, None if M is None else M[at[-1], -1]
-        V_T, V_k_T = kernels.network_value(value, k[-1], s[-1], K[-1], z[-1], econ, M_T)
-    k, s, K, z = k[:-1], s[:-1], K[:-1], z[:-1]
-    R, _ = prices(K, z, econ)
-    Delta = expected_Delta(marginal_utility(c, econ), k, s, K, z, econ)
-    labels = kernels.costates(c, dc, k, s, R, Delta, V_T, V_k_T, *surprise, econ)
-    return Batch(k, s, K, z, K_next, c, *labels, at[:-1])
-
-
-def worth_of_saving(batch: Batch, econ: Tables) -> Tensor:
-    """beta lambda' / u'(c): one where the first-order condition holds."""
-    return econ.beta[batch.s] * batch.lam_next / marginal_utility(batch.c, econ)
-
-
-def policy_residual(batch: Batch, econ: Tables) -> Tensor:
-    """ln(c~ / c) with u'(c~) = beta lambda', within half a unit: how far log c is from its first-order condition."""
-    worth = worth_of_saving(batch, econ).clamp(min=1e-6) * marginal_utility(batch.c, econ)
-    return torch.log(inverse_marginal_utility(worth, econ) / batch.c).clamp(-0.5, 0.5)
-
-
-def add_gram(A: Tensor, jacobian: Tensor) -> None:
-    """A += jacobian' jacobian in the lower triangle and the blocks on the diagonal, which is all that a Cholesky factor
-    is made of: seven twelfths of the work."""
-    P = len(A)
-    for block in range(6):
-        low, high = P * block // 6, P * (block + 1) // 6
-        A[low:high, :high].addmm_(jacobian[:, low:high].T, jacobian[:, :high])
-
-
-def gauss_newton_step(theta: Tensor, rows: Callable, n: int, rate: Tensor, damping: Tensor, floor: float,
-                      loss: Callable, parts: tuple = (1,)) -> Tuple[Tensor, Tensor, Tensor]:
-    """rate times a Levenberg-Marquardt step, solved in float64. rows(part) gives, for a slice of the n states, pairs
-    of a residual and its jacobian = -d residual / d theta (n, P). The damping is in units of each parameter's own
-    diagonal (Marquardt 1963), so that what only few states see, the bends near the limit, is free to move, and of a
-    tenth of the mean one. The mean squared residual is added to it (Yamashita & Fukushima 2001): careful far from the
-    solution, free near it. A step that does not lower the loss is not taken, and the damping rises tenfold: decided on
-    the device, so that nothing waits for it. parts: whether all of it is tried, or a third of it, and so on: the one
-    that leaves the least loss is taken. Returns theta, damping and whether a step was taken."""
-    A, gradient, now = theta.new_zeros(len(theta), len(theta)), theta.new_zeros(len(theta)), total(loss(theta))
-    for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
-        for residual, jacobian in rows(slice(start, start + 2048)):
-            add_gram(A, jacobian)
-            gradient.addmv_(jacobian.T, residual)
-    A, gradient = total(A).double(), total(gradient)
-    A.diagonal().add_((damping + now / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
-    factor, _ = torch.linalg.cholesky_ex(A)
-    step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1)
-    best, least = theta, now
-    for part in parts:
-        trial = theta + rate / part * step.to(theta.dtype)
-        left = total(loss(trial))
-        better = left < least
-        best, least = torch.where(better, trial, best), torch.where(better, left, least)
-    taken = least < now
-    damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
-    return best, damping, taken
-
-
-class Inputs(NamedTuple):
-    """The states of a batch as both networks and all three least-squares problems see them."""
-
-    m: Tensor  # (n,)
-    x: Tensor  # (n, inputs without moments)
-    dx: Tensor  # (n, inputs)
-    weight: Tensor  # (n,) square root of the weight
-
-
-def inputs_of(batch: Batch, econ: Tables) -> Inputs:
-    m, R = cash_on_hand(batch.k, batch.s, batch.K, batch.z, econ)
-    x, dx = features(batch.k, batch.s, m, batch.K, batch.z, econ), feature_slopes(batch.k, m, R, econ)
-    return Inputs(m, x, dx, econ.root_weight[batch.s])
-
-
-def value_targets(batch: Batch, econ: Tables) -> Tuple[Tensor, Tensor, Tensor]:
-    """What g and dg/dk should be for V = U and V_k = lambda, and V_g / u'(c), which makes slopes unit-free. Utility may
-    have a bound that a noisy sample U passes: it is held to half the least and twice the most consumption for ever."""
-    U, D = batch.U, econ.annuity[joint(batch.s, batch.z, econ)]
-    if econ.equilibrium == "market":
-        U = U.clamp(D * utility(batch.c.min() / 2, econ), D * utility(2 * batch.c.max(), econ))
-    g = equivalent_of(U, batch.s, batch.z, econ)
-    _, V_g = value_of(g, batch.s, batch.z, econ)
-    return g, batch.lam / V_g, V_g / marginal_utility(batch.c, econ)
-
-
-def utility_level(layers: List[Tensor], x: Tensor, at: Inputs, batch: Batch, econ: Tables, kernels: Kernels):
-    """How far g is from realised utility, a function of layers and g, and minus its derivative, of a slice."""
-    g_target, _, _ = value_targets(batch, econ)
-    return lambda _, g: g_target - g, lambda part: kernels.network_jacobian(layers, x[part])
-
-
-def bellman_level(layers: List[Tensor], x: Tensor, at: Inputs, batch: Batch, econ: Tables, kernels: Kernels,
-                  M_next: Tensor | None = None):
-    """The same of the Bellman residual u(c) + Delta k + beta E V(s') - V(s) of the policy as it is for ever: an exact
-    sum, with nothing to average, but 1 - beta small, so by 1 / (1 - beta) heavier."""
-    here, beta = joint(batch.s, batch.z, econ), econ.beta[batch.s]
-    u_prime = marginal_utility(batch.c, econ)
-    flow = utility(batch.c, econ) + expected_Delta(u_prime, batch.k, batch.s, batch.K, batch.z, econ) * batch.k
-    k1, s1, K1, z1 = successors(at.m - batch.c, batch.s, batch.K_next, batch.z, econ)
-    M1 = None if M_next is None else M_next[batch.at.expand(z1.shape), z1][..., -1, :]
-    x1 = for_value(features(k1, s1, cash_on_hand(k1, s1, K1, z1, econ)[0], K1, z1, econ, M1))
-    V_g = value_of(network(layers, x), batch.s, batch.z, econ)[1]
-    unit = econ.annuity[here] / V_g
-    P = econ.probability[here].T * beta * unit * value_of(network(layers, x1), s1, z1, econ)[1]
-
-    def gap(layers, g):
-        V1 = value_of(network(layers, x1), s1, z1, econ)[0]
-        return unit * (flow + beta * expected(V1, batch.s, batch.z, econ) - value_of(g, batch.s, batch.z, econ)[0])
-
-    def jacobian(part):
-        out = (unit * V_g)[part].unsqueeze(1) * kernels.network_jacobian(layers, x[part])
-        for j in range(len(P)):
-            out -= P[j, part].unsqueeze(1) * kernels.network_jacobian(layers, x1[j, part])
-        return out
-
-    return gap, jacobian
-
-
-def robust(residual: Tensor, weight: Tensor) -> Tensor:
-    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
-    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the network
-    everywhere else."""
-    of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
-    return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
-
-
-def value_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-               kernels: Kernels, bellman: bool = False, seen: Seen | None = None, M_next: Tensor | None = None):
-    """Gauss-Newton on the value network's level and slope together (Huge & Savine 2020: fit the slopes too): the slope
-    goes to the costate, the level to realised utility or, with bellman, to what the Bellman equation says; learnt
-    moments then stay as they are, since next period's are not seen."""
-    at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
-
-    def inputs(layers):
-        return for_value(with_moments(at.x, layers, seen, econ))
-
-    x, dx = inputs(layers), for_value(at.dx)
-    slopes = None if bellman else learnt_slopes(layers, seen, econ)
-    _, g_k_target, unit = value_targets(batch, econ)
-    level, slope = cfg.level_weight * at.weight, cfg.slope_weight * at.weight * unit
-    if bellman:
-        gap, jacobian = bellman_level(layers, x, at, batch, econ, kernels, M_next)
-    else:
-        gap, jacobian = utility_level(layers, x, at, batch, econ, kernels)
-
-    def residuals(theta):
-        layers = layers_of(theta, econ, cfg)
-        g, g_k = network_and_slope(layers, inputs(layers), dx)
-        return torch.stack([level * gap(layers, g), slope * (g_k_target - g_k)])
-
-    now = residuals(theta)
-    if bellman:  # no noise in it, so what is large is next to a kink
-        level, slope = [weight * robust(r, torch.ones_like(r)) for weight, r in zip((level, slope), now)]
-        now = residuals(theta)
-
-    def rows(part):
-        of_part = None if slopes is None else slopes[part]
-        yield now[0, part], with_learnt(level[part].unsqueeze(1) * jacobian(part), layers, of_part)
-        slope_rows = kernels.slope_jacobian(layers, x[part], dx[part] * slope[part].unsqueeze(1))
-        yield now[1, part], with_learnt(slope_rows, layers, of_part)
-
-    floor, parts = (cfg.damping / 3, (1, 3, 9)) if bellman else (cfg.damping, (1,))
-    return gauss_newton_step(theta, rows, len(at.x), rate, damping, floor,
-                             lambda theta: residuals(theta).square().sum(), parts)
-
-
-def policy_step(theta: Tensor, rate: Tensor, damping: Tensor, batch: Batch, econ: Tables, cfg: Config,
-                kernels: Kernels, seen: Seen | None = None):
-    """Gauss-Newton on the utility objective: move log c to its first-order condition, wherever the borrowing limit
-    leaves room."""
-    at, layers = inputs_of(batch, econ), layers_of(theta, econ, cfg)
-    x, slopes = with_moments(at.x, layers, seen, econ), learnt_slopes(layers, seen, econ)
-    f, newton = network(layers, x), policy_residual(batch, econ)
-    free = ((f < 0) | (newton < 0)) * at.weight
-    free = free * robust(newton, free)
-
-    def rows(part):
-        jacobian = kernels.network_jacobian(layers, x[part]) * free[part].unsqueeze(1)
-        yield newton[part] * free[part], with_learnt(jacobian, layers, None if slopes is None else slopes[part])
-
-    def loss(theta):
-        layers = layers_of(theta, econ, cfg)
-        return ((f + newton - network(layers, with_moments(at.x, layers, seen, econ))) * free).square().sum()
-
-    return gauss_newton_step(theta, rows, len(at.x), rate, damping, cfg.damping, loss)
-
-
-def shares_of(batch: Batch, cfg: Config) -> List[Batch]:
-    """The households that each value network learns from."""
-    n = cfg.value_networks
-    return [batch] if n == 1 else [Batch(*[x[i::n] for x in batch]) for i in range(n)]
-
-
-def value_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: Seen | None = None) -> Tensor:
-    """Half the mean squared error of g, and of its slope, for Adam."""
-    at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
-    layers = layers_of(theta, econ, cfg)
-    g, g_k = network_and_slope(layers, for_value(with_moments(at.x, layers, seen, econ)), for_value(at.dx))
-    level, slope = cfg.level_weight * (g_target - g), cfg.slope_weight * unit * (g_k_target - g_k)
-    return (level.square() + slope.square()).mean() / 2
-
-
-def mean_value_loss(theta: Tensor, state: dict, batch: Batch, econ: Tables, cfg: Config) -> Tensor:
-    """Of all value networks, each on its own share of the households."""
-    losses = [value_loss(part, own, econ, cfg, seen_by(-1, state, own.at, econ, cfg))
-              for part, own in zip(theta.chunk(cfg.value_networks), shares_of(batch, cfg))]
-    return torch.stack(losses).mean()
-
-
-def policy_loss(theta: Tensor, batch: Batch, econ: Tables, cfg: Config, seen: Seen | None = None) -> Tensor:
-    """Minus the utility objective up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
-    back-propagation through time without the graph through time."""
-    layers = layers_of(theta, econ, cfg)
-    f = network(layers, with_moments(inputs_of(batch, econ).x, layers, seen, econ)).clamp(max=0.0)
-    first_order = (1 - worth_of_saving(batch, econ)) * marginal_utility(batch.c, econ) * batch.c
-    discount = econ.beta[batch.s].cumprod(0) / econ.beta[batch.s]
-    return -(discount * first_order * f).sum(0).mean()
-
-
-def taught(cfg: Config) -> List[int]:
-    """Periods of a roll-out whose states teach. All lie in its first half, so that labels have at least T / 2 periods
-    of realised utility in them before V takes over; many lie early, where households are where they were put."""
-    last = max(cfg.horizon // 2 - 1, 0)
-    return sorted({round(last * (i / max(cfg.states - 1, 1)) ** 3) for i in range(cfg.states)})
-
-
-def thin(batch: Batch, cfg: Config) -> Batch:
-    """The states that teach, as one list."""
-    return Batch(*[torch.cat([path[t] for t in taught(cfg)]) for path in batch])
-
-
-HISTORY = ("seconds", "mean_K", "objective", "policy_residual", "value_residual", "slope_residual", "value_spread",
-           "at_limit", "euler", "policy_taken", "value_taken", "policy_damping", "value_damping", "rate", "movement")
-WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mean capital at which savings are watched
-
-
-def watched_savings(state: dict, econ: Tables, cfg: Config) -> Tensor:
-    """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its mean: (10,)."""
-    Z, S = econ.shares.shape
-    device, K = econ.TFP.device, econ.K_mean
-    above = K - econ.k_min
-    k = econ.k_min + torch.stack([multiple * above for multiple in WATCHED]).view(-1, 1, 1, 1)
-    of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
-    at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
-    M = torch.zeros_like(econ.M_mean[0]) if econ.M_mean.numel() else None  # moments at their means
-    k_next = network_capital(layers_of(state["policy"], econ, cfg), *at, econ, M)  # (10, 3, Z, S)
-    return (k_next * econ.shares).sum((2, 3)).mean(1) / K
-
-
-def movement(watched: list) -> float:
-    """Mean change between two means of five iterations in a row of watched_savings(), which averages noise out."""
-    n = min(5, len(watched) // 2)
-    if n == 0:
-        return 1.0
-    means = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
-    return float(np.abs(means[1] - means[0]).mean())
-
-
-def iteration_figures(state: dict, objective: Tensor, batch: Batch, econ: Tables, cfg: Config, taken) -> Tensor:
-    """The figures of HISTORY from mean_K to value_damping and watched_savings(), on the device."""
-    at, (g_target, g_k_target, unit) = inputs_of(batch, econ), value_targets(batch, econ)
-    (layers, value), M = networks_of(state, econ, cfg), by_date(state, "M")
-    x = for_value(at.x if M is None else torch.cat([at.x, M[batch.at, -1]], 1))
-    g, g_k = network_and_slope(value, x, for_value(at.dx))
-    apart = torch.stack([network(one, x) - g for one in value_networks(state, econ, cfg)]).square().mean()
-    free = batch.c < (at.m - econ.k_min) * (1 - 1e-6)
-    at_limit = 1 - free.to(at.m.dtype).mean()
-    first_order = torch.where(free, policy_residual(batch, econ), torch.zeros_like(at.m))
-    squares = [x.square().mean() for x in (first_order, econ.value_unit * (g_target - g), unit * (g_k_target - g_k))]
-    states = States.expected(batch, econ)
-    if M is not None:
-        states = states._replace(M=M[batch.at], M_next=by_date(state, "M_next")[batch.at])
-
-    def policy(k, s, K, z, M=None):
-        return network_capital(layers, k, s, K, z, econ, None if M is None else M[..., 0, :])
-
-    error, counts = euler_residuals(policy, states, econ)
-    euler, n = (error.abs() * counts).sum(), counts.sum()
-    mean_K, objective, *squares, apart, at_limit, euler, n = total(torch.stack(
-        [state["k"].mean(), objective, *squares, apart, at_limit, euler, n])) / RANKS
-    rms, damping = [square.sqrt() for square in (*squares, apart)], state["damping"]
-    rms[-1] *= econ.value_unit
-    figures = torch.stack([mean_K, objective, *rms, at_limit, euler / n, *taken, damping[0], damping[1:].mean()])
-    return torch.cat([figures, watched_savings(state, econ, cfg)])
-
-
-def iterate(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator, optimizers) -> Tensor:
-    """One outer iteration, in place on the tensors of the state: learn from the states of the last roll-out, then
-    simulate and roll out under the new policy. Returns its figures without waiting for them."""
-    states = Batch(*[state[f"batch_{name}"] for name in Batch._fields])
-    taken = state["damping"].new_zeros(2)
-    if state["iteration"] > 0 and cfg.optimizer == "gauss-newton":
-        taken = gauss_newton_updates(state, states, econ, cfg, kernels)
-    if cfg.optimizer == "adam":
-        taken = adam_updates(state, econ, cfg, kernels, rng, optimizers)
-    for name in ("policy", "value"):
-        agreed(state[name])
-    simulate_on(state, econ, cfg, kernels, rng)
-    if learns(state, cfg) == "value":  # V of the final policy matters where that policy leads
-        cfg = dataclasses.replace(cfg, wide_share=0.0)
-    batch = roll_out_sample(state, econ, cfg, kernels, rng)
-    keep_batch(state, batch, cfg)
-    if state["iteration"] == 0 and cfg.optimizer == "gauss-newton":
-        for _ in range(10 if cfg.learnt_moments else 4):  # the value network, a constant so far, meets its first labels
-            value_update(state, states, state["rates"][1], econ, cfg, kernels)
-    return iteration_figures(state, batch.U[0].mean(), states, econ, cfg, taken)
-
-
-def simulate_on(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> None:
-    """The economies go on from where they are, under the current policy, and what is learnt of them is kept in the
-    state: paths, beliefs, range and centre of capital, moments."""
-    networks = networks_of(state, econ, cfg)
-
-    def policy(k, s, K, z):
-        M = moments_of(networks[:1], k, s, econ, cfg) if econ.M_mean.numel() else None
-        return kernels.network_capital(networks[0], k, s, K, z, econ, M)
-
-    k, order = state["k"].sort(1)  # by wealth: shocks are spread evenly over the rich and over the poor, too
-    s, groups = state["s"].gather(1, order), econ.of_group.shape[1]
-    scale = 1 + cfg.K_spread * (2 * uniform((cfg.n_economies, groups), rng, state["z"].device) - 1)
-    scale = scale.gather(1, group_of(s, econ)) if groups > 1 else scale  # each group's capital by a factor of its own
-    panel = Panel(econ.k_min + (k - econ.k_min) * scale, s, state["z"])
-    gains, k_path, s_path = torch.zeros_like(state["K_path"]), [], []
-    economies = simulate([policy], panel, cfg.periods, econ, rng, cfg.systematic and not needs_noise(cfg))
-    for t, (s, z, [(k, K, k_next)]) in enumerate(economies):
-        state["K_path"][t], state["z_path"][t] = K[:, 0], z[:, 0]
-        if econ.M_mean.numel():
-            k_path.append(k)
-            s_path.append(s)
-        if econ.equilibrium == "planner":
-            gains[t] = gain_from_K(k, s, k_next, K, z, econ).mean(1)
-        panel = Panel(k, s, z)
-    for name, tensor in zip(Panel._fields, panel):
-        state[name].copy_(tensor)
-    K_path, z_path = gathered(state["K_path"], 1), gathered(state["z_path"], 1)
-    if econ.equilibrium == "planner":
-        law, _ = regress_by_z(gathered(gains, 1).double(), torch.log(K_path.double()), z_path, econ.TFP * 0)
-        approach(econ.Delta_law, law, state["rates"][2])
-    if not econ.M_mean.numel():
-        approach(state["K_law"], belief(K_path, z_path, econ), state["rates"][3])
-    state["K_next"].copy_(expected_capital(state["K_path"], state["z_path"], state["K_law"], econ))
-    state["k_range"].copy_(widened(state["k_range"], panel.k))
-    if k_path:
-        keep_moments(state, networks, torch.stack(k_path), torch.stack(s_path), econ, cfg)
-    recentre(state, econ, cfg)
-
-
-DISPERSED = 15  # outer iterations that start from disperse()
-
-
-def disperse(state: dict, econ: Tables, rng: torch.Generator) -> None:
-    """Everybody's k anew, dispersed as in initial_panel() around the mean of the household's economy and group. Under
-    the first policies, far from a solution, the cross-section collapses, and what K' is then, and for the 2,000 periods
-    that it takes to spread again, is not the law of motion."""
-    k, s = state["k"], state["s"]
-    draws = dispersed(k.shape, rng).to(k.device)
-
-    def mean(x):
-        return MOMENTS["groups"](x, s, econ).mean(1).gather(1, group_of(s, econ))
-
-    k.copy_(econ.k_min + draws * mean(k - econ.k_min) / mean(draws))
-
-
-def range_of(k: Tensor) -> Tensor:
-    """Least and largest k on all ranks (2,)."""
-    ends = gathered(torch.stack([k.min(), k.max()]), 0)
-    return torch.stack([ends.min(), ends.max()])
-
-
-def widened(k_range: Tensor, k: Tensor) -> Tensor:
-    """The simulated range of capital (2,): it grows at once and shrinks by a tenth an iteration, so that rare states
-    are learnt from all the time and not by fits."""
-    now = range_of(k)
-    slowly = k_range + 0.1 * (now - k_range)
-    return torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]])
-
-
-def recentre(state: dict, econ: Tables, cfg: Config) -> None:
-    """Where mean K has moved by more than a tenth, the input ln K is centred there anew; the first biases take the
-    difference up, so that both networks stay the functions they were."""
-    shift = total(torch.log(state["K_path"] / econ.K_mean).mean()) / RANKS
-    shift = torch.where(shift.abs() > 0.1, shift, torch.zeros_like(shift))
-    econ.K_mean.mul_(torch.exp(shift))
-    policy, values = layers_of(state["policy"].detach(), econ, cfg), value_networks(state, econ, cfg)
-    shift = econ.K_scale * shift  # of the input
-    policy[1].add_(shift * policy[0][:, K_INPUT])
-    for W1, b1, *_ in values:  # x = x' + shift, and x^2 = x'^2 + 2 shift x' + shift^2
-        of_square, of_x = W1[:, 0], W1[:, 1 + K_INPUT]
-        b1.add_(shift * (of_x + shift * of_square))
-        of_x.add_(2 * shift * of_square)
-    if not econ.M_mean.numel():
-        return
-    M, n = gathered(state["M"], 1).flatten(0, 1), econ.M_mean.shape[1]
-    shift, unit = M.mean(0) * n**0.5, M.std(0) * n**0.5  # (V, n)
-    moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
-    shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
-    for view, (W1, b1, *_) in ((0, policy), *((-1, layers) for layers in values)):
-        b1.add_(W1[:, -n:] @ shift[view] / n**0.5)
-        W1[:, -n:].mul_(unit[view])
-    econ.M_mean.add_(econ.M_std * shift)
-    econ.M_std.mul_(unit)
-    for name in ("M", "M_next"):
-        state[name].sub_(shift / n**0.5).div_(unit)
-
-
-def keep_moments(state: dict, networks: list, k: Tensor, s: Tensor, econ: Tables, cfg: Config) -> None:
-    """Moments at all dates of the simulation k, s (periods, B, N) and, where they are learnt, the cross-sections."""
-    M, M_next = path_moments(networks, k, s, state["z_path"], econ, cfg)
-    state["M"].copy_(M.view_as(state["M"]))
-    state["M_next"].copy_(M_next.view_as(state["M_next"]))
-    if cfg.learnt_moments:
-        state["k_panel"].copy_(k)
-        state["s_panel"].copy_(s)
-
-
-def roll_out_sample(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator) -> Batch:
-    """Labels of freshly drawn households under the current networks."""
-    panel = Panel(state["k"], state["s"], state["z"])
-    of_state = [state[name] for name in ("K_path", "K_next", "z_path", "k_range")]
-    paths = sample_households(panel, *of_state, econ, cfg, rng)
-    policy, value = networks_of(state, econ, cfg)
-    return roll_out_batch(policy, value, paths, econ, cfg, kernels, by_date(state, "M"), by_date(state, "M_next"))
-
-
-def keep_batch(state: dict, batch: Batch, cfg: Config) -> None:
-    for name, tensor in zip(Batch._fields, thin(batch, cfg)):
-        state[f"batch_{name}"].copy_(tensor)
-
-
-def value_update(state: dict, states: Batch, rate, econ: Tables, cfg: Config, kernels: Kernels, bellman: bool = False):
-    """A step of each value network on its own share of the households; whether all were taken."""
-    damping, taken = state["damping"][1:], []
-    for i, (theta, own) in enumerate(zip(state["value"].chunk(cfg.value_networks), shares_of(states, cfg))):
-        found, damping[i], step_taken = value_step(theta, rate, damping[i], own, econ, cfg, kernels, bellman,
-                                                   seen_by(-1, state, own.at, econ, cfg), by_date(state, "M_next"))
-        theta.copy_(found)
-        taken.append(step_taken)
-    return torch.stack(taken).all()
-
-
-def gauss_newton_updates(state: dict, states: Batch, econ: Tables, cfg: Config, kernels: Kernels) -> Tensor:
-    """A step of each network that learns, on the same states; whether they were taken, (2,)."""
-    which, (policy_rate, value_rate, _, _, momentum), damping = learns(state, cfg), state["rates"], state["damping"]
-    taken = value_taken = torch.zeros_like(damping[0], dtype=torch.bool)
-    if which != "value":
-        policy, damping[0], taken = policy_step(state["policy"], policy_rate, damping[0], states, econ, cfg, kernels,
-                                                seen_by(0, state, states.at, econ, cfg))
-        if cfg.learnt_moments:
-            policy = policy + torch.where(taken, momentum * state["last_step"], torch.zeros_like(policy))
-            state["last_step"].copy_(policy - state["policy"])
-        state["policy"].copy_(policy)
-    if which == "both":
-        value_taken = value_update(state, states, value_rate, econ, cfg, kernels)
-    if which == "value":
-        n = min(4, len(states.k) // cfg.value_networks)  # a quarter is enough where there is no noise to average
-        for i in range(12):
-            some = Batch(*[x[i % n :: n] for x in states])
-            value_taken = value_update(state, some, torch.ones_like(value_rate), econ, cfg, kernels, bellman=True)
-    return torch.stack([taken, value_taken]).to(damping.dtype)
-
-
-def change_of(series: list, n: int) -> float:
-    """Mean of the last n over the mean of the n before."""
-    return float(np.mean(series[-n:]) / np.mean(series[-2 * n : -n]))
-
-
-def has_settled(history: dict, cfg: Config) -> bool:
-    """Savings moved little ten times in a row, and Euler errors neither fall nor rise."""
-    moved = history["movement"][-10:]
-    return len(moved) == 10 and max(moved) < cfg.settle and 0.8 < change_of(history["euler"], 5) < 1.25
-
-
-def full_steps(state: dict, cfg: Config) -> int:
-    """Iterations with steps of full size: until savings have settled, or as many as there is room for."""
-    if cfg.optimizer == "adam":
-        return cfg.iterations
-    return state["settled"] or max(cfg.iterations - cfg.averaging - cfg.final_value_steps, 0)
-
-
-def last_iteration(state: dict, cfg: Config) -> int:
-    return min(full_steps(state, cfg) + cfg.averaging + cfg.final_value_steps, cfg.iterations)
-
-
-NEAR = {"policy_residual": 0.05, "slope_residual": 0.005}  # below which a network is near a solution
-
-
-def is_near(state: dict, residual: str) -> bool:
-    """Whether this residual was below NEAR in one of the last three iterations."""
-    return min(state["history"][residual][-3:], default=1.0) < NEAR[residual]
-
-
-def learns(state: dict, cfg: Config) -> str:
-    """Which network learns: both; the policy alone once both are near a solution, as with control variates no label of
-    the policy sees V (but a moment that V learns takes all the time there is); in the last outer iterations V alone,
-    fitted to the policy as it is."""
-    first = last_iteration(state, cfg) - cfg.final_value_steps
-    if cfg.optimizer == "gauss-newton" and state["iteration"] >= first > 0:
-        return "value"
-    can_wait = cfg.control_variate and not cfg.learnt_moments
-    return "policy" if can_wait and all(is_near(state, residual) for residual in NEAR) else "both"
-
-
-def adam_updates(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng, optimizers: dict) -> Tensor:
-    """value_steps of Adam, a roll-out for every twenty, then policy_steps, each on one of its own, in economies that
-    follow."""
-
-    def descend(name, loss):
-        theta = optimizers[name].param_groups[0]["params"][0]
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(theta), theta)
-        theta.grad = total(gradient) / RANKS
-        optimizers[name].step()
-
-    if state["iteration"] > 0:  # before, there is no simulated path
-        for step in range(cfg.value_steps):
-            if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
-                states = thin(roll_out_sample(state, econ, cfg, kernels, rng), cfg)
-            descend("value", lambda theta, states=states: mean_value_loss(theta, state, states, econ, cfg))
-        for step in range(cfg.policy_steps):
-            if step % 20 == 19:  # the paper simulates at every step: prices follow what households save
-                simulate_on(state, econ, cfg, kernels, rng)
-            batch = roll_out_sample(state, econ, cfg, kernels, rng)
-            seen = seen_by(0, state, batch.at, econ, cfg)
-            descend("policy", lambda theta, batch=batch, seen=seen: policy_loss(theta, batch, econ, cfg, seen))
-    return state["damping"].new_ones(2)
-
-
-def make_optimizers(state: dict, cfg: Config) -> dict:
-    """Adam on the state's own tensors, for the presets that use it, with the momentum of the authors' code."""
-    if cfg.optimizer != "adam":
-        return {}
-    return {name: torch.optim.Adam([state[name].requires_grad_()], getattr(cfg, f"{name}_rate"), betas=(0.99, 0.99))
-            for name in ("policy", "value")}
-
-
-def resting_share(econ: Tables) -> float:
-    """Consumption as a share of cash on hand above the limit at which the representative household keeps K_mean."""
-    of_z, K = econ.shares.sum(1), econ.K_mean
-    Y = output(K, 0, econ._replace(TFP=[of_z @ econ.TFP], L=[of_z @ econ.L]))
-    return float((Y - econ.delta * K) / (Y + (1 - econ.delta) * K - econ.k_min))
-
-
-def initial_state(econ: Tables, cfg: Config, seed: int, rng: torch.Generator) -> dict:
-    """Everything that a run carries from one outer iteration to the next."""
-    device = econ.TFP.device
-    panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, rng)
-    n_states = cfg.batch * len(taught(cfg))
-
-    def started(bias, seed, network):
-        n = n_inputs(econ, network)
-        theta = torch.cat([initial_parameters(n, cfg.hidden, bias, seed), initial_learnt(econ, cfg, seed)]).to(device)
-        W1 = layers_of(theta, econ, cfg)[0]
-        W1[:, n - econ.M_mean.shape[1] :] = 0  # moments come in as they are needed
-        W1[:, : n - n_inputs(econ)] = 0  # and so does the square of ln K, which is large while K is far from its centre
-        return theta
-
-    policy = started(math.log(resting_share(econ)), seed, "policy")
-    value = torch.cat([started(0.0, seed + 1 + i, "value") for i in range(cfg.value_networks)])
-    dates, moments = (cfg.periods, cfg.n_economies), {}
-    if econ.M_mean.numel():
-        moments = {"M_mean": econ.M_mean, "M_std": econ.M_std,
-                   "M": torch.zeros(*dates, *econ.M_mean.shape, device=device),
-                   "M_next": torch.zeros(*dates, len(econ.TFP), *econ.M_mean.shape, device=device),
-                   "k_panel": torch.zeros(*dates, cfg.n_agents if cfg.learnt_moments else 0, device=device)}
-        moments["s_panel"] = moments["k_panel"].to(torch.int16)
-        if cfg.learnt_moments:
-            moments["last_step"] = torch.zeros_like(policy)  # of the policy, for momentum
-    return {
-        "iteration": 0,
-        "policy": policy,
-        "value": value,
-        "damping": torch.full((1 + cfg.value_networks,), 1e-2, device=device),
-        "rates": torch.zeros(5, device=device),  # of the policy step, the value step, the laws of Delta and K, momentum
-        "k_range": range_of(panel.k),
-        "caution": 1.0,
-        "settled": 0,  # iteration at which savings had settled
-        "watched": [],  # the last ten of watched_savings()
-        "unbounded": 0,  # iterations in a row in which a planner's households saved without bound
-        **panel._asdict(),
-        "K_mean": econ.K_mean,
-        "Delta_law": econ.Delta_law,
-        "K_law": torch.tensor([0.0, 1.0], dtype=torch.float64, device=device).repeat(len(econ.TFP), 1),
-        "K_path": torch.zeros(cfg.periods, cfg.n_economies, device=device),
-        "K_next": torch.zeros(cfg.periods - 1, cfg.n_economies, device=device),  # E[K' | K, z]
-        "z_path": torch.zeros(cfg.periods, cfg.n_economies, device=device, dtype=torch.int64),
-        **moments,
-        **{f"batch_{name}": torch.zeros(n_states, device=device,
-                                        dtype=torch.int64 if name in ("s", "z", "at") else None)
-           for name in Batch._fields},
-        "history": {name: [] for name in HISTORY},
-    }
-
-
-def set_rates(state: dict, cfg: Config, optimizers: dict) -> None:
-    """Steps of full size until savings have settled, then falling like 1 / n: from there on they average the noise
-    out. Adam keeps its rates. All are smaller for a while after an iteration that was taken back. The cross-section of
-    a policy that is still far from its first-order condition says nothing of the planner's Delta, which waits; the law
-    of motion of K that households believe in follows by halves, and falling like the steps. Where moments are learnt
-    the policy has momentum near the end of the full steps, for the last slow errors, which one step hardly moves."""
-    for name, optimizer in optimizers.items():
-        optimizer.param_groups[0]["lr"] = state["caution"] * getattr(cfg, f"{name}_rate")
-    fall = 1 + cfg.decay * max(state["iteration"] - full_steps(state, cfg), 0)
-    step, law = state["caution"] / fall, 1.0 if state["iteration"] == 0 or optimizers else 0.5
-    momentum = 0.4 if cfg.learnt_moments and not optimizers and movement(state["watched"]) < 10 * cfg.settle else 0.0
-    of_Delta = 0.2 * is_near(state, "policy_residual")
-    rates = [(1 - momentum) * cfg.policy_rate * step, step, of_Delta, law * step, momentum]
-    state["rates"].copy_(torch.tensor(rates))
-
-
-def find_trouble(figures: dict, last_residual: float, econ: Tables) -> str | None:
-    """The first quantity that says the iteration went wrong."""
-    for name, figure in figures.items():
-        if not math.isfinite(figure):
-            return f"{name} is {figure}"
-    if not 0.01 < figures["mean_K"] / econ.K_ss < 100:
-        return f"mean_K is {figures['mean_K']:.3g}, far from {econ.K_ss:.3g} of the steady state"
+# ---------------------------------------------------------------------------------------------- around the loop
+
+
+def find_trouble(figures: dict, last_residual: float, K_ss: float) -> str:
+    """The first quantity that says the iteration went wrong, or nothing."""
+    for name in ("mean_K", "policy_residual", "euler", "at_limit"):
+        if not math.isfinite(figures[name]):
+            return f"{name} is {figures[name]}"
+    if not 0.01 < figures["mean_K"] / K_ss < 100:
+        return f"mean_K is {figures['mean_K']:.3g}, far from {K_ss:.3g} of the steady state"
     if figures["at_limit"] > 0.9:
         return f"at_limit is {figures['at_limit']:.2f}: the policy network is saturated, nobody saves"
     if figures["policy_residual"] > max(2 * last_residual, 0.05):
         return f"policy_residual rose from {last_residual:.3g} to {figures['policy_residual']:.3g}"
-    return None
+    return ""
 
 
-def unbounded_saving(state: dict, econ: Tables, cfg: Config) -> str:
+class Guard:
+    """What surrounds learn(): an iteration as a CUDA graph, one that went wrong taken back and tried again with new
+    draws and half the step (three in a row raise UserError), the checkpoint, progress, a busy machine."""
+
+    def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
+        self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
+        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []
+        hidden = True if RANK else None  # None: on a terminal only
+        self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
+
+    def run(self, iteration: Callable) -> dict:
+        """Figures of an iteration that went well."""
+        state, history = self.state, self.state.history["policy_residual"]
+        before, start = {name: x.clone() for name, x in state.tensors().items()}, time.perf_counter()
+        for _ in range(3):
+            if self.graphs and state.iteration > 0 and not self.graph:
+                self.graph = capture(iteration, list(state.tensors().values()), self.rng)
+            figures = (self.graph or iteration)().tolist()  # the one wait for the device
+            watched, figures = figures[-len(WATCHED) :], dict(zip(HISTORY[1:], figures))
+            # the labels of the published algorithm are too noisy to compare
+            last = history[-1] if history and not self.cfg.published else math.inf
+            trouble = find_trouble(figures, last, self.econ.K_ss)
+            if not trouble:
+                state.caution = min(1.0, 1.5 * state.caution)
+                return figures | {"watched": watched, "seconds": time.perf_counter() - start}
+            tqdm.write(f"iteration {state.iteration + 1} taken back: {trouble}")
+            for name, x in state.tensors().items():
+                x.copy_(before[name])
+            state.policy.copy_(state.policy_before)  # it was the last step that led here
+            state.caution /= 2
+            set_rates(state, self.cfg)
+        raise UserError(f"{trouble}; tried three times; lower --policy-rate")
+
+    def after_iteration(self) -> None:
+        state, why = self.state, ""
+        if self.econ.equilibrium == "planner":
+            why = unbounded_saving(state, self.econ, self.cfg)
+            state.unbounded = state.unbounded + 1 if why else 0
+        self.save()
+        Interrupted.iteration = state.iteration
+        shown = {name: state.history[name][-1] for name in ("mean_K", "policy_residual", "euler", "movement")}
+        words = " ".join(f"{name} {x:.4g}" for name, x in shown.items())
+        self.bar.set_postfix_str(words, refresh=False)
+        self.bar.update()
+        if self.bar.disable:
+            print(f"iteration {state.iteration} {words} seconds {state.history['seconds'][-1]:.2f}", flush=True)
+        self.mind_the_machine()
+        # before the 25th no policy is near a solution
+        require(state.unbounded < 10 or state.iteration < 25, why)
+
+    def mind_the_machine(self) -> None:
+        """Threads that wait for each other on cores that others use are far slower than one: where the system took a
+        core away hundreds of times a second in three iterations in a row, one thread goes on alone."""
+        with contextlib.suppress(ImportError):  # Windows does not count
+            import resource
+
+            self.switches.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw))
+            (start, before), (now, after) = self.switches[-4:][0], self.switches[-1]
+            if len(self.switches) > 3 and torch.get_num_threads() > 1 and after - before > BUSY * (now - start):
+                torch.set_num_threads(1)
+                tqdm.write("this machine is busy with other work: going on with one thread (OMP_NUM_THREADS=1 does so "
+                           "from the start)")
+
+
+BUSY = 150  # involuntary switches a second, in all threads; a quiet machine has a tenth of that
+
+
+def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
     saves more and more; what bounds its wealth is R < 1 alone."""
-    k, s, z = (gathered(state[name], SHARED[name]) for name in Panel._fields)
+    k, s, z = (gathered(x, 0) for x in (state.k, state.s, state.z))
     K = k.mean(1, keepdim=True)
-    networks = [layers_of(state["policy"], econ, cfg)]
-    M = moments_of(networks, k, s, econ, cfg) if econ.M_mean.numel() else None
-    k_next = network_capital(networks[0], k, s, K, z, econ, M)
-    m, R = cash_on_hand(k, s, K, z, econ)
+    M = moments_of(k, s, seen_moments(state, econ, cfg), econ).unsqueeze(1)
+    at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K)).to(k.dtype))
+    c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(K, z, econ)[0]
     richest, R = k.argmax(), float(R.mean())
-    u_prime = marginal_utility((m - k_next).flatten()[richest], econ)
-    beta = econ.beta[s.flatten()[richest]]
-    gain = float(beta * (expected_Delta(u_prime, k, s, K, z, econ).mean() + R * u_prime) / u_prime)
+    u_prime, beta = marginal_utility(c.flatten()[richest], econ), econ.beta[s.flatten()[richest]]
+    gain = float(beta * (at.Delta.mean() + R * u_prime) / u_prime)
     if R > 1 and gain > 1:
         return (f"--equilibrium planner: no stationary answer: at R = {R:.4f} a unit that the richest household saves "
                 f"is worth {gain:.3f} of one that it consumes, Delta included, so it saves without bound; "
                 "the checkpoint stays, take --equilibrium market or game, or a lower discount factor")
     return ""
-
-
-def train(state: dict, econ: Tables, cfg: Config, kernels: Kernels, rng: torch.Generator, graphs: bool,
-          after_iteration: Callable[[dict], None]) -> None:
-    """The outer loop, from state['iteration'] to last_iteration(). An iteration that went wrong is taken back and
-    tried again with new draws and half the step; three in a row raise UserError. One wait for the device an
-    iteration: its figures."""
-    optimizers = make_optimizers(state, cfg)
-    for name, optimizer in optimizers.items():
-        if f"adam_{name}" in state:
-            optimizer.load_state_dict(state[f"adam_{name}"])
-    tensors = [value.detach() for value in state.values() if isinstance(value, Tensor)]
-    graphs_of_phase, failures = {}, 0
-    while state["iteration"] < last_iteration(state, cfg):
-        start, before = time.perf_counter(), [tensor.clone() for tensor in tensors]
-        optimizers_before = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
-        set_rates(state, cfg, optimizers)
-        if 0 < state["iteration"] < DISPERSED and not optimizers:
-            disperse(state, econ, rng)
-        with torch.no_grad():
-            if graphs and state["iteration"] > 0 and not optimizers:
-                phase = learns(state, cfg)
-                if phase not in graphs_of_phase:
-                    step = functools.partial(iterate, state, econ, cfg, kernels, rng, optimizers)
-                    graphs_of_phase[phase] = capture(step, tensors, rng)
-                figures = graphs_of_phase[phase]()
-            else:
-                figures = iterate(state, econ, cfg, kernels, rng, optimizers)
-        *figures, watched = figures[: -len(WATCHED)].tolist() + [figures[-len(WATCHED) :].tolist()]
-        figures = dict(zip(HISTORY[1:], figures))
-        residuals = [] if optimizers else state["history"]["policy_residual"]  # Adam's labels are too noisy to compare
-        if residuals and learns(state, cfg) == "value":  # the policy is what it was, the states are others
-            figures["policy_residual"] = residuals[-1]
-        trouble = find_trouble(figures, residuals[-1] if residuals else math.inf, econ)
-        if trouble:
-            failures += 1
-            tqdm.write(f"iteration {state['iteration'] + 1} taken back: {trouble}")
-            if failures == 3:
-                raise UserError(f"{trouble}; tried three times; lower --policy-rate or raise --damping")
-            for tensor, old in zip(tensors, before):
-                tensor.copy_(old)
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(optimizers_before[name])
-            state["caution"] /= 2
-            continue
-        failures, state["caution"] = 0, min(1.0, 1.5 * state["caution"])
-        state["watched"] = [*state["watched"][-9:], watched]
-        figures.update(seconds=time.perf_counter() - start, rate=float(state["rates"][0]),
-                       movement=movement(state["watched"]))
-        for name, column in state["history"].items():
-            column.append(figures[name])
-        state["iteration"] += 1
-        if state["settled"] == 0 and has_settled(state["history"], cfg):
-            state["settled"] = state["iteration"]
-        state.update({f"adam_{name}": optimizer.state_dict() for name, optimizer in optimizers.items()})
-        why = unbounded_saving(state, econ, cfg) if econ.equilibrium == "planner" else ""
-        state["unbounded"] = state["unbounded"] + 1 if why else 0
-        after_iteration(state)
-        if state["unbounded"] >= 10 and state["iteration"] >= 25:  # before, no policy is near a solution
-            raise UserError(why)
 
 
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
@@ -2119,1142 +3275,36 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
 
 
 def replayed(policy: Callable) -> Callable:
-    """The same function of tensors of one shape, k first, as a CUDA graph for each dtype of k."""
-    graphs = {}
+    """The same function of tensors of one shape as a CUDA graph."""
+    graph = []
 
     def replay(*now: Tensor) -> Tensor:
-        if now[0].dtype not in graphs:
+        if not graph:
             held = [x.clone() for x in now]
-            step = capture(lambda: policy(*held), [], torch.Generator())  # it draws nothing
-            graphs[now[0].dtype] = held, step
-        held, step = graphs[now[0].dtype]
-        for of_graph, x in zip(held, now):
+            graph[:] = held, capture(lambda: policy(*held), [], torch.Generator())  # it draws nothing
+        for of_graph, x in zip(graph[0], now):
             of_graph.copy_(x)
-        return step().clone()
+        return graph[1]().clone()
 
     return replay
 
 
-# ---------------------------------------------------------------------------------------------- solutions
-
-
-class Policy:
-    """What the network's and the grid's solution share: a policy and a value, on tensors and on numpy arrays."""
-
-    sees_moments = False  # beside K
-
-    def in_panel(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
-        return self.policy(k, s, K, z)
-
-    def now_and_next_moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor,
-                             weight: Tensor | float = 1.0) -> tuple:
-        """(M, E[M' | z']) of cross-sections (B, N), z (B, 1), or nothing where only K is seen of them."""
-        return ()
-
-    def of_mass(self, k: np.ndarray) -> Callable | None:
-        """For a policy that sees moments: k' (s, n) at nodes k as a function of the mass (s, n), K and z."""
-        return None
-
-    def next_capital(self, k, s, K, z, M=None) -> np.ndarray:
-        """k' for numbers or arrays that broadcast: k, K in goods, s and z indices, or else a ValueError; M (..., V, n)
-        as moments() gives it, without which moments, if there are any, are as usual at K and z."""
-        return self.on_arrays(self.policy, k, s, K, z, M)
-
-    def value(self, k, s, K, z, M=None) -> np.ndarray:
-        """Expected discounted utility in utils, arguments as in next_capital."""
-        return self.on_arrays(self.utils, k, s, K, z, M)
-
-    def utils(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor, *M: Tensor) -> Tensor:
-        """V with u(c) = c^(1 - gamma) / (1 - gamma) or ln c, where values() has c in units of c_ss."""
-        econ = self.econ
-        if econ.gamma == 1.0:
-            return self.values(k, s, K, z, *M) + econ.annuity[joint(s, z, econ)] * math.log(econ.c_ss)
-        return self.values(k, s, K, z, *M) * econ.c_ss ** (1 - econ.gamma)
-
-    @property
-    def device(self):
-        return self.econ.TFP.device
-
-    def on_arrays(self, function: Callable, k, s, K, z, M=None) -> np.ndarray:
-        """Call a tensor function of the state with numbers or arrays."""
-        k, s, K, z = np.broadcast_arrays(k, s, K, z)
-        for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
-            wrong = index[~np.isin(index, np.arange(n))]
-            if wrong.size:
-                raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
-        types = torch.float64, torch.int64, torch.float64, torch.int64
-        tensors = [torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), types)]
-        if M is None:
-            return function(*tensors).cpu().numpy()
-        if not self.sees_moments or np.shape(M)[-2:] != tuple(self.econ.M_mean.shape):
-            raise ValueError(f"M is (..., V, n) as moments() gives it, here {np.shape(M)}")
-        M = np.broadcast_to(M, (*k.shape, *np.shape(M)[-2:]))
-        return function(*tensors, torch.tensor(M, dtype=torch.float64, device=self.device)).cpu().numpy()
-
-
-class Solution(Policy):
-    """A trained policy and value network, in float64: what is judged, saved and loaded. Made of the dict that
-    NN_weights_biases.pth holds."""
-
-    def __init__(self, weights: dict, device="cpu", mode="none"):
-        self.weights, self.config = weights, Config(**weights["config"])
-        tables = weights["economy"].items()
-        self.economy = Economy(**{name: x.numpy() if isinstance(x, Tensor) else x for name, x in tables})
-        self.econ, self.layers = self.on(device, torch.float64)
-        self.single = self.on(device, torch.float32)
-        self.K_mean, self.usual_moments = weights["K_mean"], weights["M_law"].to(device)
-        self.kernels = compile_kernels(mode)
-
-    def on(self, device, dtype) -> Tuple[Tables, dict]:
-        """Tables and layers in a precision."""
-        units = {name: torch.as_tensor(self.weights[name]).to(device, dtype) for name in ("K_mean", "M_mean", "M_std")}
-        layers = {name: [layer.to(device, dtype) for layer in self.weights[name].values()]
-                  for name in ("policy", "value")}
-        return self.economy.tables(device, dtype)._replace(**units), layers
-
-    def policy(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor, M: Tensor | None = None) -> Tensor:
-        """k' for tensors that broadcast against k, float64, or float32 as long simulations have them; M (..., V, n)
-        the moments where the networks see any, without which they are as usual at K and z."""
-        econ, layers = self.single if k.dtype == torch.float32 else (self.econ, self.layers)
-        M = self.usual(K, z) if M is None and self.sees_moments else M
-        return self.kernels.network_capital(layers["policy"], k, s, K, z, econ, None if M is None else M[..., 0, :])
-
-    def values(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor, M: Tensor | None = None) -> Tensor:
-        """V in the units of utility(), float64 tensors of one shape, and M as in policy()."""
-        m, _ = cash_on_hand(k, s, K, z, self.econ)
-        M = self.usual(K, z) if M is None and self.sees_moments else M
-        x = features(k, s, m, K, z, self.econ, None if M is None else M[..., -1, :])
-        return value_of(network(self.layers["value"], for_value(x)), s, z, self.econ)[0]
-
-    @property
-    def sees_moments(self) -> bool:
-        return self.econ.M_mean.numel() > 0
-
-    def usual(self, K: Tensor, z: Tensor) -> Tensor:
-        """What is expected of the moments given K and z, (...) -> (..., V, n)."""
-        return by_law(self.usual_moments[z], torch.log(K)[..., None, None])
-
-    def in_panel(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        if not self.sees_moments:
-            return self.policy(k, s, K, z)
-        econ, layers = self.single if k.dtype == torch.float32 else (self.econ, self.layers)
-        return self.policy(k, s, K, z, moments_of([layers["policy"]], k, s, econ, self.config).unsqueeze(1))
-
-    def moments(self, k, s) -> np.ndarray:
-        """M (..., V, n) of cross-sections k, s (..., N), in the units in which next_capital() and value() take it."""
-        if not self.sees_moments:
-            raise ValueError("this solution sees nothing but K of the cross-section")
-        k, s = np.broadcast_arrays(k, s)
-        sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
-        M = moments_of(list(self.layers.values()), *sections, self.econ, self.config)
-        return M.reshape(*k.shape[:-1], *M.shape[1:]).cpu().numpy()
-
-    def now_and_next_moments(self, k: Tensor, s: Tensor, k_next: Tensor, z: Tensor,
-                             weight: Tensor | float = 1.0) -> tuple:
-        if not self.sees_moments:
-            return ()
-        networks = list(self.layers.values())
-        return moments_of(networks, k, s, self.econ, self.config, weight), \
-            next_moments(networks, k_next, s, z, self.econ, self.config, weight)
-
-    def of_mass(self, k: np.ndarray) -> Callable | None:
-        if not self.sees_moments:
-            return None
-        if self.device.type == "cuda":  # so little work a period that launching it takes longer
-            return Solution(self.weights).of_mass(k)
-        (econ, layers), S = self.single, len(self.economy.beta)
-        nodes = np.append(k[:-1:5], k[-1])  # k' is interpolated in between
-        of_all, of_nodes = [torch.tensor(x, dtype=torch.float32, device=self.device).expand(S, -1) for x in (k, nodes)]
-        s = torch.arange(S, device=self.device).unsqueeze(1)
-        q = contributions(list(layers.values()), of_all, s.expand_as(of_all), econ, self.config).flatten(0, 1)
-
-        def rule(mass, K, z):
-            mass = torch.tensor(mass / mass.sum(), dtype=torch.float32, device=self.device).flatten()
-            M = standard(torch.tensordot(mass, q, 1), econ)
-            K, z = torch.tensor(K, dtype=torch.float32, device=self.device), torch.tensor(z, device=self.device)
-            k_next = self.policy(of_nodes, s.expand_as(of_nodes), K.expand(1, 1), z.expand(1, 1), M).cpu().numpy()
-            return np.array([np.interp(k, nodes, row) for row in k_next])
-
-        return rule
-
-    def save(self, path) -> None:
-        save_checkpoint(Path(path), self.weights)
-
-
-# ---------------------------------------------------------------------------------------------- grid solution
-# Maliar, Maliar & Valli (2010), by endogenous gridpoints
-
-C_MIN, C_MAX = 1e-12, 1e4  # of c_ss: keep u'(c) finite where there is nothing, and c where saving is worth nothing
-
-
-def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
-    return low + (high - low) * np.linspace(0, 1, n) ** exponent
-
-
-def between(x: np.ndarray, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """The node below x, but for the last, and how far x is on the way to the next."""
-    position = np.interp(x, nodes, np.arange(len(nodes)))
-    i = np.minimum(position.astype(int), len(nodes) - 2)
-    return i, position - i
-
-
-def on_grid(k: np.ndarray, K: np.ndarray, econ: Tables) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The states (k, s, K, z) at every (z, s, K, k), in this order of axes."""
-    s, z = np.arange(len(econ.beta)), np.arange(len(econ.TFP))
-    z, s, K, k = [torch.from_numpy(x) for x in np.meshgrid(z, s, K, k, indexing="ij")]
-    return k, s, K, z
-
-
-def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> types.SimpleNamespace:
-    """The household problem at k (n_k,), K (n_K,): R (z, n_K), income y (z, s, n_K), cash on hand m (z, s, n_K, n_k),
-    and slope (n_k, n_k): values at k -> derivatives at k of the cubic spline through them."""
-    m, R = [x.numpy() for x in cash_on_hand(*on_grid(k, K, econ), econ)]
-    slope = scipy.interpolate.CubicSpline(k, np.eye(len(k))).derivative()(k)
-    return types.SimpleNamespace(k=k, K=K, R=R[:, 0, :, 0], y=m[..., 0] - R[..., 0] * k[0], m=m, slope=slope)
-
-
-def invert(k_endo: np.ndarray, nodes, k: np.ndarray) -> np.ndarray:
-    """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
-    and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
-    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.k))])
-    i, t = [np.array(x).reshape(*k_endo.shape[:-1], len(k)) for x in found]
-    rise, run = nodes.k[i + 1] - nodes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
-    dk_next = 1 / (k_endo @ nodes.slope.T)
-    d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
-    k_next = nodes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
-    return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
-
-
-def forecast(alm: np.ndarray, nodes) -> Tuple[np.ndarray, np.ndarray]:
-    """K' (z, n_K) by the law of motion, and (z, n_K, n_K) values at K -> values at K' of their cubic spline."""
-    K_next = np.exp(by_law(alm[:, None], np.log(nodes.K)))
-    return K_next, scipy.interpolate.CubicSpline(nodes.K, np.eye(len(nodes.K)))(K_next)
-
-
-def expected_on_grid(values: np.ndarray, econ: Economy) -> np.ndarray:
-    """beta(s) E[values | z, s]: (z, z', s', n_K, n_k) -> (z, s, n_K, n_k)."""
-    Z, S = econ.income.shape
-    P = (econ.beta[:, None, None] * econ.P).reshape(Z, S, Z * S)
-    return (P @ values.reshape(Z, Z * S, -1)).reshape(Z, S, *values.shape[3:])
-
-
-def solve_household(c: np.ndarray, laws: list, nodes, econ: Economy, config: GridConfig):
-    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion ln K' = a(z) + b(z) ln K and
-    Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each: the new c, the k_endo at which each k' of the grid is
-    optimal, the last change of c, and the share of nodes at which saving is worth nothing, so that c was bounded."""
-    K_next, spline = forecast(laws[0], nodes)
-    R_next, _ = prices(K_next[:, None], np.arange(len(K_next))[:, None], econ)  # (z, z', n_K)
-    planned = by_law(laws[1][:, None], np.log(K_next)[:, None])  # (z, z', n_K)
-    m_K = 0.0
-    if econ.equilibrium == "game":  # (z, z', s', n_K, n_k)
-        m_K = np.array([cash_of_K(*on_grid(nodes.k, K, econ), econ.tables()).numpy() for K in K_next])
-    least = marginal_utility(np.float64(C_MAX * econ.c_ss), econ)
-    for _ in range(config.sweeps):
-        c_next = np.maximum(spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
-        u_prime = marginal_utility(c_next, econ)
-        worth = R_next[:, :, None, :, None] * u_prime
-        if econ.equilibrium != "market":
-            worth += Delta(u_prime, m_K, planned[:, :, None, :, None], econ)
-        worth = expected_on_grid(worth, econ)
-        c_endo = inverse_marginal_utility(np.maximum(worth, least), econ)
-        k_endo = (c_endo + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
-        c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.k)
-        change = np.max(np.abs(c - c_last) / np.maximum(c, C_MIN * econ.c_ss))
-        if change < config.tolerance:
-            break
-    return c, k_endo, change, (worth < least).mean()
-
-
-def lottery(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
-    """The matrix (S n, S m n) that moves mass (S, m, n) to the two of the nodes k (n,) around k' (S, m, n), so that its
-    mean is k'."""
-    (S, _, n), (low, share) = k_next.shape, between(k_next, k)
-    rows = np.stack([low, low + 1], -1) + n * np.arange(S)[:, None, None, None]
-    return scipy.sparse.csc_array((np.stack([1 - share, share], -1).ravel(), rows.ravel(),
-                                   2 * np.arange(low.size + 1)), (S * n, low.size))
-
-
-def simulate_histogram(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray,
-                       econ: Economy, keep: Callable | None = None):
-    """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
-    two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,), or a function of (mass,
-    K, z). Between two nodes of K each moves its share of the mass, which is the same but for households whose k' passes
-    a node of k there. Returns K (periods,) and the last mass; keep(t, mass, k') sees every period."""
-    K_path, k_of_all = np.empty(len(z_path)), np.tile(k, len(mass))
-
-    @functools.cache
-    def between_nodes(z, j):
-        return lottery(table[z][:, j : j + 2], k)
-
-    for t, z in enumerate(z_path):
-        K_path[t] = mass.ravel() @ k_of_all
-        if callable(table):
-            k_next, weight = table(mass, K_path[t], z)[:, None], np.ones(1)  # (s, 1, n)
-        else:
-            position = (K_path[t] - K[0]) / (K[1] - K[0])
-            j = min(max(int(position), 0), len(K) - 2)
-            k_next, weight = table[z][:, j : j + 2], np.array([j + 1 - position, position - j])
-        if weight.min() < 0:  # beyond the nodes of K
-            k_next, weight = (weight @ k_next)[:, None], np.ones(1)
-        if keep:
-            keep(t, mass, weight @ k_next)
-        move = between_nodes(z, j) if len(weight) == 2 else lottery(k_next, k)
-        moved = move @ (mass[:, None] * weight[:, None]).ravel()
-        mass = econ.Pi[z, z_path[min(t + 1, len(z_path) - 1)]].T @ moved.reshape(mass.shape)
-    return K_path, mass
-
-
-def dispersed_mass(k: np.ndarray, K: float, z: int, econ: Economy) -> np.ndarray:
-    """(s, n) on the nodes k: the gamma distribution of initial_panel() with mean about K, s at its share given z."""
-    above = np.append(scipy.stats.gamma.cdf((k[1:] + k[:-1]) / 2 - k[0], 4, scale=(K - k[0]) / 4), 1)
-    return np.diff(above, prepend=0) * (econ.shares[z] / econ.shares[z].sum())[:, None]
-
-
-def draw_z_path(periods: int, econ: Economy, rng: np.random.Generator) -> np.ndarray:
-    """Aggregate states z (periods,), from the middle one."""
-    z_path, cumulative = [len(econ.TFP) // 2], econ.P_z.cumsum(1)[:, :-1]
-    for u in rng.random(periods - 1):
-        z_path.append(int(draw(u, cumulative[z_path[-1]])))
-    return np.array(z_path)
-
-
-def evaluate_grid(k_next: np.ndarray, nodes, k: np.ndarray, alm: np.ndarray, tables: Tables, econ: Economy,
-                  sweeps: int) -> Tuple[np.ndarray, float]:
-    """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
-    still changed. What they leave over is soon the same number everywhere, and MacQueen's bound takes it out."""
-    at = on_grid(k, nodes.K, econ)
-    c = (cash_on_hand(*at, tables)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
-    u = (utility(c, tables) + expected_Delta(marginal_utility(c, tables), *at, tables) * at[0]).numpy()
-    at_k_next, (_, spline) = lottery(k_next.reshape(-1, 1, len(k)), k).T, forecast(alm, nodes)
-    D = econ.annuity[..., None, None]
-    V = u * D
-    for _ in range(sweeps):
-        EV = expected_on_grid(spline[:, None, None] @ V, econ)
-        change = u + (at_k_next @ EV.ravel()).reshape(EV.shape) - V
-        V += change + change.mean() * (D - 1)
-        if np.ptp(change) < 1e-7:
-            break
-    return V, float(np.ptp(change))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GridSolution(Policy):
-    """Policy table on power-spaced k and uniform K; law of motion ln K' = a(z) + b(z) ln K behind it."""
-
-    econ: Tables
-    table: Tensor  # (z, s, n_K_fine, n_k_fine) k', float64
-    value_table: Tensor  # (z, s, n_K_fine, n_k_fine) V of this policy in the units of utility()
-    k_max: float
-    exponent: float
-    K_low: float
-    K_high: float
-    K_mean: float  # over the path behind the law of motion
-    alm_coefficients: np.ndarray  # (z, 2) intercept and slope
-    alm_r2: np.ndarray  # (z,)
-    Delta_r2: np.ndarray  # (z,) of the planner's econ.Delta_law
-    notes: tuple  # what a user should know of it
-
-    @functools.cached_property
-    def nodes(self) -> Tensor:
-        """k (n_k_fine,) of the tables."""
-        nodes = power_grid(self.table.shape[3], self.econ.k_min, self.k_max, self.exponent)
-        return torch.from_numpy(nodes).to(self.device)
-
-    def interpolate(self, table: Tensor, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """A table at states of one shape: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
-        n_K, n_k = table.shape[2:]
-        low, width = self.econ.k_min, self.k_max - self.econ.k_min
-        i = (((k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).long().clamp(max=n_k - 2)
-        left, right = self.nodes[i], self.nodes[i + 1]
-        position = (K - self.K_low) / (self.K_high - self.K_low) * (n_K - 1)
-        j = position.floor().clamp(0, n_K - 2)
-        along_k, along_K, flat = (k - left) / (right - left), position - j, table.reshape(-1)
-        corner = (joint(s, z, self.econ) * n_K + j.long()) * n_k + i
-        low, low1, high, high1 = [flat[corner + step] for step in (0, 1, n_k, n_k + 1)]
-        below = low + along_k * (low1 - low)
-        return below + along_K * (high + along_k * (high1 - high) - below)
-
-    def policy(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """k' for float64 tensors that broadcast, on the table's device."""
-        return self.interpolate(self.table, k, s, K, z).clamp(min=self.econ.k_min)
-
-    def values(self, k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> Tensor:
-        """V in the units of utility(), arguments as in policy."""
-        return self.interpolate(self.value_table, k, s, K, z)
-
-    def to(self, device) -> GridSolution:
-        return dataclasses.replace(self, econ=tables_on(self.econ, device), table=self.table.to(device),
-                                   value_table=self.value_table.to(device))
-
-
-def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool = False) -> GridSolution:
-    """Krusell & Smith's (1998) fixed point: households believe a law of motion of K, which their savings confirm.
-    economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
-    k as far as capital is held. Raises UserError where there is no convergence."""
-    econ = as_economy(economy)
-    with tqdm(desc="grid solution", disable=None if progress else True) as bar:
-        return law_of_motion_fixed_point(econ, config, econ.K_start, config.k_max * econ.K_start, bar)
-
-
-MEMORY = np.array([30.0, 100.0, 300.0, 1000.0])  # periods over which z is averaged, see luck_of()
-
-
-def luck_of(residual: np.ndarray, z_path: np.ndarray, econ: Economy) -> np.ndarray:
-    """What the intercepts (Z,) of a law of motion, with these residuals (periods,), owe to the past of z on this path:
-    the distribution of capital remembers it for a thousand periods. In each z the residuals are regressed on averages
-    of z in the past, whose means on this path differ from those that the chain implies: a control variate."""
-    share, Z = econ.shares.sum(1), len(econ.TFP)
-    back = (share[:, None] * econ.P_z).T / share[:, None]  # P(z before | z)
-    centred, past = np.arange(Z) - share @ np.arange(Z), np.zeros((len(z_path), len(MEMORY)))
-    for t in range(1, len(z_path)):
-        past[t] = past[t - 1] + (centred[z_path[t - 1]] - past[t - 1]) / MEMORY
-    implied = np.stack([back @ np.linalg.solve(np.eye(Z) - (1 - 1 / n) * back, centred) / n for n in MEMORY], 1)
-    luck = np.zeros(Z)
-    for z in np.flatnonzero(np.bincount(z_path, minlength=Z) > 100):
-        found, e = past[z_path == z], residual[z_path == z]
-        weights, *_ = np.linalg.lstsq(found - found.mean(0), e - e.mean(), rcond=None)
-        luck[z] = weights @ (found.mean(0) - implied[z])
-    return luck
-
-
-def simulated_laws(table: np.ndarray, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, laws: list,
-                   econ: Economy, config: GridConfig):
-    """The policy table through the histogram: K (periods,), the last mass, and the laws [of ln K', of the planner's
-    Delta] that come out, each (coefficients (Z, 2), R2); where z never comes coefficients stay as in laws."""
-    tables, s, Deltas = econ.tables(), torch.arange(len(econ.beta))[:, None], np.zeros(len(z_path))
-
-    def keep(t, mass, k_next):
-        gain = gain_from_K(torch.from_numpy(k), s, torch.from_numpy(k_next), torch.tensor(mass.sum(0) @ k),
-                           torch.tensor(z_path[t]), tables)
-        Deltas[t] = (mass * gain.numpy()).sum()
-
-    K_path, mass = simulate_histogram(table, k, K, mass, z_path, econ, keep if econ.equilibrium == "planner" else None)
-    kept = [torch.from_numpy(x[config.burn_in :, None]) for x in (K_path, Deltas, z_path)]
-    of_K = law_of_motion(kept[0], kept[2], torch.from_numpy(laws[0][:, 1]))
-    of_Delta = regress_by_z(kept[1], torch.log(kept[0]), kept[2], torch.zeros(len(laws[1]), dtype=torch.float64))
-    new = [(np.where(found.isnan(), law, found.numpy()), r2.numpy())
-           for (found, r2), law in zip((of_K, of_Delta), laws)]
-    return K_path, mass, new
-
-
-def law_of_motion_fixed_point(econ: Economy, config: GridConfig, centre: float, k_max: float, bar, tries: int = 60):
-    """The fixed point on nodes of K around centre and of k up to k_max or, where the cross-section leaves them, on the
-    next nodes to try. Few sweeps an update, so that the policy and the laws of motion converge together."""
-    require(tries, "grid: K and k leave every range of nodes that was tried; judge with --grid none")
-    nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
-                            centre * np.linspace(config.K_low, config.K_high, config.n_K), econ.tables())
-    k = power_grid(config.n_k_fine, econ.k_min, k_max, config.exponent)
-    K = np.linspace(nodes.K[0], nodes.K[-1], config.n_K_fine)
-    z_path, burn_in = draw_z_path(config.periods, econ, np.random.default_rng(config.seed)), config.burn_in
-    comes = [burn_in + np.flatnonzero(z_path[burn_in:] == z)[:20][-1] for z in np.unique(z_path[burn_in:])]
-    short, Z = max(config.periods // 20, 2 * burn_in, max(comes) + 2), len(econ.TFP)  # every z comes 20 times
-    laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), econ.tables().Delta_law.numpy()]  # of ln K' and of Delta
-    wage, above = prices(nodes.K, np.arange(Z)[:, None], econ)[1], nodes.m - econ.k_min
-    permanent = 0.9 * (econ.L[:, None] * wage)[:, None, :, None]
-    c = np.minimum(above, (1 - econ.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
-    mass = dispersed_mass(k, centre, z_path[0], econ)
-    x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
-    gap, damping, long, steps = np.inf, config.damping, None, np.zeros((2, Z, 2))
-    correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
-    for update in range(config.max_updates):
-        c, k_endo, change, bounded = solve_household(c, laws, nodes, econ, config)
-        table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
-        K_path, mass, new = simulated_laws(table, k, K, mass, z_path[:short], laws, econ, config)
-        kept = K_path[burn_in:]
-        near = update >= 4 or econ.equilibrium == "planner"  # at first, a market's policies are far from any solution
-        low, high = (0.8, 1.28) if near else (0.4, 2.5)
-        if not low < kept.mean() / centre < high or not (K_path > max(econ.k_min, 0)).all():
-            centre *= np.clip(kept.mean() / centre, 1 / 1.3, 1.3)
-            return law_of_motion_fixed_point(econ, config, centre, k_max, bar, tries - 1)
-        if update >= 4 and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
-            return law_of_motion_fixed_point(econ, config, centre, 2 * k_max, bar, tries - 1)
-        last, steps = steps, [found + to_long - law for (found, _), to_long, law in zip(new, correction, laws)]
-        gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
-        if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
-            long_path, mass, long = simulated_laws(table, k, K, mass, z_path, laws, econ, config)
-            for _ in range(2):  # from the end of a short path, as always
-                _, mass, new = simulated_laws(table, k, K, mass, z_path[:short], laws, econ, config)
-            ln_K, at = np.log(long_path), z_path[:-1]
-            residual = ln_K[1:] - by_law(long[0][0][at], ln_K[:-1])
-            long[0][0][:, 0] -= luck_of(residual[burn_in:], at[burn_in:], econ)
-            correction = np.array([of_long - of_short for (of_long, _), (of_short, _) in zip(long, new)])
-            gap = gap_last = math.inf
-        bar.update()
-        bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
-        if max(gap, change) < config.tolerance:
-            tables = econ.tables()._replace(Delta_law=torch.from_numpy(laws[1]))
-            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws[0], tables, econ, config.value_sweeps)
-            notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * econ.K_start else []
-            if left >= 1e-7:
-                notes.append(f"grid: values still changed by {left:.0e} after {config.value_sweeps} sweeps")
-            if bounded:
-                notes.append(f"grid: at {100 * bounded:.2g}% of the nodes saving is worth nothing; c is bounded there")
-            values = scipy.interpolate.CubicSpline(nodes.K, V, axis=2)(K)
-            return GridSolution(econ=tables, table=torch.from_numpy(table), value_table=torch.from_numpy(values),
-                                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1],
-                                K_mean=long_path[burn_in:].mean(), alm_coefficients=laws[0], alm_r2=long[0][1],
-                                Delta_r2=long[1][1], notes=tuple(notes))
-        if gap > gap_last and any(np.vdot(new @ x, old @ x) < 0 for new, old in zip(steps, last)):
-            damping /= 2  # the law of motion overshoots: more K expected means less saved
-        laws = [law + damping * step for law, step in zip(laws, steps)]
-    raise UserError(f"grid: no convergence in {config.max_updates} updates of the law of motion "
-                    f"(c moves {change:.0e}, K forecast {gap:.0e}); lower --grid-damping or judge with --grid none")
-
-
-# ---------------------------------------------------------------------------------------------- judging
-
-
-class States(NamedTuple):
-    """States visited on the ergodic set, each (n,), with the K' that followed."""
-
-    k: Tensor
-    s: Tensor
-    K: Tensor
-    z: Tensor
-    K_next: Tensor
-    Delta: Tensor | None = None  # the planner's, read off the cross-section
-    Delta_next: Tensor | None = None  # (n, Z) next period's for each z', everybody's s' in expectation
-    M: Tensor | None = None  # (n, V, n_m) moments, and
-    M_next: Tensor | None = None  # (n, Z, V, n_m) next period's for each z', everybody's s' in expectation
-
-    def now(self) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.k, self.s, self.K, self.z
-
-    def at(self, index) -> States:
-        return States(*[x if x is None else x[index] for x in self])
-
-    def moments(self, z_next: Tensor | None = None) -> tuple:
-        """What policies and values take beside (k, s, K, z): the moments now, or at z' (J, n); nothing if none."""
-        if self.M is None:
-            return ()
-        return (self.M,) if z_next is None else (self.M_next[torch.arange(len(self.k), device=z_next.device), z_next],)
-
-    @staticmethod
-    def expected(batch: Batch, econ: Tables) -> States:
-        """Those of a batch, K' and the planner's Delta' as their laws of motion expect them."""
-        ahead = by_law(econ.Delta_law, torch.log(batch.K_next).unsqueeze(1))
-        return States(batch.k, batch.s, batch.K, batch.z, batch.K_next, None, ahead)
-
-
-def planner_Delta(solution, k: Tensor, s: Tensor, k_next: Tensor, K: Tensor, K_next: Tensor, z: Tensor,
-                  weight: Tensor | float, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """The mean gain from K over cross-sections k, s, k' (B, N) with K, K', z (B, 1), each household with its weight:
-    now (B,), and next period for each z' (B, Z)."""
-    weight = weight * torch.ones_like(k)
-    now = (weight * gain_from_K(k, s, k_next, K, z, econ)).sum(1) / weight.sum(1)
-    nexts = successors(k_next, s, K_next, z, econ)
-    gain = gain_from_K(nexts[0], nexts[1], solution.policy(*nexts), nexts[2], nexts[3], econ)  # moments as usual
-    p = weight * econ.probability[joint(s, z, econ)].movedim(-1, 0)
-    to = [p * (nexts[3] == z_next) for z_next in range(len(econ.TFP))]
-    return now, torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1)
-
-
-def settled_panel(k: np.ndarray, masses: list, B: int, N: int, econ: Tables, rng: torch.Generator) -> Panel:
-    """(z, s) as in initial_panel(), and k (policies, B, N) given s as the mean histogram (s, n) of each policy at nodes
-    k (n,) has it, on the same draws."""
-    panel = initial_panel(B, N, econ, rng)
-    s, u = panel.s.cpu().numpy(), uniform(panel.s.shape, rng, "cpu").numpy()
-    k_of = np.empty((len(masses), B, N), np.float32)
-    for i, mass in enumerate(masses):
-        for j, held in enumerate(mass.cumsum(1)):
-            k_of[i][s == j] = np.interp(u[s == j] * held[-1], held, k)
-    return panel._replace(k=torch.from_numpy(k_of).to(econ.TFP.device))
-
-
-def ergodic_states(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int,
-                   start: Callable = initial_panel, graphs: bool = False):
-    """Simulate solutions on the same shocks from start(B, N, econ, rng), on CUDA as graphs if asked: name ->
-    (cross-sections of the pooled periods, a dict of tensors (D, B, ...), K_path (periods, B)), and z_path (periods,
-    B)."""
-    rng = torch.Generator().manual_seed(seed)  # on the CPU: the same shocks on every device
-    panel = start(B, N, econ, rng)
-    pooled, K_path, z_path = {name: [] for name in solutions}, {name: [] for name in solutions}, []
-    policies = [replayed(solution.in_panel) if graphs else solution.in_panel for solution in solutions.values()]
-    periods = simulate(policies, panel, cfg.eval_periods, econ, rng)
-    periods = tqdm(periods, f"simulation, N = {N}", cfg.eval_periods, leave=False, disable=None)
-    for t, (s, z, paths) in enumerate(periods):
-        if t < cfg.eval_drop:
-            continue
-        z_path.append(z[:, 0])
-        for name, (k, K, k_next) in zip(solutions, paths):
-            K_path[name].append(K[:, 0].double())
-            if (t - cfg.eval_drop) % cfg.eval_every == 0:
-                pooled[name].append(cross_section(solutions[name], k.double(), s, K.double(), z, k_next.double(), econ))
-    stacked = {name: {part: torch.stack([x[part] for x in of]) for part in of[0]} for name, of in pooled.items()}
-    return {name: (stacked[name], torch.stack(K_path[name])) for name in solutions}, torch.stack(z_path)
-
-
-def cross_section(solution, k: Tensor, s: Tensor, K: Tensor, z: Tensor, k_next: Tensor, econ: Tables,
-                  weight: Tensor | float = 1.0) -> dict:
-    """The fields of States: k, s (B, N), and what all households of an economy share, (B, ...). weight (B, N) of
-    households, whose mean is one."""
-    now = {"k": k, "s": s, "K": K[:, 0], "z": z[:, 0], "K_next": (weight * k_next).mean(1)}
-    now |= zip(("M", "M_next"), solution.now_and_next_moments(k, s, k_next, z, weight))
-    if econ.equilibrium == "planner":
-        of_all = planner_Delta(solution, k, s, k_next, K, now["K_next"].unsqueeze(1), z, weight, econ)
-        now |= zip(("Delta", "Delta_next"), of_all)
-    return now
-
-
-def states_of(pooled: dict, some: Tensor) -> States:
-    """The households some of all in pooled cross-sections."""
-    N = pooled["k"].shape[-1]
-    of_household = {name: pooled[name].flatten()[some] for name in ("k", "s")}
-    return States(**of_household, **{name: x.flatten(0, 1)[some // N] for name, x in pooled.items()
-                                     if name not in of_household})
-
-
-def bellman_errors(solution, states: States, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """u(c) + Delta k + beta E V(s') - V(s), Delta given, at the policy's own c and at the best one (golden-section
-    search), in the units of utility(): the Bellman error of Han, Yang & E (2021) is the second."""
-    m, _ = cash_on_hand(*states.now(), econ)
-    above, beta = m - econ.k_min, econ.beta[states.s]
-    k_next = solution.policy(*states.now(), *states.moments())
-    gain = Delta(marginal_utility(m - k_next, econ), cash_of_K(*states.now(), econ), states.Delta, econ)
-    V = solution.values(*states.now(), *states.moments()) - gain * states.k
-
-    def objective(share):
-        nexts = successors(econ.k_min + (1 - share) * above, states.s, states.K_next, states.z, econ)
-        V = solution.values(*nexts, *states.moments(nexts[3]))
-        return utility(share * above, econ) + beta * expected(V, states.s, states.z, econ)
-
-    own_share = 1 - (k_next - econ.k_min) / above
-    own, best = objective(own_share), best_of(objective, own_share * 0.5, (own_share * 1.5).clamp(max=1.0))
-    return own - V, torch.maximum(own, best) - V
-
-
-def best_of(objective: Callable, low: Tensor, high: Tensor) -> Tensor:
-    """The largest value of a function with one peak between low and high: golden-section search down to a tenth of the
-    way, then the parabola through the best point and its neighbours."""
-    golden = (math.sqrt(5) - 1) / 2
-    x = torch.stack([low, high - golden * (high - low), low + golden * (high - low), high])
-    y = torch.stack([objective(point) for point in x])
-    for _ in range(5):
-        below = y[1] > y[2]
-        new = torch.where(below, x[2] - golden * (x[2] - x[0]), x[1] + golden * (x[3] - x[1]))
-        x, y = [torch.where(below, torch.stack([p[0], p_new, p[1], p[2]]), torch.stack([p[1], p[2], p_new, p[3]]))
-                for p, p_new in ((x, new), (y, objective(new)))]
-    (x0, x1, x2), (y0, y1, y2) = [torch.where(y[1] > y[2], points[:3], points[1:]) for points in (x, y)]
-    rise, fall = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    peak = (x0 + x1) / 2 + rise * (x2 - x0) / (2 * (rise - fall))
-    return torch.maximum(y.amax(0), objective(peak.nan_to_num().clamp(x0, x2)))
-
-
-def euler_residuals(policy: Callable, states: States, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit; and where the
-    limit does not hold c = c~ there."""
-    m, _ = cash_on_hand(*states.now(), econ)
-    k_next = policy(*states.now(), *states.moments())
-    nexts = successors(k_next, states.s, states.K_next, states.z, econ)
-    m_next, R_next = cash_on_hand(*nexts, econ)
-    u_prime = marginal_utility(m_next - policy(*nexts, *states.moments(nexts[3])), econ)
-    common = None if states.Delta_next is None else states.Delta_next.gather(1, nexts[3].T).T
-    gain = Delta(u_prime, cash_of_K(*nexts, econ), common, econ)
-    worth = econ.beta[states.s] * expected(R_next * u_prime + gain, states.s, states.z, econ)
-    implied = torch.minimum(inverse_marginal_utility(worth.clamp(min=1e-30), econ), m - econ.k_min)
-    return 1 - implied / (m - k_next), (k_next > econ.k_min) | (implied < m - econ.k_min)
-
-
-def euler_errors(solution, states: States, econ: Tables) -> Tensor:
-    """euler_residuals() of a solution without the states where the limit holds."""
-    error, free = euler_residuals(solution.policy, states, econ)
-    return error[free]
-
-
-def euler_sizes(solution, states: States, econ: Tables) -> dict:
-    """log10 of the absolute Euler errors, 10^-16 at least."""
-    error = np.maximum(euler_errors(solution, states, econ).abs().cpu().numpy(), 1e-16)
-    error = error if len(error) else np.array([1e-16])
-    return {name: np.log10(of(error)) for name, of in
-            (("mean", np.mean), ("p99", lambda x: np.percentile(x, 99)), ("max", np.max))}
-
-
-def inequality(x: np.ndarray, weight: np.ndarray | float = 1.0) -> dict:
-    """Moments, quantiles, Gini, top shares and Lorenz curve (share held by the poorest 0, 5, ..., 100%) of x (n,), each
-    with its weight."""
-    order = np.argsort(x, kind="stable")
-    x, weight = x[order], np.broadcast_to(weight, x.shape)[order] / np.broadcast_to(weight, x.shape).sum()
-    mean = weight @ x
-    people = np.concatenate([[0.0], weight.cumsum()])
-    held = np.concatenate([[0.0], (weight * x).cumsum() / mean])
-    middle = people[:-1] + weight / 2
-    return {
-        "mean": mean, "std": np.sqrt(weight @ (x - mean) ** 2),
-        "quantiles": {str(q): np.interp(q / 100, middle, x) for q in (1, 5, 25, 50, 75, 95, 99)},
-        "gini": 1 - 2 * np.trapezoid(held, people),
-        "top_percent_hold": {str(q): 100 * (1 - np.interp(1 - q / 100, people, held)) for q in (1, 5, 10, 20)},
-        "lorenz": list(np.interp(np.linspace(0, 1, 21), people, held)),
-    }
-
-
-def law_of_motion_figures(K_path: np.ndarray, z_path: np.ndarray, Z: int) -> dict:
-    """ln K' = a(z) + b(z) ln K by regression, and Den Haan's (2010) dynamic error: the largest distance in percent
-    between K and the path that the law of motion draws by itself from the same z."""
-    alm, r2 = [x.numpy() for x in law_of_motion(*map(torch.from_numpy, (K_path, z_path, np.full(Z, np.nan))))]
-    ln_K = np.log(K_path)
-    forecast = ln_K.copy()
-    for t in range(len(ln_K) - 1):
-        forecast[t + 1] = by_law(alm[z_path[t]], forecast[t])
-    error = 100 * np.abs(forecast - ln_K)
-    return {"coefficients": alm, "r2": r2, "den_haan_max_percent": error.max(), "den_haan_mean_percent": error.mean()}
-
-
-def meaning(pooled: dict, econ: Tables, cfg: Config) -> dict:
-    """Correlation, over pooled cross-sections (D, B, ...), of each learnt moment with K and with the share of
-    households in the state of lowest income, by network."""
-    of = torch.stack([pooled["K"].flatten(), econ.lowest[pooled["s"]].mean(-1).flatten()])
-    found = {}
-    for view, name in enumerate(("policy", "value")):
-        learnt = pooled["M"][:, :, view, -cfg.learnt_moments :].flatten(0, 1).T
-        r = torch.corrcoef(torch.cat([of, learnt]))[:2, 2:]
-        found[name] = {"K": r[0], "unemployment": r[1]}
-    return found
-
-
-def errors_at(solution, states: States, econ: Tables) -> Tuple[dict, dict]:
-    """Bellman errors (utils, and as a share of consumption) and Euler errors at given states, and the arrays."""
-    n, part = len(states.k), len(states.k) if states.k.is_cuda else 4096  # which a CPU holds in its cache
-    parts = [bellman_errors(solution, states.at(slice(i, i + part)), econ) for i in range(0, n, part)]
-    own, best = [torch.cat(x) for x in zip(*parts)]
-    m, _ = cash_on_hand(states.k, states.s, states.K, states.z, econ)
-    c = m - solution.policy(*states.now(), *states.moments())
-    in_consumption = (own / (marginal_utility(c, econ) * c)).cpu().numpy()
-    utils = econ.c_ss ** (1 - econ.gamma)
-    own, best = [utils * x.cpu().numpy() for x in (own, best)]
-
-    def sizes(error):
-        return {"mean": np.abs(error).mean(), "rmse": np.sqrt(np.mean(error**2)), "max": np.abs(error).max()}
-
-    figures = {"states": len(own), "bellman_own_c": sizes(own), "bellman_best_c": sizes(best),
-               "bellman_in_consumption": sizes(in_consumption), "euler_log10": euler_sizes(solution, states, econ)}
-    return figures, {"sample_k": states.k.cpu().numpy(), "bellman": own}
-
-
-def judge_panel(solutions: dict, econ: Tables, cfg: Config, B: int, N: int, seed: int, start: Callable = initial_panel,
-                graphs: bool = False) -> Tuple[dict, dict]:
-    """All figures of solutions at one N on the same shocks, and the arrays behind them: name -> dict."""
-    simulated, z_path = ergodic_states(solutions, econ, cfg, B, N, seed, start, graphs)
-    figures, arrays, z_path = {}, {}, z_path.cpu().numpy()
-    for name, (pooled, K_path) in simulated.items():
-        some = torch.randperm(pooled["k"].numel(), generator=torch.Generator().manual_seed(seed))[: cfg.eval_states]
-        figures[name], arrays[name] = errors_at(solutions[name], states_of(pooled, some.to(econ.TFP.device)), econ)
-        k, K_path = np.sort(pooled["k"].flatten().cpu().numpy()), K_path.cpu().numpy()
-        figures[name] |= {"n_agents": N, "n_economies": B, "periods": cfg.eval_periods - cfg.eval_drop,
-                          "capital": inequality(k),
-                          "law_of_motion": law_of_motion_figures(K_path, z_path, len(econ.TFP))}
-        arrays[name] |= {"k": k, "weight": np.ones(len(k)), "K_path": K_path, "z_path": z_path}
-        if "M" in pooled and cfg.learnt_moments:
-            figures[name]["moments"] = meaning(pooled, econ, cfg)
-    return figures, arrays
-
-
-def judge_limit(solutions: dict, economy: Economy, econ: Tables, cfg: Config, k: np.ndarray,
-                seed: int) -> Tuple[dict, dict]:
-    """The same in the limit N = infinity, where sampling noise hides nothing: both policies, tabulated at nodes k and
-    around their mean K unless they see moments, through the same histogram on the same path of z, once for its start
-    and once to be judged."""
-    z_path, figures, arrays = draw_z_path(cfg.eval_periods, economy, np.random.default_rng(seed)), {}, {}
-    for name, solution in solutions.items():
-        K = solution.K_mean * np.linspace(GridConfig.K_low, GridConfig.K_high, GridConfig.n_K_fine)
-        table, pooled = solution.of_mass(k), []
-        if table is None:
-            at = [x.to(econ.TFP.device) for x in on_grid(k, K, econ)]
-            table = np.array([[solution.policy(*[x[z, s] for x in at]).cpu().numpy() for s in range(at[0].shape[1])]
-                              for z in range(at[0].shape[0])])
-
-        def keep(t, mass, k_next, pooled=pooled):
-            if t >= cfg.eval_drop and (t - cfg.eval_drop) % cfg.eval_every == 0 and t + 1 < len(z_path):
-                pooled.append((t, mass, k_next))
-
-        mass = dispersed_mass(k, solution.K_mean, z_path[0], economy)
-        _, mass = simulate_histogram(table, k, K, mass, z_path, economy)
-        K_path, mass = simulate_histogram(table, k, K, mass, z_path, economy, keep)
-        states = histogram_states(pooled, k, K_path, z_path, econ, cfg.eval_states, solution)
-        figures[name], arrays[name] = errors_at(solution, states, econ)
-        c, weight = consumption_distribution(pooled, k, K_path, z_path, econ)
-        mean_mass = np.mean([mass for _, mass, _ in pooled], 0)
-        kept, z_kept = K_path[cfg.eval_drop :, None], z_path[cfg.eval_drop :, None]
-        R, _ = prices(kept, z_kept, economy)
-        figures[name] |= {"n_agents": None, "periods": len(kept), "capital": inequality(k, mean_mass.sum(0)),
-                          "consumption": inequality(c, weight), "interest_rate_percent": 100 * (R.mean() - 1),
-                          "welfare": ergodic_welfare(c, weight, econ),
-                          "law_of_motion": law_of_motion_figures(kept, z_kept, len(econ.TFP))}
-        figures[name]["risky_steady_state"] = risky_steady_state(
-            solution, table, k, K, mass, economy, econ, cfg, figures[name]["law_of_motion"]["coefficients"])
-        if states.Delta is not None:
-            figures[name]["Delta"] = float(states.Delta.mean())
-        arrays[name] |= {"k": k, "weight": mean_mass.sum(0), "mass": mean_mass, "K_path": kept, "z_path": z_kept}
-    return figures, arrays
-
-
-def risky_steady_state(solution, table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, economy: Economy, econ: Tables,
-                       cfg: Config, alm: np.ndarray) -> dict:
-    """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
-    distribution followed for as many periods as are judged, how much K still moved in the last tenth of them, what the
-    law of motion says, exp(a / (1 - b)), and the mean Euler error of the solution there, K' being what follows."""
-    periods, last, found = cfg.eval_periods - cfg.eval_drop, [], {"K": [], "still_moves": [], "euler_log10": []}
-
-    def keep(*now):  # period, mass and k'
-        last[:] = [now]
-
-    for z in range(len(economy.TFP)):
-        z_path = np.full(periods, z)
-        path, _ = simulate_histogram(table, k, K, mass, z_path, economy, keep)
-        states = histogram_states(last, k, path, z_path, econ, cfg.eval_states // 10, solution)
-        found["K"].append(path[-1])
-        found["still_moves"].append(np.ptp(path[-max(periods // 10, 2) :]))
-        found["euler_log10"].append(euler_sizes(solution, states, econ)["mean"])
-    return found | {"by_law_of_motion": np.exp(alm[:, 0] / (1 - alm[:, 1]))}
-
-
-def histogram_states(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables, n: int,
-                     solution) -> States:
-    """About n States, spread evenly over the mass (s, n_k) of each pooled period."""
-    each, device, columns = max(1, n // len(pooled)), econ.TFP.device, []
-    for t, mass, k_next in pooled:
-        at = np.searchsorted(mass.cumsum(), (np.arange(each) + 0.5) / each * mass.sum() * (1 - 1e-12))
-        everybody = np.broadcast_to(k, mass.shape), np.indices(mass.shape)[0], k_next, mass * mass.size / mass.sum()
-        k_all, s, next_all, weight = [torch.tensor(x, device=device).reshape(1, -1) for x in everybody]
-        K, z = [torch.tensor(x, device=device).view(1, 1) for x in (K_path[t], z_path[t])]
-        section = cross_section(solution, k_all, s, K, z, next_all, econ, weight)
-        one_period = {name: x.unsqueeze(0) for name, x in section.items()}
-        columns.append(states_of(one_period, torch.from_numpy(at).to(device)))
-    return States(*[None if x[0] is None else torch.cat(x) for x in zip(*columns)])
-
-
-def consumption_distribution(pooled: list, k: np.ndarray, K_path: np.ndarray, z_path: np.ndarray, econ: Tables):
-    """c and mass at every (s, k) of the pooled periods, flat."""
-    host, c, weight = tables_on(econ, "cpu"), [], []
-    k, s = torch.from_numpy(k), torch.arange(len(econ.beta))[:, None]
-    for t, mass, k_next in pooled:
-        m, _ = cash_on_hand(k, s, torch.tensor(K_path[t]), torch.tensor(z_path[t]), host)
-        c.append(m.numpy() - k_next)
-        weight.append(mass)
-    return np.array(c).ravel(), np.array(weight).ravel()
-
-
-def ergodic_welfare(c: np.ndarray, weight: np.ndarray, econ: Tables) -> float:
-    """The constant consumption whose utility is the mean of u(c), in goods."""
-    u = utility(torch.from_numpy(c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
-    return float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ))
-
-
-def policy_distance(network, grid, economy: Economy, K_path: np.ndarray) -> dict:
-    """Mean and largest |k' - k' of the grid| over k up to four times mean capital and K at the 2nd, 50th and 98th
-    percentile of a path, all (z, s)."""
-    K = np.percentile(K_path, (2, 50, 98))
-    k = economy.k_min + (4.07 * K[1] - economy.k_min) * np.linspace(1 / 320, 1, 640)
-    s, z = np.arange(len(economy.beta)), np.arange(len(economy.TFP))
-    states = np.meshgrid(k, s, K, z, indexing="ij")
-    gap = np.abs(network.next_capital(*states) - grid.next_capital(*states))
-    return {"mean": gap.mean(), "max": gap.max()}
-
-
-# ---------------------------------------------------------------------------------------------- impulse responses
-
-SERIES = ("capital", "output", "consumption", "interest_rate", "shocks")
-
-
-def impulse_responses(solutions: dict, econ: Tables, cfg: Config, seed: int, start: Callable = initial_panel) -> dict:
-    """name -> series -> (benchmark, shocked), each (paths, periods): economies that were in the middle state a period
-    before 0 (the upper one of two) and are at 0 in it, or one state below. Every random number is the same whatever
-    the solution and the state at 0."""
-    rng = torch.Generator().manual_seed(seed)
-    panel = start(cfg.irf_paths, cfg.irf_agents, econ, rng)
-    names, policies = list(solutions), [solution.in_panel for solution in solutions.values()]
-    burn = simulate(policies, panel, cfg.irf_burn, econ, rng)
-    for s, z, paths in tqdm(burn, "impulse responses", cfg.irf_burn, leave=False, disable=None):
-        pass
-    usual = torch.full_like(z, len(econ.TFP) // 2)
-    s = draw_s(uniform(s.shape, rng, s.device), z, usual, s, econ)
-    draws, after = uniform(s.shape, rng, s.device), rng.get_state()
-    out = {name: {series: [] for series in SERIES} for name in names}
-    for z_0 in (usual, (usual - 1).clamp(min=0)):
-        for name, policy, (_, _, k) in zip(names, policies, paths):
-            k = policy(k, s, k.mean(1, keepdim=True), usual)
-            panel = Panel(k, draw_s(draws, usual, z_0, s, econ), z_0)
-            rng.set_state(after)
-            columns = []
-            for s_t, z_t, [(k, K, k_next)] in simulate([policy], panel, cfg.irf_periods, econ, rng):
-                m, R = cash_on_hand(k, s_t, K, z_t, econ)
-                Y, C = output(K, z_t, econ)[:, 0], (m - k_next).mean(1)
-                columns.append([K[:, 0], Y, C, R[:, 0], z_t[:, 0].double()])
-            for series, values in zip(SERIES, zip(*columns)):
-                out[name][series].append(torch.stack(values, 1).cpu().numpy())
-    return out
-
-
-# ---------------------------------------------------------------------------------------------- figures
-# name -> data, where the network is a solid line and the grid, if there is one, a dashed one
-
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False,
-         "legend.handlelength": 3.0, "legend.columnspacing": 1.0, "axes.formatter.useoffset": False}
-BLUE, SKY = "#0072B2", "#56B4E9"  # Okabe & Ito (2008)
-LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and wide: dashes show on it in grey too
-         "grid": dict(color="black", linestyle=(0, (4, 2)), linewidth=1.1)}  # drawn second: dashes on the solid line
-
-
-@contextlib.contextmanager
-def figure(path, height, note=""):
-    """A figure in the common style, with every label above all panels, written to path at the end; no pyplot state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(7, height), layout="constrained")
-        yield fig
-        labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-        if labels:
-            fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
-        fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
-        fig.savefig(path, dpi=160, format="png")
-
-
-def plot_lines(ax, gap, x, of, label):
-    """Each solution's y over x, and network minus grid in the strip below."""
-    for name, y in of.items():
-        ax.plot(x, y, label=name, **LINES[name])
-    if "grid" in of:
-        gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
-    gap.axhline(0, **LINES["grid"])
-    ax.set(ylabel=label, xlim=(x[0], x[-1]))
-    gap.set_ylabel("difference")
-
-
-def plot_distribution(path, arrays, title, note):
-    """Density and left tail of individual capital k (n,)."""
-    k_of = {name: of["k"] for name, of in arrays.items()}
-    low = min(k.min() for k in k_of.values())
-    top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
-    poor = np.linspace(low, low + (top - low) / 15, 201)
-    with figure(path, 3.6, note) as fig:
-        density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
-        for name, k in k_of.items():
-            label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
-            density.stairs(*np.histogram(k, 80, (low, top), density=True), label=label, **LINES[name])
-            tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
-        density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
-        tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)")
-
-
-def plot_history(path, history):
-    """Training over outer iterations, name -> (iterations,)."""
-    panels = {"mean_K": "mean capital K (goods)", "objective": "policy objective (u in units of c_ss)",
-              "policy_residual": "policy residual (rms of ln c~ / c)",
-              "value_residual": "value residual (rms of ln consumption)"}
-    with figure(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
-        for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
-            ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
-            ax.set(title=title, yscale="log" if "residual" in name else "linear")
-
-
-def plot_policies(path, solutions, K, k_max, economy):
-    """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
-    k = np.sinh(np.linspace(np.arcsinh(economy.k_min), np.arcsinh(k_max), 400))
-    Z, S = economy.income.shape
-    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
-    with figure(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
-        axes = fig.subplots(2 * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, 1.2) * len(of_z))
-        for row, column in np.ndindex(len(of_z), len(of_s)):
-            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], of_z[row], of_s[column]
-            saved = {name: solution.next_capital(k, s, K, z) - k for name, solution in solutions.items()}
-            plot_lines(ax, gap, k, saved, "k' - k (goods)")
-            ax.set_title(f"{economy.z_names[z]}, {economy.s_names[s]}")
-            gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
-
-
-def plot_bellman_errors(path, arrays, note):
-    """Mean and 95th percentile of |error| at the states that a solution visits, in groups of equally many by k."""
-    with figure(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
-        ax = fig.subplots()
-        for name, of in arrays.items():
-            groups = np.array_split(np.argsort(of["sample_k"]), min(40, len(of["sample_k"])))
-            k = [of["sample_k"][group].mean() for group in groups]
-            error = [np.abs(of["bellman"][group]) for group in groups]
-            ax.plot(k, [x.mean() for x in error], label=f"{name}, mean", **LINES[name])
-            ax.plot(k, [np.percentile(x, 95) for x in error], ".", label=f"{name}, 95th percentile",
-                    color=LINES[name]["color"])
-        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
-               ylabel="|Bellman error|, policy's own c (utils)")
-
-
-def impulse_response(benchmark, shocked, points=False):
-    """Response of a series (paths, periods) in percent, a ratio of means, or in percentage points:
-    mean, 10th and 90th percentile of the single paths' responses, each (periods,)."""
-    def change(b, s):
-        return 100 * (s - b) if points else 100 * (s / b - 1)
-    low, high = np.percentile(change(benchmark, shocked), (10, 90), axis=0)
-    return change(benchmark.mean(0), shocked.mean(0)), low, high
-
-
-def plot_impulse_responses(path, responses, note):
-    """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
-    with figure(path, 4.6, f"{note}; periods after the shock.") as fig:
-        for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
-            points = series == "interest_rate"
-            for name, solution in responses.items():
-                mean, low, high = impulse_response(*solution[series], points)
-                if name == "network":
-                    ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
-                                    label="network, 10-90% of paths")
-                ax.plot(mean, label=f"{name}, mean", **LINES[name])
-            ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-            ax.set_title(f"{series.replace('_', ' ')} ({'percentage points' if points else 'percent'})")
-
-
-def plot_capital_paths(path, arrays, z_names, note):
-    """Mean capital K on the first periods of one path of z; the lower states are shaded."""
-    z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
-    with figure(path, 4.0, note) as fig:
-        ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        ax.fill_between(range(len(z)), z < low, step="mid", color="0.9", linewidth=0, zorder=0.5,
-                        transform=ax.get_xaxis_transform(), label=" / ".join(z_names[:low]))
-        paths = {name: of["K_path"][:400, 0] for name, of in arrays.items()}
-        plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
-        gap.set_xlabel("period")
-
-
-def plot_moments(path, network, meaning, k_max):
-    """What a household with capital k adds to each learnt moment, by s, in units of the moment's own movement."""
-    k = np.linspace(network.economy.k_min, k_max, 300)
-    S, learnt = len(network.economy.s_names), network.config.learnt_moments
-    k_all = torch.tensor(k, device=network.device).expand(S, -1)
-    s = torch.arange(S, device=network.device).unsqueeze(1).expand_as(k_all)
-    q = standard(contributions(list(network.layers.values()), k_all, s, network.econ, network.config), network.econ)
-    shown = sorted({0, S - 1})
-    with figure(path, 1.0 + 2.4 * learnt) as fig:
-        for row, axes in enumerate(fig.subplots(learnt, 2, squeeze=False)):
-            for view, (ax, name) in enumerate(zip(axes, ("policy", "value"))):
-                for i, color in zip(shown, (BLUE, "#D55E00")):
-                    ax.plot(k, q[i, :, view, row - learnt].cpu(), color=color, label=network.economy.s_names[i])
-                r = [float(meaning[name][of][row]) for of in ("K", "unemployment")]
-                ax.set(title=f"{name} network: correlation {r[0]:+.2f} with K,\n{r[1]:+.2f} with the share "
-                             f"in the lowest income", xlabel="individual capital k (goods)", ylabel="Q(k, s)",
-                       xlim=(k[0], k[-1]))
-
-
-def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
-                 cfg: Config) -> None:
-    """Every picture of the output directory."""
-    draw, economy, of = folder / "figures", network.economy, figures["network"]
-    draw.mkdir()
-    small, large = [f"N = {x['n_agents']}, {x['n_economies']} economies, {x['periods']} periods"
-                    for x in (of["small"], of["large"])]
-    title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
-    plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
-    plot_history(draw / "training_history.png", network.weights["history"])
-    solutions = {"network": network} | ({"grid": grid} if grid else {})
-    top = max(np.quantile(arrays["large"]["network"]["k"], 0.9999), economy.k_min + 1)
-    plot_policies(draw / "policy_functions.png", solutions, of["limit"]["capital"]["mean"], top, economy)
-    plot_bellman_errors(draw / "bellman_errors.png", arrays["large"], large)
-    if cfg.learnt_moments:
-        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
-    paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
-    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], paths)
-    plot_capital_paths(draw / "capital_path.png", arrays["large"], economy.z_names, large)
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message.removeprefix('argument ')}; --help lists every flag")
-
-
-class Settings(NamedTuple):
-    """What the command line says."""
-
-    economy: Economy
-    calibration: dict  # flags of the economy and their values; empty where it has none
-    config: Config
-    grid: GridConfig | None
-    run: Run
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def parse(argv, economy=krusell_smith, calibration=Calibration, config: Config = PRESETS["default"]) -> Settings:
-    """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags;
-    config: its default preset. Raises UserError."""
-    presets, fixed = PRESETS | {"default": config}, isinstance(economy, Economy)
-    parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)  # the preset decides the defaults
-    parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
-    for kind in (Run, Config, GridConfig) if fixed else (Run, calibration, Config, GridConfig):
-        section = parser.add_argument_group(kind.__name__, kind.__doc__)
-        for item in dataclasses.fields(kind):
-            of = presets if kind is Config else {"default": kind()}
-            values = {name: getattr(preset, item.name) for name, preset in of.items()}
-            shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
-            told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
-            how = {"type": type(item.default), "choices": item.metadata["choices"]}
-            if isinstance(item.default, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
-    given = vars(parser.parse_args(argv))
-
-    def filled(base):
-        """base with the flags given. NaN and infinity lie in no interval that has an open end there."""
-        prefix = PREFIX.get(type(base), "")
-        for item in dataclasses.fields(base):
-            value = given.get(prefix + item.name, getattr(base, item.name))
-            base, within = dataclasses.replace(base, **{item.name: value}), item.metadata["within"]
-            low, high = map(float, within[1:-1].split(","))
-            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
-            if isinstance(value, (int, float)) and not (at_end or low < value < high):
-                raise UserError(f"{flag(prefix + item.name)} {value}: give a value in {within}")
-        return base
-
-    run = filled(Run())
-    cal, cfg = None if fixed else filled(calibration()), filled(presets[run.preset])
-    small = run.preset == "smoke" and run.grid == "converged"
-    grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
-    check(cfg, grid, run)
-    parts = [Path(Interrupted.script).stem] * (economy is not krusell_smith) + [run.preset] * (run.preset != "default")
-    usual = "/".join(["runs", *parts]) if parts else "."
-    decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
-    economy = economy if fixed else economy(cal)
-    economy = dataclasses.replace(economy, **decided) if decided else economy
-    return Settings(economy, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
-                    dataclasses.replace(run, output_dir=run.output_dir or usual))
-
-
-def check(cfg: Config, grid: GridConfig, run: Run) -> None:
-    """Values that are possible one by one and impossible together or here."""
-    require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
-    require(not (run.evaluate and run.resume),
-            "--evaluate trains nothing and --resume goes on training; give one of the two")
-    require(run.device != "cuda" or torch.cuda.is_available(),
-            "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
-    if RANKS > 1:
-        gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
-        require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
-                f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
-        own_share(cfg)
-    require(cfg.eval_drop <= cfg.eval_periods - 3,
-            f"--eval-drop {cfg.eval_drop} leaves too little of --eval-periods {cfg.eval_periods}: lower it")
-    require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
-            f"give --periods {cfg.horizon + 1} or more")
-    require(grid.burn_in <= grid.periods // 5 - 3, f"--grid-burn-in {grid.burn_in} leaves too little of "
-            f"--grid-periods {grid.periods}: lower it")
-
-
-def departures(cfg, reference) -> List[str]:
-    """Where cfg is not the reference, which is the preset paper."""
-    pairs = [(f.name, getattr(cfg, f.name), getattr(reference, f.name)) for f in dataclasses.fields(cfg)]
-    return [f"{name} {ours} (paper {theirs})" for name, ours, theirs in pairs if ours != theirs]
-
-
-# ---------------------------------------------------------------------------------------------- run folder
-
-FORMAT = 10  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
-PUBLISHING = ".deepham-publishing"  # all that is temporary is called .deepham-*
+def generator(device: str, seed: int) -> torch.Generator:
+    """Of this rank's random numbers."""
+    rng = torch.Generator()
+    if device == "cuda":
+        torch.cuda.init()
+        rng = torch.cuda.default_generators[torch.cuda.current_device()]
+        with contextlib.suppress(AttributeError):  # compiles inside a capture; and the CPU build has no such fuser
+            torch._C._jit_set_texpr_fuser_enabled(False)
+    return rng.manual_seed(seed + RANK * 10**10)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+FORMAT = 11  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+WEIGHTS, CHECKPOINT = "NN_weights_biases.pth", "checkpoint.pt"
+PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
 
 
 @contextlib.contextmanager
@@ -3266,16 +3316,42 @@ def disk_errors(output_dir):
                         "see to space and permissions there, or name another directory") from error
 
 
-def prepare(output_dir: Path):
-    """Before any work: refuse a directory that cannot be made or written, and leave no trace in it. What a killed run
-    left goes, but for results that were being published: these are published."""
+@contextlib.contextmanager
+def held(output_dir: Path):
+    """The directory for this run alone: one that another process holds is refused, one that cannot be made or written
+    too, before any work. What a killed run left goes, but for results that were being published: these are published.
+    The lock goes with its process."""
     with disk_errors(output_dir):
-        nearest = next(p for p in (output_dir, *output_dir.parents) if p.exists())
-        tempfile.TemporaryFile(dir=nearest).close()  # root passes os.access() on a read-only disk
-        if (output_dir / PUBLISHING).exists():
-            finish_publishing(output_dir)
-        for left in output_dir.glob(".deepham-*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(output_dir / LOCK, "a+")
+    with lock:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"--output-dir {output_dir}: {lock.read().strip() or 'another process'} is at work there; "
+                            "wait for it, or name another directory") from None
+        with disk_errors(output_dir):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+            if (output_dir / PUBLISHING).exists():
+                finish_publishing(output_dir)
+            for left in output_dir.glob(".deepham-*"):
+                if left.name != LOCK:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (output_dir / LOCK).unlink(missing_ok=True)
 
 
 def sealed(data) -> bytes:
@@ -3284,20 +3360,16 @@ def sealed(data) -> bytes:
     return data + (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
 
 
-def packed(state: dict) -> bytes:
-    buffer = io.BytesIO()  # on a full disk torch.save(path) fails with a RuntimeError that names no cause
-    torch.save(state, buffer)
-    return sealed(buffer.getvalue()[:-2])
-
-
-def save_checkpoint(path: Path, state: dict):
+def save_checkpoint(path: Path, content: dict) -> None:
     """path holds its old bytes or the new ones, never a part."""
-    data, partial = packed({"format": FORMAT} | state), path.with_name(f".deepham-{path.name}")
+    buffer = io.BytesIO()  # on a full disk torch.save(path) fails with a RuntimeError that names no cause
+    torch.save({"format": FORMAT} | content, buffer)
+    partial = path.with_name(f".deepham-{path.name}")
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                file.write(sealed(buffer.getvalue()[:-2]))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -3309,27 +3381,27 @@ def save_checkpoint(path: Path, state: dict):
 
 
 def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
-    """What save_checkpoint wrote, if like in kind, or a refusal. asked: the flag that wants the file."""
+    """What save_checkpoint wrote, if like in kind, or a refusal. asked: the flag or function that wants the file."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{asked}: {path}: {error.strerror}; run without {asked} first, "
-                        "or set --output-dir to the run's directory") from error
+        raise UserError(f"{asked}: {path}: {error.strerror}; give the file that a run wrote, in its --output-dir") \
+            from error
     try:
         intact = data == sealed(data[:-34])
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if intact else None
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if intact else None
     except Exception:  # sealed by someone, but of another make: code in it, say
-        state = None
-    if not isinstance(state, dict) or type(state.get("format")) is not int:
+        content = None
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
         told = f"is damaged or no file of this script; move it away and run without {asked}"
-    elif state["format"] != FORMAT:
-        age = "a newer" if state["format"] > FORMAT else "an older"
-        told = (f"has format {state['format']}, of {age} deepham_ks.py; use that one (this one reads {FORMAT}), "
-                f"or move the file away, run without {asked}")
-    elif differs := difference(state, like):
+    elif content["format"] != FORMAT:
+        age = "a newer" if content["format"] > FORMAT else "an older"
+        told = (f"has format {content['format']}, of {age} deepham_ks.py; use that one (this one reads {FORMAT}), "
+                f"or move the file away and run without {asked}")
+    elif differs := difference(content, like):
         told = f"is of another run: {differs}; give the flags of the run that wrote it, or another --output-dir"
     else:
-        return state
+        return content
     raise UserError(f"{asked}: {path} {told}")
 
 
@@ -3355,14 +3427,13 @@ def difference(found, like, name: str = "") -> str:
 def staged(output_dir: Path):
     """A hidden folder for the results; they replace the earlier ones together when all are written."""
     with disk_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".deepham-", dir=output_dir, ignore_cleanup_errors=True) as staging:
             yield Path(staging)
             os.replace(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
             finish_publishing(output_dir)
 
 
-def finish_publishing(output_dir: Path):
+def finish_publishing(output_dir: Path) -> None:
     """Move the files of PUBLISHING in, earlier ones aside; where a move fails, all go back. File by file, so that what
     else a user keeps in figures/ or irf/ stays."""
     new, old = output_dir / PUBLISHING, output_dir / ".deepham-earlier"
@@ -3382,6 +3453,245 @@ def finish_publishing(output_dir: Path):
     shutil.rmtree(new)
 
 
+def set_aside(path: Path) -> None:
+    """An earlier run's file gets a second name before a new one takes its place."""
+    if path.exists():
+        with disk_errors(path.parent):
+            os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+
+
+def write_results(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict) -> None:
+    """Every file of the output directory but metrics.json, into folder."""
+    save_checkpoint(folder / WEIGHTS, network.weights)
+    small, cfg = figures["network"]["small"], network.config
+    header = [f"ergodic distribution of individual capital k (goods), policy network, N = {cfg.eval_agents}, "
+              f"{cfg.eval_economies} economies, {small['periods']} periods, every {POOLED_EVERY}th pooled, "
+              f"seed {network.weights['seed']}"]
+    for kind in ("bellman_own_c", "bellman_best_c"):
+        header.append(f"{kind} (utils), N = {cfg.eval_agents}: mean {small[kind]['mean']:.6f} "
+                      f"rmse {small[kind]['rmse']:.6f} max {small[kind]['max']:.6f}")
+    k = np.sort(arrays["small"]["network"]["k"])
+    np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header="\n".join(header))
+    history = network.weights["history"]
+    np.savetxt(folder / "training.csv", np.array(list(history.values())).T, delimiter=",", fmt="%.6g",
+               header=",".join(history), comments="")
+    (folder / "irf").mkdir()
+    for series, pair in arrays["irf"]["network"].items():
+        for kind, paths in zip(("benchmark", "shocked"), pair):
+            np.savetxt(folder / "irf" / f"agg_{series}_{kind}.csv", paths, delimiter=",",
+                       fmt="%d" if series == "shocks" else "%.6f")
+    draw_figures(folder, network, grid, figures, arrays)
+
+
+# ---------------------------------------------------------------------------------------------- from Python
+
+
+def choose_device(device: str) -> str:
+    require(device in ("auto", "cuda", "cpu"), f"device: {device!r} is none of auto, cuda, cpu")
+    if device == "auto" and not torch.cuda.is_available():
+        driver, hidden = Path("/proc/driver/nvidia/version"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        require(hidden or not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
+                f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
+        print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def solve(economy=None, config: Config | str = "default", *, seed: int = 0, device: str = "auto",
+          compile: str = "torchscript", cuda_graphs: bool = True, output_dir=None, resume: bool = False,
+          calibration: dict | None = None) -> Solution:
+    """Train and return the Solution. economy: an Economy, a Calibration, or None for the default; config: a Config or
+    the name of a preset. With output_dir a checkpoint is saved there after every outer iteration, and resume goes on
+    from it; without, nothing touches the disk. Raises UserError where an argument is of no use, the training fails or
+    the checkpoint is of another run."""
+    if isinstance(config, str):
+        require(config in PRESETS, f"config: {config!r} is none of the presets {', '.join(PRESETS)}")
+        config = PRESETS[config]
+    require(isinstance(config, Config), f"config: give a Config or a preset's name, not {type(config).__name__}")
+    require(output_dir or not resume, "resume: give the output_dir whose checkpoint is to go on")
+    check(config)
+    calibration = dataclasses.asdict(economy) if isinstance(economy, Calibration) else calibration or {}
+    economy, device = as_economy(economy), choose_device(device)
+    of_run = {"calibration": calibration, "economy": economy_dict(economy), "config": asked(config) | {"seed": seed}}
+    torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
+    words = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in of_run["economy"].items()}
+    join_ranks(device, repr((words, config, seed)))
+    compile_kernels(compile)
+    cfg, econ, rng = own_share(config), economy.tables(device, torch.float32), generator(device, seed)
+    state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
+    if resume:
+        resumed(state, of_first(lambda: load_checkpoint(path, of_run | saved_state(state, rng), "--resume")), rng, seed)
+    Interrupted.iteration = state.iteration
+
+    def save():
+        if path:
+            everything = of_run | saved_state(state, rng)
+            if RANK == 0:
+                if state.iteration == 1:
+                    set_aside(path)
+                save_checkpoint(path, everything)
+
+    guard, start = Guard(state, econ, cfg, rng, cuda_graphs and device == "cuda", save), time.perf_counter()
+    with guard.bar:
+        learn(state, econ, cfg, rng, guard)
+    solution = Solution(weights_file(state, economy, calibration, config, seed), device)
+    require_payable(economy, *np.meshgrid(solution.K_of_z, np.arange(len(solution.K_of_z)))[0:1],
+                    np.arange(len(solution.K_of_z))[:, None])
+    return solution
+
+
+def asked(config: Config) -> dict:
+    """What a run must have in common with the one whose checkpoint it goes on from: it may have more iterations, and be
+    judged at other sizes."""
+    free = ("iterations", "eval_", "irf_")
+    return {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith(free)}
+
+
+def saved_state(state: State, rng: torch.Generator) -> dict:
+    """The state of all ranks, on the CPU, and their random numbers."""
+    tensors = {name: gathered(x, 0).cpu() if name in SHARED else x.cpu() for name, x in state.tensors().items()}
+    return {**vars(state), **tensors, "rng": gathered(rng.get_state(), 0)}
+
+
+def resumed(state: State, saved: dict, rng: torch.Generator, seed: int) -> None:
+    """The state goes on from a checkpoint, with its random numbers where ranks and device are the same."""
+    size = len(rng.get_state())
+    if len(saved["rng"]) == RANKS * size:  # of another size on another kind of device
+        rng.set_state(saved["rng"][RANK * size : (RANK + 1) * size].clone())
+    else:
+        print("the checkpoint is of another number of ranks or another kind of device: economies are shared anew and "
+              "random numbers start anew, so not bit for bit")
+        rng.manual_seed(seed + RANK * 10**10 + saved["iteration"])
+    for name, now in vars(state).items():
+        if isinstance(now, Tensor):
+            now.copy_(saved[name].chunk(RANKS)[RANK] if name in SHARED else saved[name])
+        else:
+            setattr(state, name, saved[name])
+
+
+def load(path=WEIGHTS, device="cpu", compile="none", settings: "Settings | None" = None) -> Solution:
+    """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays. Raises
+    UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
+    like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
+    like |= {"seed": 0, "settled": 0, "K_mean": 0.0, "k_range": torch.zeros(2)}
+    if settings:
+        cfg = settings.config
+        given = {name: getattr(cfg, name) for name in ("hidden", "moments", "learnt_moments")}
+        like |= {"config": given, "calibration": settings.calibration, "economy": economy_dict(settings.economy)}
+    compile_kernels(compile)
+    return Solution(load_checkpoint(Path(path), like, "--evaluate" if settings else "load"), choose_device(device))
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists every flag")
+
+
+class Settings(NamedTuple):
+    """What the command line says."""
+
+    economy: Economy
+    calibration: dict  # flags of the economy and their values; empty where it has none
+    config: Config
+    grid: GridConfig | None
+    run: Run
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
+    """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags.
+    Raises UserError."""
+    fixed = isinstance(economy, Economy)
+    parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    epilog="exit status: 0 converged and every row of the verdict passes; 1 not converged, no grid "
+                    "solution though asked for, or a row FAILs: the last line says which; 2 a user's error, in one "
+                    "line; 130 / 143 interrupted")
+    parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
+    kinds = (Run, Config, GridConfig) if fixed else (Run, calibration, Config, GridConfig)
+    for kind in kinds:
+        section = parser.add_argument_group(kind.__name__, kind.__doc__)
+        for item in options_of(kind):
+            of = PRESETS if kind is Config else {"default": kind()}
+            values = {name: getattr(preset, item.name) for name, preset in of.items()}
+            shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
+            told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
+            how = {"type": type(item.default), "choices": item.metadata["choices"]}
+            if isinstance(item.default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
+    given = vars(parser.parse_args(argv))
+
+    def filled(base):
+        """base with the flags given. NaN and infinity lie in no interval that has an open end there."""
+        prefix = PREFIX.get(type(base), "")
+        for item in options_of(type(base)):
+            value = given.get(prefix + item.name, getattr(base, item.name))
+            base, within = dataclasses.replace(base, **{item.name: value}), item.metadata["within"]
+            low, high = map(float, within[1:-1].split(","))
+            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
+            if isinstance(value, (int, float)) and not (at_end or low < value < high):
+                raise UserError(f"{flag(prefix + item.name)} {value}: give a value in {within}")
+        return base
+
+    run = filled(Run())
+    cal, cfg = None if fixed else filled(calibration()), filled(PRESETS[run.preset])
+    small = run.preset == "smoke" and run.grid == "converged"
+    grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
+    check(cfg)
+    check_run(run)
+    decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
+    made = economy if fixed else economy(cal)
+    made = dataclasses.replace(made, **decided) if decided else made
+    usual = usual_folder(given, [Run(), *([] if fixed else [calibration()]), PRESETS[run.preset], GridConfig()],
+                         "" if economy is krusell_smith else Path(Interrupted.script).stem)
+    return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
+                    dataclasses.replace(run, output_dir=run.output_dir or usual))
+
+
+def options_of(kind) -> list:
+    """The fields of a dataclass that are flags."""
+    return [item for item in dataclasses.fields(kind) if item.metadata]
+
+
+def usual_folder(given: dict, usual: list, script: str) -> str:
+    """Where a run goes that names no folder: the checkout for the default economy with the default flags, for anything
+    else a folder in runs/ that is named by what is different, so that nothing overwrites the reference run."""
+    values = {PREFIX.get(type(base), "") + item.name: getattr(base, item.name) for base in usual
+              for item in options_of(type(base))}
+    machine = ("device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume", "preset")
+    parts = [part for part in (script, given.get("preset", "default").replace("default", "")) if part]
+    parts += [f"{name.replace('_', '-')}-{x}" for name, x in given.items() if name not in machine and x != values[name]]
+    name = "_".join(part.replace("/", "-") for part in parts)
+    return f"runs/{name[:100]}" if name else "."
+
+
+def check(cfg: Config) -> None:
+    """Values that are possible one by one and impossible together."""
+    require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
+            f"give --periods {cfg.horizon + 1} or more")
+    if RANKS > 1:
+        own_share(cfg)
+
+
+def check_run(run: Run) -> None:
+    """The same here and now."""
+    require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
+    require(not (run.evaluate and run.resume),
+            "--evaluate trains nothing and --resume goes on training; give one of the two")
+    require(run.device != "cuda" or torch.cuda.is_available(),
+            "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
+    if RANKS > 1:
+        gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
+        require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
+                f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
+
+
 # ---------------------------------------------------------------------------------------------- how a run ends
 
 
@@ -3399,251 +3709,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-def exit_status(work, argv: list) -> int:
-    """work(argv), where a user's error, a signal or too little memory ends in one line on stderr."""
+@contextlib.contextmanager
+def signals_heard():
+    """SIGINT and SIGTERM raise Interrupted; off the main thread, where Python has no handlers, they are left alone."""
     def interrupt(signum, frame):
         Interrupted.pending = signum
         raise Interrupted(signum)
 
-    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    on_main = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM) if on_main}
     Interrupted.iteration = Interrupted.pending = 0
-    status = 2
     try:
-        return work(argv)
-    except UserError as error:
-        line = f"error: {error}"
-    except Interrupted as stop:
-        again = shlex.join(["--resume", *(a for a in argv if a != "--resume")])
-        saved = stop.iteration or "--resume" in argv
-        python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-        again = f"{python} {shlex.quote(Interrupted.script)} {again}"
-        cure = f"continue with: {again}" if saved else "nothing was saved yet"
-        cure = "; results are as they were" if "--evaluate" in argv else f" after iteration {stop.iteration}; {cure}"
-        line = f"stopped by {signal.Signals(stop.args[0]).name}{cure}"
-        status = 128 + stop.args[0]
-    except OSError as error:  # standard output is a closed pipe or on a full disk
-        line = f"error: {error}; results and checkpoint are as they were"
-    except (MemoryError, RuntimeError, ValueError) as error:
-        if not is_out_of_memory(error):
-            raise
-        line = ("error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the training "
-                "--eval-agents-large, --eval-economies-large, --irf-agents or --irf-paths")
+        yield
     finally:
         Interrupted.pending = 0
         for signum, handler in before.items():  # torchrun ends the others once one is lost: the first has yet to say it
             signal.signal(signum, handler if RANKS == 1 or RANK > 0 else signal.SIG_IGN)
-    if RANK > 0 and status == 2:
-        time.sleep(10)  # what the first rank has to say ends this one; alone with a trouble it speaks
-    if RANK == 0 or status == 2:
-        print(f"deepham_ks: {f'rank {RANK}: ' * (RANK > 0)}{line}", file=sys.stderr, flush=True)
-    if RANKS > 1 and status > 128:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(status)  # the end of Python would wait for what other ranks still owe
-    return status
 
 
-# ---------------------------------------------------------------------------------------------- results
-
-JUDGE_SEED = 20_000  # shocks on which every run is judged: far from the seeds of training, the same for all
-WEIGHTS, CHECKPOINT = "NN_weights_biases.pth", "checkpoint.pt"
-LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
-
-
-def as_economy(economy) -> Economy:
-    """An Economy as it is, Krusell & Smith's for a Calibration, the default for None."""
-    return economy if isinstance(economy, Economy) else krusell_smith(economy or Calibration())
-
-
-def economy_dict(economy: Economy) -> dict:
-    """The tables as files keep them."""
-    tables = dataclasses.asdict(economy).items()
-    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in tables}
-
-
-def weights_file(state: dict, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
-    """Everything needed to use the networks: layers, tables, configuration, what ln K and the moments are centred on,
-    and what is usual of the moments at (1, ln K) in each z: M_law (Z, V, n, 2)."""
-    econ = with_units(economy.tables(), cfg)
-    networks = {name: dict(zip(LAYERS, (layer.detach().cpu().clone() for layer in layers)))
-                for name, layers in zip(("policy", "value"), networks_of(state, econ, cfg))}
-    V, n = econ.M_mean.shape
-    laws = torch.zeros(len(econ.TFP), V, n, 2, dtype=torch.float64)
-    for v, i in np.ndindex(V, n):
-        path = state["M"][:, :, v, i].double()
-        law, _ = regress_by_z(path, torch.log(state["K_path"].double()), state["z_path"], 0 * path[0, : len(econ.TFP)])
-        laws[:, v, i] = law.nan_to_num().cpu()
-    units = {name: state.get(name, getattr(econ, name)).cpu().clone() for name in ("M_mean", "M_std")}
-    return {**networks, **units, "M_law": laws, "economy": economy_dict(economy), "calibration": calibration,
-            "K_mean": float(state["K_mean"]), "k_range": state["k_range"].cpu().clone(),
-            "config": dataclasses.asdict(cfg), "seed": seed, "settled": state["settled"],
-            "history": {name: list(column) for name, column in state["history"].items()}}
-
-
-def still_moving(weights: dict) -> str:
-    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of fresh roll-outs, at K' and
-    Delta' as their laws expect them: noise-free but for the choice of states."""
-    cfg, history, settled = Config(**weights["config"]), weights["history"], weights["settled"]
-    if cfg.optimizer == "adam":
-        return ""
-    euler = history["euler"][settled : settled + cfg.averaging] if settled else history["euler"]
-    n = min(len(euler) // 3, 10)
-    if n and change_of(euler, n) < 0.8:
-        last, before = np.mean(euler[-n:]), np.mean(euler[-2 * n : -n])
-        return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
-    if not settled:
-        return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
-    return ""
-
-
-def load(path=WEIGHTS, device="cpu", compile="none", settings: Settings | None = None) -> Solution:
-    """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays.
-    Raises UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
-    like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
-    like |= {"seed": 0, "settled": 0, "K_mean": 0.0, "k_range": torch.zeros(2)}
-    if settings:
-        cfg = settings.config
-        econ = with_units(settings.economy.tables(), cfg)
-        policy, value = ({name: torch.zeros(shape) for name, shape in zip(
-            LAYERS, layer_shapes(n_inputs(econ, network), n * cfg.hidden) + learnt_shapes(econ, cfg))}
-            for network, n in (("policy", 1), ("value", cfg.value_networks)))
-        asked = {name: getattr(cfg, name) for name in ("hidden", "value_networks", "moments", "learnt_moments")}
-        like |= {"config": asked, "calibration": settings.calibration,
-                 "economy": economy_dict(settings.economy), "policy": policy, "value": value}
-    weights = load_checkpoint(Path(path), like, "--evaluate")
-    return Solution(weights, choose_device(device), compile)
-
-
-def compare(network: Solution, grid: GridSolution | None, cfg: Config, graphs: bool = False) -> Tuple[dict, dict]:
-    """Every accuracy figure of both on the same shocks, by solution and size: small, large, and the limit of infinitely
-    many households; under comparison the distances between both. The arrays behind the pictures, by size and
-    solution. On CUDA panels can be simulated as graphs."""
-    econ, economy = network.econ, network.economy
-    solutions = {"network": network} | ({"grid": grid} if grid else {})
-    sizes = (cfg.eval_economies, cfg.eval_agents), (cfg.eval_economies_large, cfg.eval_agents_large)
-    top = grid.k_max if grid else 4 * float(network.weights["k_range"][1])
-    k = power_grid(GridConfig.n_k_fine, economy.k_min, top, GridConfig.exponent)
-    of_limit = judge_limit(solutions, economy, econ, cfg, k, JUDGE_SEED)
-    start = functools.partial(settled_panel, k, [arrays["mass"] for arrays in of_limit[1].values()])
-    of_small, of_large = [functools.partial(judge_panel, solutions, econ, cfg, *size, JUDGE_SEED, start, graphs)
-                          for size in sizes]
-    threads = torch.get_num_threads()
-    two = network.device.type == "cpu" and threads > 1  # panels beside each other, with half of the threads each
-    with at_most(threads // 2 if two else threads), beside(of_large) if two else nullcontext(of_large) as of_large:
-        small, of_irf = of_small(), impulse_responses(solutions, econ, cfg, JUDGE_SEED, start)
-        judged = {"small": small, "large": of_large(), "limit": of_limit}
-    figures = {name: {size: of[name] for size, (of, _) in judged.items()} for name in solutions} | {"comparison": {}}
-    arrays = {size: of for size, (_, of) in judged.items()}
-    arrays["irf"] = of_irf
-    if not grid:
-        return figures, arrays
-    both, gaps = figures["comparison"], {}
-    for size, of in figures["grid"].items():
-        (k, weight), (k_grid, weight_grid) = [(x["k"], x["weight"]) for x in arrays[size].values()]
-        both[size] = {"n_agents": of["n_agents"],
-                      "std_ratio": figures["network"][size]["capital"]["std"] / of["capital"]["std"],
-                      "w1": scipy.stats.wasserstein_distance(k, k_grid, weight, weight_grid)}
-    for series in SERIES[:4]:
-        ours, theirs = [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
-        gaps[series] = np.abs(ours - theirs).max()
-    both |= {"policy_distance": policy_distance(network, grid, economy, arrays["limit"]["grid"]["K_path"]),
-             "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
-    figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
-                        "notes": list(grid.notes)}
-    if economy.equilibrium == "planner":
-        figures["grid"]["Delta_law"] = {"coefficients": grid.econ.Delta_law, "r2": grid.Delta_r2}
-    return figures, arrays
-
-
-COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
-
-
-def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
-    """Rows of COLUMNS. In the default economy tolerances are absolute, tighter for networks that see who is unemployed,
-    and published stands for Maliar, Maliar & Valli (2010) as their stored policy does in panels from a dispersed start
-    (Bellman errors: Han, Yang & E 2021, first or generalised moment). In any other a figure is measured by the grid's
-    of the same economy. Without a grid nothing passes or fails."""
-    net, both, judged = figures["network"], figures["comparison"], "grid" in figures
-    grid = figures["grid"] if judged else net  # its numbers are then left out
-    default = not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
-    rows, N = [], {size: f"N={net[size]['n_agents'] or 'inf'}" for size in ("small", "large", "limit")}
-    sees = needs_noise(cfg)
-
-    def row(name, network, of_grid, published, absolute, relative=None, size=abs):
-        tolerance = (absolute if default else relative) if judged else None
-        passed = None if tolerance is None else bool(size(network) <= tolerance)
-        rows.append((name, network, of_grid if judged else None, published if default else None, tolerance, passed))
-
-    if judged:
-        K = grid["limit"]["capital"]["mean"]
-        for size in N:
-            row(f"W1 of capital, {N[size]}", both[size]["w1"], 0.0, 0.16, 0.15, 0.004 * K)
-            row(f"std of capital over the grid's - 1, {N[size]}", both[size]["std_ratio"] - 1, 0.0, -0.005, 0.01, 0.01)
-        row("|k' - k' grid|, mean", both["policy_distance"]["mean"], 0.0, 0.006, 0.005, 0.00015 * K)
-        row("|k' - k' grid|, max", both["policy_distance"]["max"], 0.0, 0.017, 0.03)
-    if sees:
-        ours, of_grid = [x["small"]["euler_log10"]["mean"] for x in (net, grid)]
-        row(f"Euler error, log10 mean, {N['small']}", ours, of_grid, None, -3.9, of_grid, float)
-    for size in ("large", "limit"):
-        mean = -4.3 if sees else -4.0
-        for name, published, absolute, slack in (("mean", -3.96, mean, 0.1), ("p99", -3.47, -3.4, 0.15),
-                                                 ("max", -3.24, -2.0, None)):
-            ours, of_grid = [x[size]["euler_log10"][name] for x in (net, grid)]
-            row(f"Euler error, log10 {name}, {N[size]}", ours, of_grid, published if size == "large" else None,
-                absolute, of_grid + slack if slack and size == "large" else None, float)
-    bellman = {"small": 0.0005, "large": 0.00015, "limit": 0.00015} if sees else \
-        {"small": 0.004, "large": 0.001, "limit": 0.001}
-    for size, absolute in bellman.items():
-        published = (0.0153 if cfg.learnt_moments else 0.0184) if size == "small" else None
-        for c in ("own", "best"):
-            ours, of_grid = [x[size][f"bellman_{c}_c"]["mean"] for x in (net, grid)]
-            row(f"Bellman error, {c} c, mean, {N[size]}", ours, of_grid, published, absolute)
-    if not default:
-        ours, of_grid = [x["large"]["bellman_in_consumption"]["mean"] for x in (net, grid)]
-        row(f"Bellman error over u'(c) c, mean, {N['large']}", ours, of_grid, None, None, 1.5 * of_grid + 1e-5)
-    rest = [x["limit"]["risky_steady_state"] for x in (net, grid)]
-    # households who know more than K rest elsewhere (benchmarks/resting.md)
-    near = None if cfg.moments or cfg.learnt_moments else 0.001
-    for name, ours, of_grid in zip(economy.z_names, *[x["K"] for x in rest]):
-        row(f"K* resting in {name} over the grid's - 1, N=inf", ours / of_grid - 1, 0.0, None, near, near)
-    ours, of_grid = [max(x["euler_log10"]) for x in rest]
-    row("Euler error, log10 mean, at the worst K*, N=inf", ours, of_grid, None, *[of_grid + 0.1] * 2, float)
-    for series in ("output", "capital") if judged else ():
-        row(f"response of {series}, gap (p.p.)", both["impulse_response_gap"][series], 0.0, None, 0.02, 0.02)
-    return rows
-
-
-def print_verdict(rows: list) -> None:
-    line = "{:<52}{:>10}{:>10}{:>11}{:>11}  {}"
-    print("\n" + line.format(*COLUMNS[:-1], "verdict"))
-    for name, *numbers, passed in rows:
-        shown = ["-" if x is None else f"{x:.4g}" for x in numbers]
-        print(line.format(name, *shown, {True: "pass", False: "FAIL", None: "-"}[passed]))
-
-
-def write_results(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict,
-                  cfg: Config) -> None:
-    """Every file of the output directory but metrics.json, into folder."""
-    save_checkpoint(folder / WEIGHTS, network.weights)
-    small = figures["network"]["small"]
-    header = [f"ergodic distribution of individual capital k (goods), policy network, N = {small['n_agents']}, "
-              f"{small['n_economies']} economies, {small['periods']} periods, every {cfg.eval_every}th pooled, "
-              f"seed {network.weights['seed']}"]
-    for of in (small, figures["network"]["large"]):
-        for kind in ("bellman_own_c", "bellman_best_c"):
-            header.append(f"{kind} (utils), N = {of['n_agents']}: mean {of[kind]['mean']:.6f} "
-                          f"rmse {of[kind]['rmse']:.6f} max {of[kind]['max']:.6f}")
-    k = arrays["small"]["network"]["k"]
-    np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header="\n".join(header))
-    history = network.weights["history"]
-    np.savetxt(folder / "training.csv", np.array(list(history.values())).T, delimiter=",", fmt="%.6g",
-               header=",".join(history), comments="")
-    (folder / "irf").mkdir()
-    for series, pair in arrays["irf"]["network"].items():
-        for kind, paths in zip(("benchmark", "shocked"), pair):
-            np.savetxt(folder / "irf" / f"agg_{series}_{kind}.csv", paths, delimiter=",",
-                       fmt="%d" if series == "shocks" else "%.6f")
-    draw_figures(folder, network, grid, figures, arrays, cfg)
+def ending(error: BaseException, argv: list) -> Tuple[str, int]:
+    """One line for stderr and the exit status of a run that did not get through; anything unforeseen is raised."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, Interrupted):
+        again = shlex.join(["--resume", *(a for a in argv if a != "--resume")])
+        python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        again = f"{python} {shlex.quote(Interrupted.script)} {again}"
+        cure = f"continue with: {again}" if error.iteration or "--resume" in argv else "nothing was saved yet"
+        cure = "; results are as they were" if "--evaluate" in argv else f" after iteration {error.iteration}; {cure}"
+        return f"stopped by {signal.Signals(error.args[0]).name}{cure}", 128 + error.args[0]
+    if isinstance(error, OSError):  # standard output is a closed pipe or on a full disk
+        return f"error: {error}; results and checkpoint are as they were", 2
+    if isinstance(error, (MemoryError, RuntimeError, ValueError)) and is_out_of_memory(error):
+        return ("error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the training "
+                "--eval-agents, --eval-economies, --irf-agents or --irf-paths"), 2
+    raise error
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -3655,52 +3755,6 @@ def stage(seconds: dict, name: str):
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def beside(work: Callable) -> Iterator[Callable]:
-    """work(), without gradients in a thread of its own while the block runs: the function that waits for its result.
-    What is still at work when the block ends, after an interrupt say, is stopped: a thread that outlives the program
-    would abort it."""
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            with torch.no_grad():
-                future.set_result(work())
-        except BaseException as error:
-            if not future.done():
-                future.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield future.result
-    finally:
-        while not future.done():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-            thread.join(0.1)
-        thread.join()
-
-
-@contextlib.contextmanager
-def at_most(threads: int):
-    """So many threads of torch in each thread of Python."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def choose_device(device: str) -> str:
-    if device == "auto" and not torch.cuda.is_available():
-        driver, hidden = Path("/proc/driver/nvidia/version"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        require(hidden or not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
-                f"{torch.__version__}: install torch from the cu126 wheels, or give --device cpu")
-        print("no CUDA device found: running on the CPU (in Colab: Runtime > Change runtime type > T4 GPU)")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def peak_memory_gb(device: str) -> dict:
@@ -3716,193 +3770,151 @@ def peak_memory_gb(device: str) -> dict:
     return peak
 
 
-def limit_memory() -> None:
-    """On Linux: what is available now is the most this process may take, so that too large a size fails with an error
-    to report, where the kernel would kill the run without a word."""
-    with contextlib.suppress(OSError, ValueError, ImportError, IndexError):
-        import resource
-
-        available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, ((available + used) * 1024, most))
-
-
-def solve(economy=None, config: Config = Config(), *, seed: int = 0, device: str = "auto", compile: str = "torchscript",
-          cuda_graphs: bool = True, output_dir=None, resume: bool = False, calibration: dict | None = None) -> Solution:
-    """Train and return the Solution. economy: an Economy, a Calibration, or None for the default. With output_dir a
-    checkpoint is saved there after every outer iteration, and resume goes on from it; without, nothing touches the
-    disk. Raises UserError where the training fails or the checkpoint is of another run."""
-    calibration = dataclasses.asdict(economy) if isinstance(economy, Calibration) else calibration or {}
-    economy, device = as_economy(economy), choose_device(device)
-    torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
-    join_ranks(device)
-    econ, kernels = with_units(economy.tables(device, torch.float32), config), compile_kernels(compile)
-    state = trained(econ, config, kernels, seed, cuda_graphs and device == "cuda", output_dir, resume,
-                    {"calibration": calibration, "economy": economy_dict(economy)})
-    return Solution(weights_file(state, economy, calibration, config, seed), device, compile)
-
-
-def seed_of_rank(seed: int) -> int:
-    return seed + RANK * 10**10
-
-
-def generator(device: str, seed: int) -> torch.Generator:
-    """Of this rank's random numbers."""
-    rng = torch.Generator()
-    if device == "cuda":
-        torch.cuda.init()
-        rng = torch.cuda.default_generators[torch.cuda.current_device()]
-        torch._C._jit_set_texpr_fuser_enabled(False)  # compiles inside a capture; and the CPU build has no such fuser
-    return rng.manual_seed(seed_of_rank(seed))
-
-
-def resumed(state: dict, saved: dict, rng: torch.Generator, seed: int) -> bool:
-    """The state goes on from a checkpoint; whether with its random numbers."""
-    size = len(rng.get_state())
-    same = len(saved["rng"]) == RANKS * size  # of another size on another kind of device
-    if same:
-        rng.set_state(saved["rng"][RANK * size : (RANK + 1) * size].clone())
-    else:
-        print("the checkpoint is of another number of ranks or another kind of device: economies are shared anew and "
-              "random numbers start anew, so not bit for bit")
-        rng.manual_seed(seed_of_rank(seed + saved["iteration"]))
-    device = state["policy"].device
-    state |= {name: x.to(device) if isinstance(x, Tensor) else x for name, x in own_part(saved).items()
-              if name in state or name.startswith("adam_")}
-    return same
-
-
-def trained(econ: Tables, config: Config, kernels: Kernels, seed: int, graphs: bool, output_dir, resume: bool,
-            of_run: dict) -> dict:
-    """The state of all ranks after the training, with a checkpoint after every outer iteration. of_run: what else a
-    checkpoint tells of its run."""
-    cfg, rng = own_share(config), generator(econ.TFP.device.type, seed)
-    state, path = initial_state(econ, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
-    free = ("iterations", "eval_", "irf_")  # a run may be resumed to more iterations, or judged at other sizes
-    fixed = {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith(free)}
-    of_run = of_run | {"config": fixed | {"seed": seed}}
-    if resume:
-        like = of_run | whole(state)
-        same = resumed(state, of_first(lambda: load_checkpoint(path, like, "--resume")), rng, seed)
-        follow = ("K_mean", "Delta_law", "M_mean", "M_std")
-        econ = econ._replace(**{name: state[name] for name in follow if name in state})
-        if not same and state["iteration"] > 0:
-            with torch.no_grad():
-                keep_batch(state, roll_out_sample(state, econ, cfg, kernels, rng), cfg)
-    Interrupted.iteration = state["iteration"]
-
-    def after_iteration(state: dict) -> None:
-        if path:
-            everything = of_run | whole(state) | {"rng": gathered(rng.get_state(), 0)}
-            if RANK == 0:
-                if state["iteration"] == 1 and path.exists():  # of an earlier run
-                    with disk_errors(output_dir):
-                        os.replace(path, path.with_name("checkpoint.previous.pt"))
-                save_checkpoint(path, everything)
-        Interrupted.iteration = state["iteration"]
-        last = {name: column[-1] for name, column in state["history"].items()}
-        shown = ("mean_K", "value_residual", "policy_residual", "objective")
-        words = " ".join(f"{name} {last[name]:.4g}" for name in shown)
-        bar.set_postfix_str(words, refresh=False)
-        bar.update()
-        if bar.disable:
-            print(f"iteration {state['iteration']} {words} seconds {last['seconds']:.2f}", flush=True)
-
-    hidden = True if RANK else None  # None: on a terminal only
-    with tqdm(total=config.iterations, initial=state["iteration"], desc="DeepHAM", disable=hidden, unit="it") as bar:
-        train(state, econ, cfg, kernels, rng, graphs, after_iteration)
-    return whole(state)
-
-
-def work(settings: Settings) -> int:
-    """Train or read, judge, write and print."""
-    import matplotlib
-
-    economy, calibration, cfg, grid_config, run = settings
-    output_dir = Path(run.output_dir)
-    if RANK == 0:
-        prepare(output_dir)
-    on_gpu = run.device != "cpu" and torch.cuda.is_available()
-    if not on_gpu:
-        limit_memory()
-    seconds = {}
-
-    def of_grid():
-        with stage(seconds, "grid"):
-            return solve_grid(economy, grid_config, progress=True) if grid_config else None
-
-    if run.evaluate:
-        network = load(output_dir / WEIGHTS, run.device, run.compile, settings)
-    if run.preset != "paper":
-        print(f"preset {run.preset} departs from the authors' game_nn_n50:")
-        print("  " + ", ".join(departures(cfg, PRESETS["paper"])))
-    # on a GPU the processor has nothing to do until the networks are judged
-    with beside(of_grid) if on_gpu and RANK == 0 else nullcontext(of_grid) as of_grid:
-        if not run.evaluate:
-            with stage(seconds, "training_with_checkpoints"):
-                network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
-                                cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
-        if RANK > 0:
-            return 0
-        grid = of_grid()
-    grid = grid and grid.to(network.device)
-    with stage(seconds, "accuracy"), torch.no_grad():
-        graphs = run.cuda_graphs and network.device.type == "cuda"
-        figures, arrays = compare(network, grid, cfg, graphs)
-    rows = verdict(figures, economy, cfg)
-    with staged(output_dir) as folder:
-        with stage(seconds, "results"):
-            write_results(folder, network, grid, figures, arrays, cfg)
-        history, moving = network.weights["history"], still_moving(network.weights)
-        seconds["training"] = sum(history["seconds"])
-        device = network.device.type
-        versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
-        metrics = {
-            **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": calibration,
-            "economy": economy_dict(economy), "config": dataclasses.asdict(cfg),
-            "grid_config": grid_config and dataclasses.asdict(grid_config), "seed": network.weights["seed"],
-            "convergence": {"converged": None if cfg.optimizer == "adam" else not moving, "still_moving": moving,
-                            "settled": network.weights["settled"], "iterations": len(history["seconds"]),
-                            "movement": history["movement"], "euler": history["euler"]},
-            "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-            "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds,
-            "peak_memory_gb": peak_memory_gb(device)}
-        (folder / "metrics.json").write_text(json.dumps(plain(metrics), indent=1, allow_nan=False) + "\n")
-    for note in figures["grid"]["notes"] if grid else ():
-        print(note)
-    if run.preset == "smoke":
-        print("sizes this small have no verdict: the installation works; the default preset solves the economy")
-    else:
-        print_verdict(rows)
-    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy"))
-    print(f"\n{spent}; results in {output_dir.resolve()}: open distribution_validation.png first")
-    if run.preset == "smoke":
-        return 0
-    if cfg.optimizer == "adam":
-        print("whether adam has converged is not known: look at figures/training_history.png")
-    elif moving:
-        print(f"not converged: {moving}; go on with --resume --iterations {2 * len(history['seconds'])}")
-    else:
-        print(f"converged: savings had settled after {network.weights['settled']} outer iterations")
-    return int(any(row[-1] is False for row in rows) if run.evaluate else bool(moving))
-
-
 def plain(x):
     """Nested figures as JSON has them: arrays as lists, what is not finite as null."""
     text = json.dumps(x, default=lambda array: array.tolist())
     return json.loads(text, parse_constant=lambda not_finite: None)
 
 
-def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration,
-         config: Config = PRESETS["default"]) -> int:
+def grid_or_why(settings: Settings, seconds: dict) -> Tuple[GridSolution | None, str]:
+    """The grid solution, or why there is none: that costs the comparison and not the run."""
+    try:
+        with stage(seconds, "grid"):
+            return settings.grid and solve_grid(settings.economy, settings.grid, progress=True), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def work(settings: Settings, argv: list) -> int:
+    """Train or read, judge, write and print."""
+    economy, calibration, cfg, _, run = settings
+    output_dir, seconds, beside = Path(run.output_dir), {}, []
+    with held(output_dir) if RANK == 0 else contextlib.nullcontext():
+        if run.preset != "paper" and RANK == 0:
+            print("differences from the preset paper: " + ", ".join(departures(cfg, PRESETS["paper"])))
+        if torch.cuda.is_available() and run.device != "cpu" and RANK == 0:
+            # on a GPU the processor has nothing to do until the networks are judged
+            thread = threading.Thread(target=lambda: beside.append(grid_or_why(settings, seconds)), daemon=True)
+            thread.start()
+        if run.evaluate:
+            network = load(output_dir / WEIGHTS, run.device, run.compile, settings)
+            judge = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(("eval_", "irf_"))}
+            network.config = dataclasses.replace(network.config, **judge)
+        else:
+            with stage(seconds, "training_with_checkpoints"):
+                network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
+                                cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
+        if RANK > 0:
+            return 0
+        if not run.evaluate:
+            set_aside(output_dir / WEIGHTS)
+            network.save(output_dir / WEIGHTS)
+        if network.device.type == "cuda":
+            thread.join()
+        grid, why = beside[0] if beside else grid_or_why(settings, seconds)
+        grid = grid and grid.to(network.device)
+        with stage(seconds, "accuracy"), torch.no_grad():
+            figures, arrays = compare(network, grid, network.config)
+        rows, moving = verdict(figures, economy, network.config), moves_of(network, figures)
+        with staged(output_dir) as folder:
+            with stage(seconds, "results"):
+                write_results(folder, network, grid, figures, arrays)
+            metrics = metrics_of(settings, network, figures, rows, seconds, moving)
+            (folder / "metrics.json").write_text(json.dumps(plain(metrics), indent=1, allow_nan=False) + "\n")
+        (output_dir / WEIGHTS).with_suffix(".previous.pth").unlink(missing_ok=True)
+    return told(settings, network, grid, rows, (why, moving), seconds)
+
+
+def departures(cfg, reference) -> List[str]:
+    """Where cfg is not the reference, which is the preset paper."""
+    pairs = [(f.name, getattr(cfg, f.name), getattr(reference, f.name)) for f in dataclasses.fields(cfg)]
+    return [f"{name} {ours} (paper {theirs})" for name, ours, theirs in pairs if ours != theirs]
+
+
+def moves_of(network: Solution, figures: dict) -> str:
+    """What still moved at the end: of the training, or of the distribution that is judged."""
+    weights = network.weights
+    moving = still_moving(weights["history"], weights["settled"], Config(**weights["config"]))
+    for name in ("network", "grid"):
+        moves = figures[name]["limit"]["moves"] if name in figures else 0.0
+        if moves >= MOVES and not moving:
+            moving = f"the {name}'s distribution of capital moves by {100 * moves:.2g}% from one judged path to the next"
+    return moving
+
+
+def metrics_of(settings: Settings, network: Solution, figures: dict, rows: list, seconds: dict, moving: str) -> dict:
+    """metrics.json: what was solved, how, and every figure."""
+    import matplotlib
+
+    weights, device = network.weights, network.device.type
+    history, config = weights["history"], Config(**weights["config"])
+    seconds.setdefault("training", weights["seconds"])
+    judge = {name: x for name, x in dataclasses.asdict(network.config).items() if name.startswith(("eval_", "irf_"))}
+    versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
+    return {
+        **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": weights["calibration"],
+        "economy": weights["economy"] | {name: getattr(network.economy.arrays, name) for name in ("L", "shares")},
+        "config": weights["config"] | judge, "seed": weights["seed"],
+        "grid_config": settings.grid and dataclasses.asdict(settings.grid),
+        "convergence": {"converged": None if config.published else not moving, "still_moving": moving,
+                        "settled": weights["settled"], "iterations": len(history["seconds"]),
+                        "movement": history["movement"], "euler": history["euler"]},
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds,
+        "peak_memory_gb": peak_memory_gb(device)}
+
+
+def told(settings: Settings, network: Solution, grid: GridSolution | None, rows: list, trouble: tuple,
+         seconds: dict) -> int:
+    """What a run says at its end, and its exit status."""
+    run, (why, moving) = settings.run, trouble
+    for note in grid.notes if grid else ():
+        print(note)
+    if run.preset != "smoke":
+        print_verdict(rows)
+    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
+    print(f"\n{spent}; results in {Path(run.output_dir).resolve()}: open distribution_validation.png first")
+    if run.preset == "smoke":
+        print("sizes this small have no verdict: the installation works; the default preset solves the economy")
+        return 0
+    failed = [row[0] for row in rows if row[-1] is False]
+    script, folder = shlex.quote(Interrupted.script), shlex.quote(run.output_dir)
+    if why:
+        print(f"no comparison: {why}; then: python {script} --evaluate --output-dir {folder}")
+    elif moving:
+        more = 2 * len(network.weights["history"]["seconds"])
+        print(f"not converged: {moving}; go on with --resume --iterations {more} --output-dir {folder}")
+    elif failed:
+        print(f"{len(failed)} of {sum(row[-1] is not None for row in rows)} rows FAIL: {', '.join(failed)}")
+    elif network.config.published:
+        print("whether adam has converged is not known: look at figures/training_history.png")
+    else:
+        print(f"converged: savings had settled after {network.weights['settled']} outer iterations; every row passes")
+    return int(bool(why or moving or failed))
+
+
+def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration) -> int:
     """The command line of any economy: economy is an Economy, or a function that makes one of a calibration, a
-    dataclass whose fields, made by option(), become flags; config is its default preset. Returns 0 done, 1 an accuracy
-    figure fails in --evaluate, 2 a user's error, 130 / 143 interrupted."""
+    dataclass whose fields, made by option(), become flags. Returns 0 converged and every row passes, 1 not converged or
+    a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
-    with contextlib.redirect_stdout(io.StringIO()) if RANK else nullcontext():
-        return exit_status(lambda argv: work(parse(argv, economy, calibration, config)),
-                           sys.argv[1:] if argv is None else argv)
+    in_notebook = "ipykernel" in sys.modules  # whose own arguments are not ours
+    argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
+    status = None
+    with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
+        try:
+            return work(parse(argv, economy, calibration), argv)
+        except (Exception, Interrupted) as error:
+            line, status = ending(error, argv)
+    if RANK > 0 and status == 2:
+        time.sleep(10)  # what the first rank has to say ends this one; alone with a trouble it speaks
+    if RANK == 0 or status == 2:
+        print(f"deepham_ks: {f'rank {RANK}: ' * (RANK > 0)}{line}", file=sys.stderr, flush=True)
+    if RANKS > 1 and status > 128:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)  # the end of Python would wait for what other ranks still owe
+    return status
 
 
 if __name__ == "__main__":
