@@ -1,39 +1,38 @@
 """DeepHAM (Han, Yang & E 2021): heterogeneous households under aggregate shocks, and a grid solution that judges.
 
 The economy. A household with capital k in state s has cash on hand m = R k + income(z, s) w, consumes c and saves
-k' = m - c >= k_min; it discounts by beta(s) and has utility u(c) of risk aversion gamma. R and w are the marginal products
-of Y = TFP(z) K^alpha L(z)^(1 - alpha), K being mean capital; (z, s) is a Markov chain. The default economy is Krusell &
-Smith (1998) in the calibration of Den Haan, Judd & Juillard (2010): s unemployed / employed, z bad / good. Any other is a
-set of tables: class Economy, and the files in examples/.
+k' = m - c >= k_min. It discounts by beta(s) and has utility u(c) of risk aversion gamma. R and w are the marginal
+products of Y = TFP(z) K^alpha L(z)^(1 - alpha), K is mean capital, and (z, s) a Markov chain. The default economy is
+Krusell & Smith (1998) as Den Haan, Judd & Juillard (2010) calibrate it: s unemployed / employed, z bad / good. Any
+other is a set of tables: class Economy, and the files in examples/.
 
 The algorithm is learn(), one outer iteration after the other:
   1. simulate: B economies of N households go on for some periods under the policy network as it is;
-  2. roll out: M single households live T periods on the simulated paths of (z, K). Each period has a label: what a
-     unit of k' is worth, lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and from later
-     periods what is left of the same condition there, discounted back along the path;
+  2. roll out: M single households live T periods on the simulated paths of (z, K). A period's label is what a unit of
+     k' is worth in it: lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and what is left of
+     the same condition in later periods, discounted back along the path;
   3. move the policy: a Gauss-Newton step of log c towards the first-order condition u'(c) = beta lambda';
   4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out;
-  and after the last one
+and after the last one
   5. fit V, once: the value network solves the Bellman equation of the final policy.
 
-How this differs from the paper, which `--preset paper` follows (published = True below):
-  - V. There V is trained in turn with the policy and stands for utility after T. Here no label sees V: the policy is the
-    same whatever V's weights are. V is for Bellman errors, welfare, and whoever wants a value function.
-  - K'. There K' is what N households happened to save. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
+How this differs from the paper, which `--preset paper` follows:
+  - V. There it is trained in turn with the policy and stands for utility after T. Here no label sees V, and the policy
+    is the same whatever V's weights are. V is there for Bellman errors, welfare, and whoever wants a value function.
+  - K'. There it is what N households happened to save. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
     simulated paths by least squares; where networks see moments of the distribution, K' itself.
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
-Both forms share the economy, the networks (two tanh layers) and the moments, given or learnt.
 
-Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the figures;
-below that line is the machine: ranks, CUDA graphs, files, command line, one run.
+Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the
+pictures; what follows is the machine: processes, CUDA graphs, files, the command line, one run.
 
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
-households of each, M households of a roll-out, T periods, J successors (s', z') of a state, Z and S numbers of states, n
-moments, P parameters. A joint index is z S + s.
+households of each, M households of a roll-out, T periods, J successors (s', z') of a state, Z and S numbers of states,
+n moments, P parameters. A joint index of (z, s) is z S + s.
 
-`python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has all
-flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
+`python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has
+all flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
 """
 
 import argparse
@@ -62,6 +61,7 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import scipy.interpolate
+import scipy.optimize
 import scipy.sparse
 import scipy.sparse.linalg
 import scipy.stats
@@ -213,6 +213,7 @@ class Run:
 def krusell_smith(cal: Calibration = Calibration()) -> "Economy":
     """s: 0 unemployed / 1 employed; z: 0 bad / 1 good. Unemployment lasts as long as z says, in a new state of z 1.25
     and 0.75 times as probably as usual there, and its rate depends on z alone; a tax on wages pays the benefits."""
+    check_options(cal)
     u, z_stay = np.array([cal.u_bad, cal.u_good]), 1 - 1 / cal.z_duration
     stay, L = 1 - 1 / np.array([cal.u_duration_bad, cal.u_duration_good]), cal.l_bar * (1 - u)
     p_uu = np.array([[stay[0], 0.75 * stay[1]], [1.25 * stay[0], stay[1]]])  # (z, z')
@@ -223,9 +224,9 @@ def krusell_smith(cal: Calibration = Calibration()) -> "Economy":
     require((cal.mu * u < L).all(), "--mu, --u-bad, --u-good and --l-bar imply a tax of 100% or more; lower --mu")
     return Economy(
         alpha=cal.alpha, delta=cal.delta, gamma=cal.gamma, beta=cal.beta, k_min=cal.k_min,
-        TFP=np.array([1 - cal.tfp_shock, 1 + cal.tfp_shock]), L=L,
+        TFP=np.array([1 - cal.tfp_shock, 1 + cal.tfp_shock]),
         P_z=np.array([[z_stay, 1 - z_stay], [1 - z_stay, z_stay]]), Pi=np.stack([1 - employed, employed], -1),
-        income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1), shares=np.stack([u, 1 - u], 1) / 2,
+        income=np.stack([np.full(2, cal.mu), cal.l_bar * (1 - cal.mu * u / L)], 1),
         sees_s=np.array([[-1.0], [1.0]]), weight=np.array([3.0, 1.0]),
         s_names=("unemployed", "employed"), z_names=("bad state", "good state"))
 
@@ -240,8 +241,8 @@ class Economy:
     """All about the states s = 0..S-1 of a household and z = 0..Z-1 of the economy. Tables may be anything that numpy
     reads and that broadcasts to the shape given; UserError names the one that is wrong. Fields stay as they were given,
     so that dataclasses.replace() works; tables of full shape, and what follows from them, are in `arrays`: P (Z, S, Z,
-    S) of the chain (z, s), shares, L, annuity (Z, S), the present value of one util a period for ever. K_ss, R_ss, w_ss,
-    c_ss are those of the representative household at mean TFP and labour, where mean_beta R = 1."""
+    S) of the chain (z, s), shares, L, annuity (Z, S), the present value of one util a period for ever. K_ss, R_ss,
+    w_ss, c_ss are those of the representative household at mean TFP and labour, where mean_beta R = 1."""
 
     alpha: float  # capital share
     delta: float  # depreciation rate
@@ -296,7 +297,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
     """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
     interval, where NaN and infinity never are."""
     try:
-        Z, S = len(np.atleast_1d(np.array(given.TFP, float))), np.array(given.income, float).shape[-1]
+        Z, S = len(np.atleast_1d(np.asarray(given.TFP, dtype=float))), np.asarray(given.income, dtype=float).shape[-1]
     except (IndexError, TypeError, ValueError):
         raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
     inf, chance = math.inf, (-ROUNDING, 1 + ROUNDING)
@@ -311,12 +312,14 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
     for name, (shape, (low, high)) in parts.items():
         x = getattr(given, name)
         x = defaults.get(name) if x is None else x
-        if x is None:
+        if x is None and name in ("L", "shares"):
             continue
         try:
-            x = np.array(x, float)
-            if name == "Pi":
-                refuse_other_shapes(x.shape, Z, S)
+            x = np.asarray(x, dtype=float)
+            require(name != "Pi" or x.ndim != 3, f"Pi: shape {x.shape} does not say whether it depends on z or on z'; "
+                    "give Pi[:, None] where it depends on z now, Pi[None] where on z' next period")
+            require(name != "Pi" or x.shape != (Z * S, Z * S) or Z == 1, f"Pi: shape {x.shape} is the joint matrix of "
+                    f"(z, s); give P_z, Pi = dk.from_joint(P, {Z}, {S})")
             x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
         except (IndexError, TypeError, ValueError):
             raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by income") from None
@@ -325,28 +328,25 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
         require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "
                 f"{high:g}){hint}")
         setattr(full, name, x if shape else float(x))
-    full.s_names, full.z_names = [tuple(names) or tuple(f"{letter} = {i}" for i in range(n)) for names, letter, n in
-                                  ((given.s_names, "s", S), (given.z_names, "z", Z))]
     for name, n in (("s_names", S), ("z_names", Z)):
-        require(len(getattr(full, name)) == n, f"{name}: {len(getattr(full, name))} names for {n} states")
+        names = getattr(given, name)
+        require(isinstance(names, (list, tuple, np.ndarray)), f"{name}: give a list of {n} names")
+        names = tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n))
+        require(len(names) == n, f"{name}: {len(names)} names for {n} states")
+        setattr(full, name, names)
     require(given.equilibrium in EQUILIBRIA,
             f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
     require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
     return full
 
 
-def refuse_other_shapes(shape: tuple, Z: int, S: int) -> None:
-    """Shapes of Pi that numpy would broadcast in a way nobody meant."""
-    require(len(shape) != 3, f"Pi: shape {shape} does not say whether it depends on z or on z'; give Pi[:, None] where "
-            "it depends on z now, Pi[None] where on z' next period")
-    require(shape != (Z * S, Z * S) or Z == 1, f"Pi: shape {shape} is the joint matrix of (z, s); give "
-            f"P_z, Pi = dk.from_joint(P, {Z}, {S})")
-
-
 def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
     """P_z (Z, Z) and Pi (Z, Z, S, S) of the joint matrix P (Z S, Z S), rows and columns in the order (z, s): z = 0 with
     every s, then z = 1, and so on. UserError where the probability of z' depends on s."""
-    P = np.array(P, float)
+    try:
+        P = np.asarray(P, dtype=float)
+    except (TypeError, ValueError):
+        raise UserError("from_joint: P: give a matrix of numbers") from None
     require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
             f"{(Z * S, Z * S)}")
     to_z = P.reshape(Z, S, Z, S).sum(3)  # (z, s, z')
@@ -371,7 +371,7 @@ def add_chain(a: types.SimpleNamespace) -> None:
         setattr(a, name, rows / rows.sum(-1, keepdims=True))
     a.P = np.einsum("xy,xyij->xiyj", a.P_z, a.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
     P = a.P.reshape(Z * S, Z * S)
-    ergodic = (np.abs(np.linalg.eigvals(P)) > 1 - 1e-10).sum() == 1
+    ergodic = (np.abs(np.linalg.eigvals(P) - 1) < 1e-10).sum() == 1
     require(ergodic or a.shares is not None,
             "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
     found = stationary_of(P, None if ergodic else a.shares.reshape(-1).clip(0))
@@ -388,8 +388,8 @@ def add_chain(a: types.SimpleNamespace) -> None:
     require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
     gap = earned / L - 1
     z = np.abs(gap).argmax()
-    require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of labour "
-            "L; change income or L, or leave L out")
+    require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
+            "labour L; change income or L, or leave L out")
     a.L = earned if np.abs(gap).max() > 1e-9 else L
     low, high = goods_gap(a)
     require(max(-low, high) <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so labour "
@@ -434,8 +434,8 @@ def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
     discounted = np.tile(a.beta, Z)[:, None] * a.P.reshape(Z * S, Z * S)
     of_z, mean_beta = a.shares.sum(1), float(a.shares.sum(0) @ a.beta)
     growth = np.abs(np.linalg.eigvals(discounted)).max()
-    require(growth < 1 and mean_beta < 1, f"beta: utility discounted along the chain grows by {growth:.6g} a period, so "
-            "wealth has no bound; lower it")
+    require(growth < 1 and mean_beta < 1, f"beta: utility discounted along the chain grows by {growth:.6g} a period, "
+            "so wealth has no bound; lower it")
     a.annuity = np.linalg.solve(np.eye(Z * S) - discounted, np.ones(Z * S)).reshape(Z, S)
     TFP, L, R = of_z @ a.TFP, of_z @ a.L, 1 / mean_beta
     K = float(L * (a.alpha * TFP / (R - 1 + a.delta)) ** (1 / (1 - a.alpha)))
@@ -461,8 +461,8 @@ def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray) -> None:
     R = 1 - a.delta + a.alpha * a.TFP[z] * (K / a.L[z]) ** (a.alpha - 1)
     w = (1 - a.alpha) * a.TFP[z] * (K / a.L[z]) ** a.alpha
     left = ((R - 1) * a.k_min + a.income[z].min(1) * w).min()
-    require(left >= -1e-9 * economy.c_ss, f"k_min: at {a.k_min:g} the poorest are {-left:.3g} goods short of interest at "
-            "the prices of the solution; bring it nearer to 0")
+    require(left >= -1e-9 * economy.c_ss, f"k_min: at {a.k_min:g} the poorest are {-left:.3g} goods short of interest "
+            "at the prices of the solution; bring it nearer to 0")
 
 
 def as_economy(economy) -> Economy:
@@ -517,10 +517,6 @@ class Tables(NamedTuple):
     lowest: Tensor  # (S,) 1 where income is lowest
 
 
-def tables_on(econ: Tables, device) -> Tables:
-    return Tables(*[x.to(device) if isinstance(x, Tensor) else x for x in econ])
-
-
 # ---------------------------------------------------------------------------------------------- household
 
 
@@ -559,11 +555,6 @@ def rows(at: At, first: int, last: int) -> At:
 def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     """Row of (z, s) in the tables."""
     return z * econ.beta.shape[0] + s
-
-
-def group_of(s: Tensor, econ: Tables) -> Tensor:
-    """The group (...) that households in s (...) are of."""
-    return econ.of_group.argmax(1)[s]
 
 
 def prices(K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -860,17 +851,19 @@ def network_and_slope(layers: List[Tensor], x: Tensor, dx: Tensor) -> Tuple[Tens
     return torch.matmul(h2, layers[4]) + layers[5], torch.matmul(dh2, layers[4])
 
 
-def outer(a: Tensor, b: Tensor) -> Tensor:
-    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
-
-
-def network_jacobian(layers: List[Tensor], x: Tensor) -> Tensor:
-    """d output / d theta, by hand: (M, inputs) -> (M, P)."""
+def network_jacobian(layers: List[Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """d sum_j weight_j output(x_j) / d theta, by hand: x (J, M, inputs), weight (J, M) -> (M, P)."""
     h = torch.tanh(linear(x, layers[0], layers[1]))
     h2 = torch.tanh(linear(h, layers[2], layers[3]))
-    d2 = (1 - h2 * h2) * layers[4]
+    d2 = weight.unsqueeze(-1) * (1 - h2 * h2) * layers[4]
     d1 = (1 - h * h) * torch.matmul(d2, layers[2])
-    return torch.cat([outer(d1, x), d1, outer(d2, h), d2, h2, torch.ones_like(h2[:, :1])], 1)
+    W1, W2 = torch.einsum("jma,jmb->mab", d1, x), torch.einsum("jma,jmb->mab", d2, h)
+    w3, b3 = (weight.unsqueeze(-1) * h2).sum(0), weight.sum(0).unsqueeze(-1)
+    return torch.cat([W1.flatten(1), d1.sum(0), W2.flatten(1), d2.sum(0), w3, b3], 1)
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
 
 
 def slope_jacobian(layers: List[Tensor], x: Tensor, dx: Tensor) -> Tensor:
@@ -981,8 +974,8 @@ class State:
 
 @torch.no_grad()
 def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: "Guard") -> None:
-    """The algorithm, in place on the state. guard wraps it: it runs an iteration as a CUDA graph, takes it back where it
-    went wrong, saves a checkpoint and shows progress."""
+    """The algorithm, in place on the state. guard wraps it: it runs an iteration as a CUDA graph, takes it back where
+    it went wrong, saves a checkpoint and shows progress."""
 
     def iteration() -> Tensor:
         """Steps 1 to 3, which never wait for the host. Returns what is known of them."""
@@ -1001,9 +994,14 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
             taken = policy_step(state, batch, paths, econ, cfg)
         return iteration_figures(state, batch, taken, econ, cfg)
 
-    while state.iteration < last_iteration(state, cfg):
+    while state.iteration < min(full_steps(state, cfg) + cfg.averaging, cfg.iterations):
         set_rates(state, cfg)  # full steps at first; once savings have settled they fall like 1 / n
-        record(state, guard.run(iteration))
+        figures = guard.run(iteration)
+        state.watched = [*state.watched[-9:], figures["watched"]]
+        figures |= {"rate": float(state.rates[0]), "movement": movement(state.watched)}
+        for name, column in state.history.items():
+            column.append(figures[name])
+        state.iteration += 1
 
         # 4. Settled? Savings have hardly moved for ten iterations and Euler errors neither fall nor rise. Another
         #    cfg.averaging iterations follow.
@@ -1021,10 +1019,6 @@ def full_steps(state: State, cfg: Config) -> int:
     if cfg.published:
         return cfg.iterations
     return state.settled or max(cfg.iterations - cfg.averaging, 0)
-
-
-def last_iteration(state: State, cfg: Config) -> int:
-    return min(full_steps(state, cfg) + cfg.averaging, cfg.iterations)
 
 
 DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.averaging, slow enough to go on learning
@@ -1080,15 +1074,6 @@ def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables,
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
 
-def record(state: State, figures: dict) -> None:
-    """A row of the history."""
-    state.watched = [*state.watched[-9:], figures.pop("watched")]
-    figures |= {"rate": float(state.rates[0]), "movement": movement(state.watched)}
-    for name, column in state.history.items():
-        column.append(figures[name])
-    state.iteration += 1
-
-
 def change_of(series: list, n: int) -> float:
     """Mean of the last n over the mean of the n before."""
     return float(np.mean(series[-n:]) / np.mean(series[-2 * n : -n]))
@@ -1139,7 +1124,7 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
         return fast.network_capital(net, At(k, s, K, z, moments_of(k, s, moments, econ).unsqueeze(1), unseen), econ)
 
     scale = 1 + cfg.K_spread * (2 * uniform((len(state.k), econ.of_group.shape[1]), rng, state.k.device) - 1)
-    scale = scale.gather(1, group_of(state.s, econ))  # each group's capital by a factor of its own
+    scale = scale.gather(1, econ.of_group.argmax(1)[state.s])  # each group's capital by a factor of its own
     panel = Panel(econ.k_min + (state.k - econ.k_min) * scale, state.s, state.z)
     K_path, z_path, k_path, s_path, gains = [], [], [], [], []
     # shocks spread evenly take sampling noise out of K, which is what moments of finite economies are about
@@ -1166,7 +1151,7 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
         K_next = torch.exp(by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
     widen(state.k_range, gathered(torch.stack([k.min(), k.max()]), 0))
     widen(state.K_range, torch.stack([every_K.min(), every_K.max()]))
-    cross_sections = [torch.stack(x) if n else x[0].new_empty(0, *state.k.shape) for x in (k_path or [k], s_path or [s])]
+    cross_sections = [torch.stack(x) if x else now.new_empty(0, *now.shape) for x, now in ((k_path, k), (s_path, s))]
     M, M_next = path_moments(*cross_sections, z_path, moments, econ)
     recentre(state, every_K, gathered(M, 1), econ, cfg)
     return Paths(K_path, z_path, K_next, M, M_next, *cross_sections)
@@ -1284,8 +1269,8 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     K_next = paths.K_next[now, economy]
     Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
     if econ.equilibrium == "planner":
-        Delta = by_law(state.Delta_law[z], torch.log(K))
-        Delta_next = by_law(state.Delta_law, torch.log(K_next).unsqueeze(-1))
+        law = state.Delta_law.to(K.dtype)
+        Delta, Delta_next = by_law(law[z], torch.log(K)), by_law(law, torch.log(K_next).unsqueeze(-1))
     path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta)
     return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next), now * B + economy
 
@@ -1356,7 +1341,8 @@ def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables)
 
 
 def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
-    """k (T + 1, M) of M price-taking households along a path of s, K, z and what else is seen (T + 1, M), from k (M,)."""
+    """k (T + 1, M) of M price-taking households along a path of s, K, z and what else is seen (T + 1, M), from k
+    (M,)."""
     k_path, T = torch.empty_like(path.K), path.K.shape[0] - 1
     k_path[0] = k
     y, R = earnings(path, econ)
@@ -1390,8 +1376,8 @@ def worth_of_saving(expected: Tensor, c: Tensor, dc: Tensor, at: At, econ: Table
 
 def published_labels(V_T: Tensor, V_k_T: Tensor, c: Tensor, dc: Tensor, at: At,
                      econ: Tables) -> Tuple[Tensor, Tensor]:
-    """Realised utility U_t = u(c_t) + Delta_t k_t + beta U_{t+1} and next period's costate lambda_{t+1}, with lambda_t =
-    u'(c_t) dc/dk + Delta_t + beta lambda_{t+1} dk'/dk, from V and V_k at T: back-propagation through time."""
+    """Realised utility U_t = u(c_t) + Delta_t k_t + beta U_{t+1} and next period's costate lambda_{t+1}, with lambda_t
+    = u'(c_t) dc/dk + Delta_t + beta lambda_{t+1} dk'/dk, from V and V_k at T: back-propagation through time."""
     beta, u_prime = econ.beta[at.s], marginal_utility(c, econ)
     _, R = earnings(at, econ)
     gain = Delta(u_prime, at, econ)
@@ -1411,8 +1397,8 @@ fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # f
 
 
 def compile_kernels(mode: str) -> None:
-    """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where TorchScript
-    is gone or does not compile, one line says so and the run goes on eagerly."""
+    """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where
+    TorchScript is gone or does not compile, one line says so and the run goes on eagerly."""
     eager = {name: globals()[name] for name in KERNELS}
     vars(fast).update(eager)
     if mode != "torchscript":
@@ -1453,12 +1439,12 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
         return ((f + missed - network(layers, moved)) * free).unsqueeze(0)
 
     def jacobians(part):
-        jacobian = fast.network_jacobian(net.layers, x[part])
+        jacobian = fast.network_jacobian(net.layers, x[None, part], free[None, part])
         if slopes is not None:  # a moment enters where b1 does, through its column of W1
             H, n = net.layers[0].shape
             by_moment = jacobian[:, H * n : H * n + H] @ net.layers[0][:, -slopes.shape[1] :]
             jacobian = torch.cat([jacobian, (by_moment.unsqueeze(2) * slopes[part]).sum(1)], 1)
-        yield jacobian * free[part].unsqueeze(1)
+        yield jacobian
 
     state.policy_before.copy_(state.policy)
     theta, damping, taken = gauss_newton_step(state.policy, state.damping, state.rates[0], residuals, jacobians)
@@ -1471,8 +1457,8 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
 LEAST_DAMPING = 3e-5  # in units of the diagonal: less lets noise bend the networks where there are few states
 
 
-def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
-                      jacobians: Callable) -> Tuple[Tensor, Tensor, Tensor]:
+def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable, jacobians: Callable,
+                      floor: float = LEAST_DAMPING) -> Tuple[Tensor, Tensor, Tensor]:
     """rate times a Levenberg-Marquardt step of theta (P,), solved in float64: the one way in which networks learn.
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
@@ -1498,7 +1484,7 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
         better = left < least
         best, least = torch.where(better, trial, best), torch.where(better, left, least)
     taken = least < at_start
-    damping = torch.where(taken, (damping / 3).clamp(min=LEAST_DAMPING), (damping * 10).clamp(max=1e6))
+    damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
     return best, damping, taken
 
 
@@ -1584,14 +1570,14 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
 
 # ---------------------------------------------------------------------------------------------- 5. fit V
 
-VALUE_ROUNDS = 4  # samples of states, and
+VALUE_ROUNDS = 5  # samples of states, and
 VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
 LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the network's output
 
 
 def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> None:
-    """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k +
-    beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
+    """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k
+    + beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
     Huge & Savine 2020)."""
     damping = torch.full_like(state.damping, 1e-2)
     state.rates[1:] = 0  # what households believe stays what it is
@@ -1621,7 +1607,8 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     # V_g brings both into units of g; 1 - beta is small, so the Bellman residual counts 1 / (1 - beta) times
     level = LEVEL_WEIGHT * econ.root_weight[at.s] * econ.annuity[here] / V_g
     slope = econ.root_weight[at.s] / u_prime
-    P = econ.probability[here].T * beta * V_g_next
+    all_x = torch.cat([x.unsqueeze(0), x_next])
+    all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[here].T * beta * V_g_next])  # of minus the residual
 
     def both(theta):
         layers = unpack(theta, shapes)
@@ -1637,13 +1624,10 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
         return torch.stack([weight * r for weight, r in zip((level, slope), both(theta))])
 
     def jacobians(part):
-        out = V_g[part].unsqueeze(1) * fast.network_jacobian(net.layers, x[part])
-        for j in range(len(P)):
-            out -= P[j, part].unsqueeze(1) * fast.network_jacobian(net.layers, x_next[j, part])
-        yield level[part].unsqueeze(1) * out
+        yield fast.network_jacobian(net.layers, all_x[:, part], (level * all_V_g)[:, part])
         yield fast.slope_jacobian(net.layers, x[part], dx[part] * (slope * V_g)[part].unsqueeze(1))
 
-    return gauss_newton_step(state.value, damping, 1.0, residuals, jacobians)
+    return gauss_newton_step(state.value, damping, 1.0, residuals, jacobians, LEAST_DAMPING / 3)  # no noise: bolder
 
 
 # ---------------------------------------------------------------------------------------------- moments
@@ -1854,7 +1838,8 @@ class Policy:
 
     K_mean: float  # mean capital, goods
     K_of_z: np.ndarray  # (Z,) its mean given z
-    moments = Moments((), [])
+    seen = Moments((), [])  # of the cross-section
+    settled = True  # whether savings had, so that what is judged can be meant
 
     def policy(self, at: At) -> Tensor:
         """k' of households, float64 tensors."""
@@ -1872,8 +1857,12 @@ class Policy:
         """The same with the moments that are usual at K and z."""
         return at
 
+    def single(self) -> "Policy":
+        """The same for long simulations, in float32 where that is faster."""
+        return self
+
     def next_capital(self, k, s, K, z, M=None) -> np.ndarray:
-        """k' (goods) for numbers or arrays that broadcast: k, K in goods, s and z indices. M (..., n_m) as moments_at()
+        """k' (goods) for numbers or arrays that broadcast: k, K in goods, s and z indices. M (..., n_m) as moments()
         gives it, without which moments, if there are any, are as usual at K and z. ValueError outside the range of k
         and K that was learnt or solved, and for states that do not exist."""
         return self.on_arrays(self.policy, k, s, K, z, M)
@@ -1889,13 +1878,13 @@ class Policy:
             return self.values(at) + econ.annuity[joint(at.s, at.z, econ)] * math.log(econ.c_ss)
         return self.values(at) * econ.c_ss ** (1 - econ.gamma)
 
-    def moments_at(self, k, s) -> np.ndarray:
+    def moments(self, k, s) -> np.ndarray:
         """M (..., n_m) of cross-sections k, s (..., N)."""
-        if not self.moments.given and not self.moments.Q:
+        if not self.seen.given and not self.seen.Q:
             raise ValueError("this solution sees nothing but K of the cross-section")
         k, s = np.broadcast_arrays(k, s)
         sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
-        return moments_of(*sections, self.moments, self.econ).reshape(*k.shape[:-1], -1).cpu().numpy()
+        return moments_of(*sections, self.seen, self.econ).reshape(*k.shape[:-1], -1).cpu().numpy()
 
     def on_arrays(self, function: Callable, k, s, K, z, M=None) -> np.ndarray:
         """A function of At, called with numbers or arrays."""
@@ -1916,7 +1905,7 @@ class Policy:
             return function(self.usual(at)).cpu().numpy()
         n = len(self.net.M_mean) if isinstance(self, Solution) else 0
         if not n or np.shape(M)[-1:] != (n,):
-            raise ValueError(f"M is (..., {n}) as moments_at() gives it, here {np.shape(M)}")
+            raise ValueError(f"M is (..., {n}) as moments() gives it, here {np.shape(M)}")
         M = np.broadcast_to(M, (*k.shape, n))
         return function(at._replace(M=torch.tensor(M, dtype=torch.float64, device=self.device))).cpu().numpy()
 
@@ -1932,18 +1921,17 @@ class Solution(Policy):
     """A trained policy and value network, in float64: what is judged, saved and loaded. Made of the dict that
     NN_weights_biases.pth holds."""
 
-    def __init__(self, weights: dict, device="cpu"):
+    def __init__(self, weights: dict, device="cpu", dtype=torch.float64):
         self.weights, self.config = weights, Config(**weights["config"])
         tables = weights["economy"].items()
         self.economy = Economy(**{name: x.numpy() if isinstance(x, Tensor) else x for name, x in tables})
-        self.econ = self.economy.tables(device, torch.float64)
-        units = [torch.as_tensor(weights[name]).to(device, torch.float64) for name in ("K_centre", "M_mean", "M_std")]
-        policy, value = [[layer.to(device, torch.float64) for layer in weights[name].values()]
-                         for name in ("policy", "value")]
+        self.econ = self.economy.tables(device, dtype)
+        units = [torch.as_tensor(weights[name]).to(device, dtype) for name in ("K_centre", "M_mean", "M_std")]
+        policy, value = [[layer.to(device, dtype) for layer in weights[name].values()] for name in ("policy", "value")]
         self.net, self.value_net = Net(policy[:6], *units), Net(value, *units)
-        self.moments = Moments(given_moments(self.config), policy[6:])
+        self.seen = Moments(given_moments(self.config), policy[6:])
         self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
-        self.usual_moments = weights["M_law"].to(device)
+        self.usual_moments, self.settled = weights["M_law"].to(device), weights["settled"] > 0
 
     def policy(self, at: At) -> Tensor:
         return fast.network_capital(self.net, at, self.econ)
@@ -1956,6 +1944,9 @@ class Solution(Policy):
     def usual(self, at: At) -> At:
         return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1)))
 
+    def single(self) -> "Solution":
+        return Solution(self.weights, self.device, torch.float32)
+
     def reach(self) -> tuple:
         low, high = [float(x) for x in self.weights["K_range"]]
         top = float(learnt_top(self.weights["k_range"][1], self.net.K_centre.cpu()))
@@ -1965,7 +1956,7 @@ class Solution(Policy):
         save_checkpoint(Path(path), self.weights)
 
 
-def weights_file(state: State, economy: Economy, calibration: dict, cfg: Config, seed: int) -> dict:
+def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict:
     """Everything needed to use the networks: layers, tables, configuration, what inputs are centred on, mean capital,
     the range that was learnt, and what is usual of the moments at (1, ln K) in each z: M_law (Z, n_m, 2)."""
     econ = economy.tables(state.policy.device, torch.float32)
@@ -1981,8 +1972,8 @@ def weights_file(state: State, economy: Economy, calibration: dict, cfg: Config,
     units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
     return {**networks, **units, "K_mean": float(K.double().mean()), "K_of_z": torch.stack(of_z).double().cpu(),
             "M_law": torch.stack(laws, 1) if laws else torch.zeros(len(econ.TFP), 0, 2, dtype=torch.float64),
-            "economy": economy_dict(economy), "calibration": calibration, "config": dataclasses.asdict(cfg),
-            "seed": seed, "settled": state.settled, "history": {name: list(x) for name, x in state.history.items()}}
+            "economy": economy_dict(economy), "config": dataclasses.asdict(cfg), "seed": seed, "settled": state.settled,
+            "history": {name: list(x) for name, x in state.history.items()}}
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -1998,11 +1989,11 @@ class Section(NamedTuple):
 
 
 def cross_section(solution: Policy, k: Tensor, s: Tensor, z: Tensor, k_next: Tensor, weight: Tensor) -> Section:
-    """What households k, s, k' (D, n) of the economies z (D, 1) see, and what is expected of their economies: K' is what
-    they save, moments and a planner's Delta are in expectation over everybody's s', for each z'."""
+    """What households k, s, k' (D, n) of the economies z (D, 1) see, and what is expected of their economies: K' is
+    what they save, moments and a planner's Delta are in expectation over everybody's s', for each z'."""
     econ, K, K_next = solution.econ, (weight * k).mean(1, keepdim=True), (weight * k_next).mean(1, keepdim=True)
-    M = moments_of(k, s, solution.moments, econ, weight).unsqueeze(1)
-    M_next = next_moments(k_next, s, z, solution.moments, econ, weight).unsqueeze(1)
+    M = moments_of(k, s, solution.seen, econ, weight).unsqueeze(1)
+    M_next = next_moments(k_next, s, z, solution.seen, econ, weight).unsqueeze(1)
     zero = torch.zeros_like(K)
     section = Section(At(k, s, K, z, M, zero), Ahead(K_next, M_next, zero.unsqueeze(-1).expand(-1, -1, len(econ.TFP))),
                       k_next, weight)
@@ -2169,9 +2160,12 @@ def stacked(parts: list):
 
 def panel_policy(solution: Policy) -> Callable:
     """(k, s, K, z) -> k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
+    single = solution.single()
+
     def policy(k, s, K, z):
-        M = moments_of(k, s, solution.moments, solution.econ).unsqueeze(1)
-        return solution.policy(At(k, s, K, z, M, torch.zeros_like(K)))
+        k, K = k.to(single.econ.beta.dtype), K.to(single.econ.beta.dtype)
+        M = moments_of(k, s, single.seen, single.econ).unsqueeze(1)
+        return single.policy(At(k, s, K, z, M, torch.zeros_like(K)))
     return policy
 
 
@@ -2191,18 +2185,17 @@ def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) 
     econ, rng = solution.econ, torch.Generator().manual_seed(JUDGE_SEED)
     panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
     sections, K_path, z_path = [], [], []
-    policy = replayed(panel_policy(solution)) if solution.device.type == "cuda" else panel_policy(solution)
-    periods = simulate(policy, panel, cfg.eval_periods, econ, rng)
+    periods = simulate(panel_policy(solution), panel, cfg.eval_periods, econ, rng)
     for t, (k, s, K, z, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
         if t >= dropped(cfg):
             K_path.append(K[:, 0])
             z_path.append(z[:, 0])
             if (t - dropped(cfg)) % POOLED_EVERY == 0:
-                sections.append(cross_section(solution, k, s, z, k_next, torch.ones_like(k)))
-    K_path, z_path = [torch.stack(x).cpu().numpy() for x in (K_path, z_path)]
+                sections.append(cross_section(solution, k.double(), s, z, k_next.double(), torch.ones_like(k).double()))
+    K_path, z_path = torch.stack(K_path).double().cpu().numpy(), torch.stack(z_path).cpu().numpy()
     figures, arrays = judged(solution, sections, K_path, z_path)
-    if solution.moments.Q:
-        figures["moments"] = meaning(sections, econ, len(solution.moments.Q[-1]))
+    if solution.seen.Q:
+        figures["moments"] = meaning(sections, econ, len(solution.seen.Q[-1]))
     return {"n_agents": cfg.eval_agents, "n_economies": cfg.eval_economies} | figures, arrays
 
 
@@ -2280,7 +2273,8 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
     mean capital is K: one sparse linear system for each level that is tried. Where households mix slowly no path is
     long enough to come here from anywhere else."""
     economy, (Z, S), n = solution.economy, solution.economy.arrays.shares.shape, len(k)
-    start = np.stack([dispersed_mass(k, solution.K_mean, z, economy) * economy.arrays.shares[z].sum() for z in range(Z)])
+    start = np.stack([dispersed_mass(k, solution.K_mean, z, economy) * economy.arrays.shares[z].sum()
+                      for z in range(Z)])
     back = 1e-9  # of the mass starts anew each period, so that groups for ever keep their shares
 
     def at_level(level):
@@ -2316,12 +2310,12 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
     return list(found.values())[-1]
 
 
-def judge_nodes(solution: Policy, top: float) -> Tuple[np.ndarray, np.ndarray, float]:
-    """Nodes k (n,) up to top for the histogram, the stationary mass (Z, S, n) on them, and the share of the std of
-    capital that they add: a lottery between two nodes spreads capital by the square of their distance. Nodes as dense
-    as the cube root of the density of households (and a quarter of them as in power_grid()) spread least, and there are
-    so many that it is less than .1%."""
-    k, std = power_grid(1000, solution.econ.k_min, top, 4.0), []
+def judge_nodes(solution: Policy) -> Tuple[np.ndarray, np.ndarray, float]:
+    """Nodes k (n,), as far as there is a policy, for the histogram, the stationary mass (Z, S, n) on them, and the
+    share of the std of capital that they add: a lottery between two nodes spreads capital by the square of their
+    distance. Nodes as dense as the cube root of the density of households (and a quarter of them as in power_grid())
+    spread least, and there are so many that it is less than .1%."""
+    k, std = power_grid(1000, *solution.reach()[0], 4.0), []
     mass = stationary_mass(solution, k)
 
     def nodes(n):
@@ -2344,19 +2338,20 @@ def judge_nodes(solution: Policy, top: float) -> Tuple[np.ndarray, np.ndarray, f
     return k, mass, spread * (2000 / n) ** 2
 
 
-MOVES = 0.005  # most that mean and std of capital may move while they are judged: half of the tolerance of std
-PASSES = 6  # over the judged path of z, at most, until they move less
+MOVES = 0.005  # most that mean and std of capital may still have to go when they are judged: half the tolerance of std
+PASSES = 30  # over the judged path of z, at most, until they have less to go
 
 
-def judge_limit(solution: Policy, cfg: Config, top: float) -> Tuple[dict, dict]:
+def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     """Figures in the limit N = infinity, where sampling noise hides nothing: the policy through a histogram that starts
-    from its stationary distribution, over one path of z again and again until mean and std of capital are what they
-    were the last time, so that no transition is judged."""
+    from its stationary distribution, over one path of z again and again, so that no transition is judged: until mean
+    and std of capital have less than MOVES to go. A pass that moves them by d, the last one by d / r, leaves them
+    d r / (1 - r) to go."""
     economy, Pi = solution.economy, solution.economy.arrays.Pi
-    k, mass, spread = judge_nodes(solution, top)
+    k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     K = solution.K_mean * np.linspace(*GridConfig.K_range, GridConfig.n_K_fine)
-    table, last = histogram_policy(solution, k, K), None
+    table, last, change = histogram_policy(solution, k, K), np.inf, np.inf
     mass = mass[z_path[0]] / mass[z_path[0]].sum()
     for _ in range(PASSES):
         pooled = []
@@ -2369,14 +2364,17 @@ def judge_limit(solution: Policy, cfg: Config, top: float) -> Tuple[dict, dict]:
         mean_mass = np.mean([mass for mass, *_ in pooled], 0)
         people = mean_mass.sum(0)
         now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
-        moves = 1.0 if last is None else float(np.abs(now / last - 1).max())
-        last = now
-        if moves < MOVES:
+        change_before, change, last = change, np.abs(now / last - 1).max(), now
+        slow = min(change / change_before, 0.98)
+        moves = float(change * max(slow / (1 - slow), 0.5))
+        if moves < MOVES and np.isfinite(change_before):
             break
-    require(people[-1] * k[-1] < 1e-6 * now[0], f"judge: households hold all the capital that there are nodes for, k = "
-            f"{k[-1]:.4g}: savings do not settle; train longer, or give a larger --grid-k-max")
-    require(K_path.min() > 0.9 * K[0] and K_path.max() < 1.1 * K[-1], f"judge: K goes from {K_path.min():.4g} to "
-            f"{K_path.max():.4g} where it was {solution.K_mean:.4g}: the policy is of no use there; train longer")
+    at_end = people[-1] * k[-1] / now[0]
+    require(at_end < 1e-4 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
+            f"the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not settle below it; train longer")
+    if isinstance(solution, GridSolution):
+        require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
+                f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
     sections = [histogram_section(solution, k, *of) for of in pooled]
     kept = K_path[dropped(cfg) :, None], z_path[dropped(cfg) :, None]
     figures, arrays = judged(solution, sections, *kept)
@@ -2389,7 +2387,7 @@ def judge_limit(solution: Policy, cfg: Config, top: float) -> Tuple[dict, dict]:
 def histogram_policy(solution: Policy, k: np.ndarray, K: np.ndarray):
     """The policy as simulate_histogram() takes it: a table (Z, S, n_K, n), or where moments are seen a function."""
     (Z, S), device = solution.economy.arrays.shares.shape, solution.device
-    if not solution.moments.given and not solution.moments.Q:
+    if not solution.seen.given and not solution.seen.Q:
         s, K_at, k_at = [torch.tensor(x, device=device) for x in np.meshgrid(np.arange(S), K, k, indexing="ij")]
         return np.array([solution.policy(place(k_at, s, K_at, torch.full_like(s, z))).cpu().numpy() for z in range(Z)])
     if device.type == "cuda":  # so little work a period that launching it takes longer
@@ -2397,7 +2395,7 @@ def histogram_policy(solution: Policy, k: np.ndarray, K: np.ndarray):
     nodes = np.append(k[:-1:5], k[-1])  # k' is interpolated in between
     s = torch.arange(S).unsqueeze(1)
     of_all = torch.from_numpy(k).expand(S, -1)
-    q = contributions(of_all, s.expand_as(of_all), solution.moments, solution.econ).flatten(0, 1)
+    q = contributions(of_all, s.expand_as(of_all), solution.seen, solution.econ).flatten(0, 1)
     some = torch.from_numpy(nodes).expand(S, -1)
 
     def rule(mass, K, z):
@@ -2422,15 +2420,18 @@ def risky_steady_state(solution: Policy, table, k: np.ndarray, K: np.ndarray, ma
     mean Euler error there."""
     periods, found = cfg.eval_periods - dropped(cfg), {"K": [], "still_moves": [], "euler_log10": []}
     for z in range(len(solution.economy.arrays.TFP)):
-        last = []
-        path, _ = simulate_histogram(table, k, K, mass, np.full(periods, z), solution.economy.arrays.Pi,
-                                     lambda t, *now: last.__setitem__(slice(None), now))
-        section = histogram_section(solution, k, *last, z)
+        last = {}
+
+        def keep(t, mass, k_next, last=last):
+            last.update(mass=mass, k_next=k_next)
+
+        path, _ = simulate_histogram(table, k, K, mass, np.full(periods, z), solution.economy.arrays.Pi, keep)
+        section = histogram_section(solution, k, z=z, **last)
         error = euler_errors(solution, *states_of(section, ERROR_STATES // 10))
         found["K"].append(path[-1])
         found["still_moves"].append(np.ptp(path[-max(periods // 10, 2) :]))
         found["euler_log10"].append(euler_sizes(error)["mean"])
-    return found
+    return found | {"worst_euler": max(found["euler_log10"])}
 
 
 def policy_distance(network: Policy, grid: Policy, K_path: np.ndarray) -> dict:
@@ -2444,46 +2445,36 @@ def policy_distance(network: Policy, grid: Policy, K_path: np.ndarray) -> dict:
     return {"mean": float(gap.mean()), "max": float(gap.max())}
 
 
-def compare(network: Solution, grid: "GridSolution | None", cfg: Config) -> Tuple[dict, dict]:
-    """Every accuracy figure of both on the same shocks, by solution: small (a panel of N households), limit (infinitely
-    many); under comparison the distances between both. The arrays behind the pictures, by size and solution."""
-    solutions = {"network": network} | ({"grid": grid} if grid else {})
-    top = max(solution.reach()[0][1] for solution in solutions.values())
+def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
+    """Every accuracy figure of solutions (name -> Policy) on the same shocks: small (a panel of N households), limit
+    (infinitely many); under comparison the distances between network and grid. The arrays behind the pictures, by size
+    and solution."""
     figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {"small": {}, "limit": {}, "irf": {}}
     for name, solution in solutions.items():
-        of_limit, behind = judge_limit(solution, cfg, top)
+        of_limit, behind = judge_limit(solution, cfg)
         figures[name]["small"], arrays["small"][name] = judge_panel(solution, cfg, behind["k"], behind["mass"])
         figures[name]["limit"], arrays["limit"][name] = of_limit, behind
         arrays["irf"][name] = impulse_responses(solution, cfg, behind["k"], behind["mass"])
-    if not grid:
+    if "grid" not in solutions:
         return figures, arrays
-    require_inside(grid, arrays["limit"]["grid"])
-    both, gaps, K_path = figures["comparison"], {}, arrays["limit"]["grid"]["K_path"]
+    network, grid, both = solutions["network"], solutions["grid"], figures["comparison"]
     for size in ("small", "limit"):
         (k, weight), (k_grid, weight_grid) = [(x["k"], x["weight"]) for x in arrays[size].values()]
-        both[size] = {"std_ratio": figures["network"][size]["capital"]["std"] / figures["grid"][size]["capital"]["std"],
-                      "w1": scipy.stats.wasserstein_distance(k, k_grid, weight, weight_grid)}
-    for series in SERIES[:4]:
-        ours, theirs = [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
-        gaps[series] = np.abs(ours - theirs).max()
+        ours, theirs = [figures[name][size]["capital"]["std"] for name in solutions]
+        w1 = scipy.stats.wasserstein_distance(k, k_grid, weight, weight_grid)
+        both[size] = {"std_gap": ours / theirs - 1, "w1": w1}
+    responses = {series: [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
+                 for series in SERIES[:4]}
     rest, rest_grid = [np.array(figures[name]["limit"]["risky_steady_state"]["K"]) for name in solutions]
-    both |= {"resting": list(rest / rest_grid), "policy_distance": policy_distance(network, grid, K_path),
-             "impulse_response_gap": gaps | {"n_agents": cfg.irf_agents}}
+    both |= {"resting_gap": rest / rest_grid - 1,
+             "policy_distance": policy_distance(network, grid, arrays["limit"]["grid"]["K_path"]),
+             "impulse_response_gap": {series: np.abs(ours - theirs).max() for series, (ours, theirs) in
+                                      responses.items()}}
     figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
                         "notes": list(grid.notes)}
     if grid.econ.equilibrium == "planner":
         figures["grid"]["Delta_law"] = {"coefficients": grid.Delta_law, "r2": grid.Delta_r2}
     return figures, arrays
-
-
-def require_inside(grid: "GridSolution", arrays: dict) -> None:
-    """The judged histogram stays on the nodes of the grid."""
-    k, K = arrays["k"], arrays["K_path"]
-    beyond = (arrays["weight"] * k)[k > grid.k_max].sum() / (arrays["weight"] @ k)
-    require(beyond < 1e-4, f"grid: {100 * beyond:.2g}% of capital lies above its largest k, {grid.k_max:.4g}; give a "
-            "larger --grid-k-max")
-    require(grid.K_low <= K.min() and K.max() <= grid.K_high, f"grid: K goes from {K.min():.4g} to {K.max():.4g}, beyond "
-            f"its nodes {grid.K_low:.4g} to {grid.K_high:.4g}; judge with --grid none")
 
 
 # ---------------------------------------------------------------------------------------------- grid solution
@@ -2581,16 +2572,21 @@ def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, laws: list, e
     u = (utility(c, econ) + Delta(marginal_utility(c, econ), at, econ) * at.k).numpy()
     at_k_next, (_, spline) = lottery(k_next.reshape(-1, 1, len(k)), k).T, forecast(laws[0], nodes.K)
     D = economy.arrays.annuity[..., None, None]
-    V = u * D
-    for _ in range(VALUE_SWEEPS):
+    V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
+    for sweep in range(VALUE_SWEEPS):
         EV = expected_on_grid(spline[:, None, None] @ V, economy)
-        change = u + (at_k_next @ EV.ravel()).reshape(EV.shape) - V
-        middle = np.median(change)
-        V += change + middle * (D - 1)
-        left = (np.abs(change - middle) / (1 + np.abs(V))).max()
-        if left < 1e-7:
-            break
-    return V, float(left)
+        if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
+            EV = inverse_utility(torch.from_numpy(EV / D), econ).numpy()
+        EV = (at_k_next @ EV.ravel()).reshape(EV.shape)
+        change = u + (D * utility(torch.from_numpy(EV), econ).numpy() if steep else EV) - V
+        V += change
+        if sweep % 10 == 9:
+            middle = np.median(change)
+            V += middle * (D - 1)
+            left = float((np.abs(change - middle) / (1 + np.abs(V))).max())
+            if left < 1e-7:
+                break
+    return V, left
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -2643,7 +2639,7 @@ class GridSolution(Policy):
         return (self.econ.k_min, self.k_max), (self.K_low, self.K_high)
 
     def to(self, device) -> "GridSolution":
-        return dataclasses.replace(self, econ=tables_on(self.econ, device), table=self.table.to(device),
+        return dataclasses.replace(self, econ=self.economy.tables(device), table=self.table.to(device),
                                    value_table=self.value_table.to(device))
 
 
@@ -2651,14 +2647,19 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     """Krusell & Smith's (1998) fixed point: households believe a law of motion of K, which their savings confirm.
     economy: an Economy, a Calibration, or None for the default. The nodes follow the cross-section: K around its mean,
     k as far as capital is held. Raises UserError where there is no convergence."""
-    economy = as_economy(economy)
-    centre, k_max = economy.K_start, config.k_max * economy.K_start
-    with tqdm(desc="grid solution", disable=None if progress else True) as bar:
-        for _ in range(60):
-            found = law_of_motion_fixed_point(economy, config, centre, k_max, bar)
-            if isinstance(found, GridSolution):
-                return found
-            centre, k_max = found
+    require(isinstance(config, GridConfig), f"config: give a GridConfig, not {type(config).__name__}")
+    check_options(config)
+    economy, threads = as_economy(economy), torch.get_num_threads()
+    found = economy.K_start, config.k_max * economy.K_start
+    torch.set_num_threads(1)  # its tensors are small: threads would wait for each other
+    try:
+        with tqdm(desc="grid solution", disable=None if progress else True) as bar:
+            for _ in range(60):
+                found = law_of_motion_fixed_point(economy, config, *found, bar)
+                if isinstance(found, GridSolution):
+                    return found
+    finally:
+        torch.set_num_threads(threads)
     raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
 
 
@@ -2780,7 +2781,7 @@ def impulse_responses(solution: Policy, cfg: Config, k: np.ndarray, mass: np.nda
         for k_t, s_t, K, z_t, k_next in simulate(policy, Panel(k, s_0, z_0), cfg.irf_periods, econ, rng):
             m, R = cash_on_hand(place(k_t, s_t, K, z_t), econ)
             C = (m - k_next).mean(1)
-            columns.append([K[:, 0], output(K, z_t, econ)[:, 0], C, R[:, 0], z_t[:, 0].double()])
+            columns.append([x.double() for x in (K[:, 0], output(K, z_t, econ)[:, 0], C, R[:, 0], z_t[:, 0])])
         for series, values in zip(SERIES, zip(*columns)):
             out[series].append(torch.stack(values, 1).cpu().numpy())
     return out
@@ -2799,71 +2800,53 @@ def impulse_response(benchmark, shocked, points=False):
 
 
 class Figure(NamedTuple):
-    """A row of the verdict, of results.txt and of the README's tables."""
+    """A row of the verdict: where it stands in metrics.json and what it may be. A path with {} is a figure of a
+    solution, one without a comparison with the grid."""
 
     name: str
-    of: Callable  # (metrics of a solution, comparison) -> number
+    path: str  # keys joined by blanks
     tolerance: float | None = None  # in the default economy
-    elsewhere: Callable | None = None  # tolerance in any other: (the grid's figure, its mean K) -> number
-    signed: bool = False  # whether the figure itself is held, and not its size
-    own: bool = True  # whether the grid has this figure, too, and it is no comparison with the grid
+    elsewhere: Callable | None = None  # in any other: (the grid's figure, its mean K) -> tolerance
     published: float | None = None  # Maliar, Maliar & Valli (2010); Bellman errors Han, Yang & E (2021), at N = 50
-
-
-def at(path: str) -> Callable:
-    """The figure at keys joined by blanks of a solution's metrics."""
-    return lambda metrics, both: functools.reduce(lambda x, key: x[int(key) if isinstance(x, list) else key],
-                                                  path.split(), metrics)
-
-
-def compared(path: str, less: float = 0.0) -> Callable:
-    """The same of the comparison with the grid."""
-    return lambda metrics, both: at(path)(both, both) - less
 
 
 def figure_list(economy: Economy, cfg: Config) -> List[Figure]:
     """Every figure that is judged, in the order in which it is shown. Networks that see who is unemployed have tighter
-    tolerances; those that know more than K rest elsewhere than the grid (docs/method.md)."""
-    sees, N, limit = sees_who_earns(cfg), f"N={cfg.eval_agents}", "N=inf"
-    published = N == "N=50" and not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
+    tolerances at small N; those that know more than K rest elsewhere than the grid."""
+    sees, N, own = sees_who_earns(cfg), f"N={cfg.eval_agents}", is_default(economy) and cfg.eval_agents == 50
     near = None if cfg.moments or cfg.learnt_moments else 0.001
     rows = [
-        Figure(f"W1 of capital, {N}", compared("small w1"), 0.15, lambda x, K: 0.004 * K, own=False, published=0.16),
-        Figure(f"W1 of capital, {limit}", compared("limit w1"), 0.06, lambda x, K: 0.004 * K, own=False),
-        Figure(f"std of capital over the grid's - 1, {N}", compared("small std_ratio", 1), 0.01, lambda x, K: 0.01,
-               own=False, published=-0.005),
-        Figure(f"std of capital over the grid's - 1, {limit}", compared("limit std_ratio", 1), 0.01,
-               lambda x, K: 0.01, own=False),
-        Figure("|k' - k' grid|, mean", compared("policy_distance mean"), 0.005, lambda x, K: 0.00015 * K, own=False,
-               published=0.006),
-        Figure("|k' - k' grid|, max", compared("policy_distance max"), 0.03, own=False, published=0.017),
-        Figure(f"Euler error, log10 mean, {limit}", at("limit euler_log10 mean"), -4.8,
-               lambda x, K: max(x + 0.15, -4.3), signed=True),
-        Figure(f"Euler error, log10 p99, {limit}", at("limit euler_log10 p99"), -4.2,
-               lambda x, K: max(x + 0.15, -3.5), signed=True),
-        Figure(f"Euler error, log10 max, {limit}", at("limit euler_log10 max"), -3.0, signed=True),
-        Figure(f"Bellman error, own c, mean, {N}", at("small bellman_own_c mean"), 0.0005 if sees else 0.004),
-        Figure(f"Bellman error, best c, mean, {N}", at("small bellman_best_c mean"), 0.0005 if sees else 0.004,
-               published=0.0153 if cfg.learnt_moments else 0.0184),
-        Figure(f"Bellman error, own c, mean, {limit}", at("limit bellman_own_c mean"), 0.00015 if sees else 0.0001),
-        Figure(f"Bellman error over u'(c) c, mean, {limit}", at("limit bellman_in_consumption mean"), None,
+        Figure(f"W1 of capital, {N}", "comparison small w1", 0.15, lambda x, K: 0.004 * K, 0.16),
+        Figure("W1 of capital, N=inf", "comparison limit w1", 0.06, lambda x, K: 0.004 * K),
+        Figure(f"std of capital over the grid's - 1, {N}", "comparison small std_gap", 0.01, lambda x, K: 0.01, -0.005),
+        Figure("std of capital over the grid's - 1, N=inf", "comparison limit std_gap", 0.01, lambda x, K: 0.01),
+        Figure("|k' - k' grid|, mean", "comparison policy_distance mean", 0.005, lambda x, K: 0.00015 * K, 0.006),
+        Figure("|k' - k' grid|, max", "comparison policy_distance max", 0.03, None, 0.017),
+        *[Figure(f"Euler error, log10 mean, {N}", "{} small euler_log10 mean", -3.9, lambda x, K: x)] * sees,
+        Figure("Euler error, log10 mean, N=inf", "{} limit euler_log10 mean", -4.8, lambda x, K: max(x + 0.15, -4.3)),
+        Figure("Euler error, log10 p99, N=inf", "{} limit euler_log10 p99", -4.2, lambda x, K: max(x + 0.15, -3.5)),
+        Figure("Euler error, log10 max, N=inf", "{} limit euler_log10 max", -3.0),
+        Figure(f"Bellman error, best c, mean, {N}", "{} small bellman_best_c mean", 0.0005 if sees else 0.004, None,
+               0.0153 if cfg.learnt_moments else 0.0184),
+        Figure("Bellman error, own c, mean, N=inf", "{} limit bellman_own_c mean", 0.00015 if sees else 0.0001),
+        Figure("Bellman error over u'(c) c, mean, N=inf", "{} limit bellman_in_consumption mean", None,
                lambda x, K: max(1.5 * x + 1e-5, 5e-4)),
-        *[Figure(f"K* resting in {name}, {limit}", at(f"limit risky_steady_state K {z}"))
-          for z, name in enumerate(economy.arrays.z_names)],
-        *[Figure(f"K* resting in {name} over the grid's - 1, {limit}", compared(f"resting {z}", 1), near,
-                 near and (lambda x, K: 0.001), own=False) for z, name in enumerate(economy.arrays.z_names)],
-        Figure(f"Euler error, log10 mean, at the worst K*, {limit}",
-               lambda x, both: max(x["limit"]["risky_steady_state"]["euler_log10"]), -3.6,
-               lambda x, K: max(x + 0.1, -3.6), signed=True),
-        Figure("response of output, gap (p.p.)", compared("impulse_response_gap output"), 0.02, lambda x, K: 0.02,
-               own=False),
-        Figure("response of capital, gap (p.p.)", compared("impulse_response_gap capital"), 0.02, lambda x, K: 0.02,
-               own=False),
-    ]
-    if sees:
-        rows.insert(6, Figure(f"Euler error, log10 mean, {N}", at("small euler_log10 mean"), -3.9, lambda x, K: x,
-                              signed=True))
-    return rows if published else [row._replace(published=None) for row in rows]
+        *[Figure(f"K* resting in {name} over the grid's - 1, N=inf", f"comparison resting_gap {z}", near,
+                 near and (lambda x, K: 0.001)) for z, name in enumerate(economy.arrays.z_names)],
+        Figure("Euler error, log10 mean, at the worst K*, N=inf", "{} limit risky_steady_state worst_euler", -3.6,
+               lambda x, K: max(x + 0.1, -3.6)),
+        Figure("response of output, gap (p.p.)", "comparison impulse_response_gap output", 0.02, lambda x, K: 0.02),
+        Figure("response of capital, gap (p.p.)", "comparison impulse_response_gap capital", 0.02, lambda x, K: 0.02)]
+    return rows if own else [row._replace(published=None) for row in rows]
+
+
+def is_default(economy: Economy) -> bool:
+    return not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
+
+
+def found_at(figures: dict, path: str):
+    """The number at keys joined by blanks."""
+    return functools.reduce(lambda x, key: x[key if isinstance(x, dict) else int(key)], path.split(), figures)
 
 
 COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
@@ -2872,18 +2855,20 @@ COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
 def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
     """Rows of COLUMNS. In the default economy tolerances are absolute, in any other a figure is measured by the grid's
     of the same economy. Without a grid, or where a distribution still moves, nothing passes or fails."""
-    net, both, grid = figures["network"], figures["comparison"], figures.get("grid")
-    default, rows = not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy"), []
-    still = max(figures[name]["limit"]["moves"] for name in ("network", "grid") if name in figures) < MOVES
+    grid, default, rows = figures.get("grid"), is_default(economy), []
+    judged = grid and max(figures[name]["limit"]["moves"] for name in ("network", "grid")) < MOVES
     for row in figure_list(economy, cfg):
-        if not grid and not row.own:
+        if not grid and "{}" not in row.path:
             continue
-        ours, theirs = row.of(net, both), (row.of(grid, both) if row.own else 0.0) if grid else None
-        tolerance = None
-        if grid and still:
-            tolerance = row.tolerance if default else \
-                row.elsewhere and row.elsewhere(theirs, grid["limit"]["capital"]["mean"])
-        passed = None if tolerance is None else bool((ours if row.signed else abs(ours)) <= tolerance)
+        ours = found_at(figures, row.path.format("network"))
+        theirs = (found_at(figures, row.path.format("grid")) if "{}" in row.path else 0.0) if grid else None
+        passed, tolerance = None, None
+        if judged and default:
+            tolerance = row.tolerance
+        elif judged and row.elsewhere:
+            tolerance = row.elsewhere(theirs, grid["limit"]["capital"]["mean"])
+        if tolerance is not None:
+            passed = bool((ours if row.name.startswith("Euler") else abs(ours)) <= tolerance)
         rows.append((row.name, ours, theirs, row.published, tolerance, passed))
     return rows
 
@@ -2908,7 +2893,7 @@ LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and 
 
 
 @contextlib.contextmanager
-def figure(path, height, note=""):
+def picture(path, height, note=""):
     """A figure in the common style, with every label above all panels, written to path at the end; no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -2940,7 +2925,7 @@ def plot_distribution(path, arrays, title, note):
     low = min(k.min() for k in k_of.values())
     top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
     poor = np.linspace(low, low + (top - low) / 15, 201)
-    with figure(path, 3.6, note) as fig:
+    with picture(path, 3.6, note) as fig:
         density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
         for name, k in k_of.items():
             label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
@@ -2954,19 +2939,17 @@ def plot_history(path, history):
     """Training over outer iterations, name -> (iterations,)."""
     panels = {"mean_K": "mean capital K (goods)", "policy_residual": "policy residual (rms of ln c~ / c)",
               "euler": "Euler error (mean)", "movement": "movement of savings (share of K)"}
-    with figure(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
+    with picture(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
         for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
             ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
             ax.set(title=title, yscale="linear" if name == "mean_K" else "log")
 
 
-def plot_policies(path, solutions, K, k_max, economy):
-    """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
-    a = economy.arrays
-    k = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(k_max), 400)).clip(a.k_min, k_max)
-    Z, S = a.income.shape
+def plot_policies(path, solutions, K, k_max, a):
+    """k' - k at aggregate capital K for the first and the last s, in z around the middle; a: tables of the economy."""
+    k, (Z, S) = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(k_max), 400)).clip(a.k_min, k_max), a.income.shape
     of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
-    with figure(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
+    with picture(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
         axes = fig.subplots(2 * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, 1.2) * len(of_z))
         for row, column in np.ndindex(len(of_z), len(of_s)):
             (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], of_z[row], of_s[column]
@@ -2978,12 +2961,12 @@ def plot_policies(path, solutions, K, k_max, economy):
 
 def plot_bellman_errors(path, arrays, note):
     """Mean and 95th percentile of |error| at the states that a solution visits, in groups of equally many by k."""
-    with figure(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
+    with picture(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
         ax = fig.subplots()
         for name, of in arrays.items():
             groups = np.array_split(np.argsort(of["sample_k"]), min(40, len(of["sample_k"])))
-            k = [of["sample_k"][group].mean() for group in groups]
-            error = [np.abs(of["bellman"][group]) for group in groups]
+            k, error = [[of[part][group] for group in groups] for part in ("sample_k", "bellman")]
+            k, error = [x.mean() for x in k], [np.abs(x) for x in error]
             ax.plot(k, [x.mean() for x in error], label=f"{name}, mean", **LINES[name])
             ax.plot(k, [np.percentile(x, 95) for x in error], ".", label=f"{name}, 95th percentile",
                     color=LINES[name]["color"])
@@ -2993,7 +2976,7 @@ def plot_bellman_errors(path, arrays, note):
 
 def plot_impulse_responses(path, responses, note):
     """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
-    with figure(path, 4.6, f"{note}; periods after the shock.") as fig:
+    with picture(path, 4.6, f"{note}; periods after the shock.") as fig:
         for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
             points = series == "interest_rate"
             for name, solution in responses.items():
@@ -3009,7 +2992,7 @@ def plot_impulse_responses(path, responses, note):
 def plot_capital_paths(path, arrays, z_names, note):
     """Mean capital K on the first periods of the judged path of z; the lower states are shaded."""
     z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
-    with figure(path, 4.0, note) as fig:
+    with picture(path, 4.0, note) as fig:
         ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
         ax.fill_between(range(len(z)), z < low, step="mid", color="0.9", linewidth=0, zorder=0.5,
                         transform=ax.get_xaxis_transform(), label=" / ".join(z_names[:low]))
@@ -3021,10 +3004,10 @@ def plot_capital_paths(path, arrays, z_names, note):
 def plot_moments(path, network, meaning, k_max):
     """What a household with capital k adds to each learnt moment, by s, in units of the moment's own movement."""
     k = torch.linspace(network.econ.k_min, k_max, 300, dtype=torch.float64, device=network.device)
-    S, (M_mean, M_std), p = len(network.econ.beta), network.net[2:], len(network.moments.Q[-1])
+    S, p = len(network.econ.beta), len(network.seen.Q[-1])
     s = torch.arange(S, device=network.device).unsqueeze(1).expand(S, 300)
-    q = (contributions(k.expand(S, -1), s, network.moments, network.econ) - M_mean) / M_std
-    with figure(path, 1.0 + 2.4 * p) as fig:
+    q = (contributions(k.expand(S, -1), s, network.seen, network.econ) - network.net.M_mean) / network.net.M_std
+    with picture(path, 1.0 + 2.4 * p) as fig:
         for row, ax in enumerate(fig.subplots(p, 1, squeeze=False)[:, 0]):
             for i, color in zip(sorted({0, S - 1}), (BLUE, "#D55E00")):
                 ax.plot(k.cpu(), q[i, :, row - p].cpu(), color=color, label=network.economy.arrays.s_names[i])
@@ -3033,25 +3016,25 @@ def plot_moments(path, network, meaning, k_max):
                    xlabel="individual capital k (goods)", ylabel="Q(k, s)")
 
 
-def draw_figures(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict) -> None:
+def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) -> None:
     """Every picture of the output directory."""
-    draw, economy, of, cfg = folder / "figures", network.economy, figures["network"], network.config
+    draw, network, of = folder / "figures", solutions["network"], figures["network"]
+    cfg, a = network.config, network.economy.arrays
     draw.mkdir()
     small, limit = [f"{N}, {of[size]['periods']} periods" for size, N in
                     (("small", f"N = {cfg.eval_agents}, {cfg.eval_economies} economies"), ("limit", "N = infinity"))]
-    title = f"distribution: W1 distance {figures['comparison']['small']['w1']:.3f} goods" if grid else "distribution"
-    plot_distribution(folder / "distribution_validation.png", arrays["small"], title, small)
+    judged = f": W1 distance {figures['comparison']['small']['w1']:.3f} goods" if "grid" in figures else ""
+    plot_distribution(folder / "distribution_validation.png", arrays["small"], "distribution" + judged, small)
     plot_history(draw / "training_history.png", network.weights["history"])
-    solutions, K = {"network": network} | ({"grid": grid} if grid else {}), of["limit"]["capital"]["mean"]
-    top = max(np.quantile(arrays["small"]["network"]["k"], 0.9999), network.econ.k_min + 1)
+    top = max(np.quantile(arrays["small"]["network"]["k"], 0.9999), a.k_min + 1)
     top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
-    plot_policies(draw / "policy_functions.png", solutions, K, top, economy)
+    plot_policies(draw / "policy_functions.png", solutions, of["limit"]["capital"]["mean"], top, a)
     plot_bellman_errors(draw / "bellman_errors.png", arrays["limit"], limit)
-    if network.moments.Q:
+    if network.seen.Q:
         plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
-    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"],
-                           f"{cfg.irf_paths} paths, N = {cfg.irf_agents}")
-    plot_capital_paths(draw / "capital_path.png", arrays["limit"], economy.arrays.z_names, limit)
+    paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
+    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], paths)
+    plot_capital_paths(draw / "capital_path.png", arrays["limit"], a.z_names, limit)
 
 
 # ============================================================================================== the machine
@@ -3144,19 +3127,7 @@ def own_share(cfg: Config) -> Config:
 
 # ---------------------------------------------------------------------------------------------- around the loop
 
-
-def find_trouble(figures: dict, last_residual: float, K_ss: float) -> str:
-    """The first quantity that says the iteration went wrong, or nothing."""
-    for name in ("mean_K", "policy_residual", "euler", "at_limit"):
-        if not math.isfinite(figures[name]):
-            return f"{name} is {figures[name]}"
-    if not 0.01 < figures["mean_K"] / K_ss < 100:
-        return f"mean_K is {figures['mean_K']:.3g}, far from {K_ss:.3g} of the steady state"
-    if figures["at_limit"] > 0.9:
-        return f"at_limit is {figures['at_limit']:.2f}: the policy network is saturated, nobody saves"
-    if figures["policy_residual"] > max(2 * last_residual, 0.05):
-        return f"policy_residual rose from {last_residual:.3g} to {figures['policy_residual']:.3g}"
-    return ""
+BUSY = 150  # involuntary switches a second, in all threads; a quiet machine has a tenth of that
 
 
 class Guard:
@@ -3166,21 +3137,20 @@ class Guard:
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
         self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []
+        self.mind_the_machine()
         hidden = True if RANK else None  # None: on a terminal only
         self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
 
     def run(self, iteration: Callable) -> dict:
         """Figures of an iteration that went well."""
-        state, history = self.state, self.state.history["policy_residual"]
-        before, start = {name: x.clone() for name, x in state.tensors().items()}, time.perf_counter()
+        state, start = self.state, time.perf_counter()
+        before = {name: x.clone() for name, x in state.tensors().items()}
         for _ in range(3):
             if self.graphs and state.iteration > 0 and not self.graph:
                 self.graph = capture(iteration, list(state.tensors().values()), self.rng)
             figures = (self.graph or iteration)().tolist()  # the one wait for the device
             watched, figures = figures[-len(WATCHED) :], dict(zip(HISTORY[1:], figures))
-            # the labels of the published algorithm are too noisy to compare
-            last = history[-1] if history and not self.cfg.published else math.inf
-            trouble = find_trouble(figures, last, self.econ.K_ss)
+            trouble = self.trouble(figures)
             if not trouble:
                 state.caution = min(1.0, 1.5 * state.caution)
                 return figures | {"watched": watched, "seconds": time.perf_counter() - start}
@@ -3192,6 +3162,21 @@ class Guard:
             set_rates(state, self.cfg)
         raise UserError(f"{trouble}; tried three times; lower --policy-rate")
 
+    def trouble(self, figures: dict) -> str:
+        """The first quantity that says the iteration went wrong, or nothing."""
+        K_ss, history = self.econ.K_ss, self.state.history["policy_residual"]
+        last = history[-1] if history and not self.cfg.published else math.inf  # whose labels are too noisy to compare
+        for name in ("mean_K", "policy_residual", "euler", "at_limit"):
+            if not math.isfinite(figures[name]):
+                return f"{name} is {figures[name]}"
+        if not 0.01 < figures["mean_K"] / K_ss < 100:
+            return f"mean_K is {figures['mean_K']:.3g}, far from {K_ss:.3g} of the steady state"
+        if figures["at_limit"] > 0.9:
+            return f"at_limit is {figures['at_limit']:.2f}: the policy network is saturated, nobody saves"
+        if figures["policy_residual"] > max(2 * last, 0.05):
+            return f"policy_residual rose from {last:.3g} to {figures['policy_residual']:.3g}"
+        return ""
+
     def after_iteration(self) -> None:
         state, why = self.state, ""
         if self.econ.equilibrium == "planner":
@@ -3199,31 +3184,27 @@ class Guard:
             state.unbounded = state.unbounded + 1 if why else 0
         self.save()
         Interrupted.iteration = state.iteration
-        shown = {name: state.history[name][-1] for name in ("mean_K", "policy_residual", "euler", "movement")}
-        words = " ".join(f"{name} {x:.4g}" for name, x in shown.items())
+        words = " ".join(f"{name} {state.history[name][-1]:.4g}" for name in
+                         ("mean_K", "policy_residual", "euler", "movement"))
         self.bar.set_postfix_str(words, refresh=False)
         self.bar.update()
         if self.bar.disable:
             print(f"iteration {state.iteration} {words} seconds {state.history['seconds'][-1]:.2f}", flush=True)
         self.mind_the_machine()
-        # before the 25th no policy is near a solution
-        require(state.unbounded < 10 or state.iteration < 25, why)
+        require(state.unbounded < 10 or state.iteration < 25, why)  # before the 25th no policy is near a solution
 
     def mind_the_machine(self) -> None:
         """Threads that wait for each other on cores that others use are far slower than one: where the system took a
-        core away hundreds of times a second in three iterations in a row, one thread goes on alone."""
+        core away hundreds of times a second in two iterations in a row, one thread goes on alone."""
         with contextlib.suppress(ImportError):  # Windows does not count
             import resource
 
             self.switches.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw))
-            (start, before), (now, after) = self.switches[-4:][0], self.switches[-1]
-            if len(self.switches) > 3 and torch.get_num_threads() > 1 and after - before > BUSY * (now - start):
+            (start, before), (now, after) = self.switches[-3:][0], self.switches[-1]
+            if len(self.switches) > 2 and torch.get_num_threads() > 1 and after - before > BUSY * (now - start):
                 torch.set_num_threads(1)
                 tqdm.write("this machine is busy with other work: going on with one thread (OMP_NUM_THREADS=1 does so "
                            "from the start)")
-
-
-BUSY = 150  # involuntary switches a second, in all threads; a quiet machine has a tenth of that
 
 
 def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
@@ -3274,21 +3255,6 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
     return replay
 
 
-def replayed(policy: Callable) -> Callable:
-    """The same function of tensors of one shape as a CUDA graph."""
-    graph = []
-
-    def replay(*now: Tensor) -> Tensor:
-        if not graph:
-            held = [x.clone() for x in now]
-            graph[:] = held, capture(lambda: policy(*held), [], torch.Generator())  # it draws nothing
-        for of_graph, x in zip(graph[0], now):
-            of_graph.copy_(x)
-        return graph[1]().clone()
-
-    return replay
-
-
 def generator(device: str, seed: int) -> torch.Generator:
     """Of this rank's random numbers."""
     rng = torch.Generator()
@@ -3318,9 +3284,9 @@ def disk_errors(output_dir):
 
 @contextlib.contextmanager
 def held(output_dir: Path):
-    """The directory for this run alone: one that another process holds is refused, one that cannot be made or written
-    too, before any work. What a killed run left goes, but for results that were being published: these are published.
-    The lock goes with its process."""
+    """The directory for this run alone: one that another process holds is refused, and one that cannot be made or
+    written, before any work. What a killed run left goes, but for results that were being published: these are
+    published. The lock goes with its process."""
     with disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / LOCK, "a+")
@@ -3334,14 +3300,13 @@ def held(output_dir: Path):
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:
             lock.seek(0)
             raise UserError(f"--output-dir {output_dir}: {lock.read().strip() or 'another process'} is at work there; "
                             "wait for it, or name another directory") from None
         with disk_errors(output_dir):
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}")
-            lock.flush()
+            print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
             if (output_dir / PUBLISHING).exists():
                 finish_publishing(output_dir)
             for left in output_dir.glob(".deepham-*"):
@@ -3351,7 +3316,7 @@ def held(output_dir: Path):
             yield
         finally:
             with contextlib.suppress(OSError):
-                (output_dir / LOCK).unlink(missing_ok=True)
+                (output_dir / LOCK).unlink()
 
 
 def sealed(data) -> bytes:
@@ -3362,9 +3327,8 @@ def sealed(data) -> bytes:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """path holds its old bytes or the new ones, never a part."""
-    buffer = io.BytesIO()  # on a full disk torch.save(path) fails with a RuntimeError that names no cause
-    torch.save({"format": FORMAT} | content, buffer)
-    partial = path.with_name(f".deepham-{path.name}")
+    buffer, partial = io.BytesIO(), path.with_name(f".deepham-{path.name}")
+    torch.save({"format": FORMAT} | content, buffer)  # on a full disk torch.save(path) names no cause
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -3455,15 +3419,14 @@ def finish_publishing(output_dir: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """An earlier run's file gets a second name before a new one takes its place."""
-    if path.exists():
-        with disk_errors(path.parent):
-            os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+    with disk_errors(path.parent), contextlib.suppress(FileNotFoundError):
+        os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
 
 
-def write_results(folder: Path, network: Solution, grid: GridSolution | None, figures: dict, arrays: dict) -> None:
-    """Every file of the output directory but metrics.json, into folder."""
+def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) -> None:
+    """The numbers of the output directory but metrics.json, into folder."""
     save_checkpoint(folder / WEIGHTS, network.weights)
-    small, cfg = figures["network"]["small"], network.config
+    small, cfg, history = figures["network"]["small"], network.config, network.weights["history"]
     header = [f"ergodic distribution of individual capital k (goods), policy network, N = {cfg.eval_agents}, "
               f"{cfg.eval_economies} economies, {small['periods']} periods, every {POOLED_EVERY}th pooled, "
               f"seed {network.weights['seed']}"]
@@ -3472,7 +3435,6 @@ def write_results(folder: Path, network: Solution, grid: GridSolution | None, fi
                       f"rmse {small[kind]['rmse']:.6f} max {small[kind]['max']:.6f}")
     k = np.sort(arrays["small"]["network"]["k"])
     np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header="\n".join(header))
-    history = network.weights["history"]
     np.savetxt(folder / "training.csv", np.array(list(history.values())).T, delimiter=",", fmt="%.6g",
                header=",".join(history), comments="")
     (folder / "irf").mkdir()
@@ -3480,14 +3442,16 @@ def write_results(folder: Path, network: Solution, grid: GridSolution | None, fi
         for kind, paths in zip(("benchmark", "shocked"), pair):
             np.savetxt(folder / "irf" / f"agg_{series}_{kind}.csv", paths, delimiter=",",
                        fmt="%d" if series == "shocks" else "%.6f")
-    draw_figures(folder, network, grid, figures, arrays)
 
 
 # ---------------------------------------------------------------------------------------------- from Python
 
 
+NO_CUDA = "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto"
+
+
 def choose_device(device: str) -> str:
-    require(device in ("auto", "cuda", "cpu"), f"device: {device!r} is none of auto, cuda, cpu")
+    require(device != "cuda" or torch.cuda.is_available(), NO_CUDA)
     if device == "auto" and not torch.cuda.is_available():
         driver, hidden = Path("/proc/driver/nvidia/version"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         require(hidden or not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
@@ -3497,8 +3461,7 @@ def choose_device(device: str) -> str:
 
 
 def solve(economy=None, config: Config | str = "default", *, seed: int = 0, device: str = "auto",
-          compile: str = "torchscript", cuda_graphs: bool = True, output_dir=None, resume: bool = False,
-          calibration: dict | None = None) -> Solution:
+          compile: str = "torchscript", cuda_graphs: bool = True, output_dir=None, resume: bool = False) -> Solution:
     """Train and return the Solution. economy: an Economy, a Calibration, or None for the default; config: a Config or
     the name of a preset. With output_dir a checkpoint is saved there after every outer iteration, and resume goes on
     from it; without, nothing touches the disk. Raises UserError where an argument is of no use, the training fails or
@@ -3507,13 +3470,16 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
         require(config in PRESETS, f"config: {config!r} is none of the presets {', '.join(PRESETS)}")
         config = PRESETS[config]
     require(isinstance(config, Config), f"config: give a Config or a preset's name, not {type(config).__name__}")
+    check_options(Run(seed=seed, device=device, compile=compile))
+    require(output_dir is None or isinstance(output_dir, (str, Path)), "output_dir: give the path of a folder")
     require(output_dir or not resume, "resume: give the output_dir whose checkpoint is to go on")
     check(config)
-    calibration = dataclasses.asdict(economy) if isinstance(economy, Calibration) else calibration or {}
     economy, device = as_economy(economy), choose_device(device)
-    of_run = {"calibration": calibration, "economy": economy_dict(economy), "config": asked(config) | {"seed": seed}}
+    # a run may be resumed to more iterations, and judged at other sizes
+    fixed = {name: x for name, x in dataclasses.asdict(config).items() if not name.startswith(("iterations", *JUDGING))}
+    of_run = {"economy": economy_dict(economy), "config": fixed | {"seed": seed}}
     torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
-    words = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in of_run["economy"].items()}
+    words = [x.tolist() if isinstance(x, Tensor) else x for x in of_run["economy"].values()]
     join_ranks(device, repr((words, config, seed)))
     compile_kernels(compile)
     cfg, econ, rng = own_share(config), economy.tables(device, torch.float32), generator(device, seed)
@@ -3531,19 +3497,15 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
                 save_checkpoint(path, everything)
 
     guard, start = Guard(state, econ, cfg, rng, cuda_graphs and device == "cuda", save), time.perf_counter()
+    earlier = sum(state.history["seconds"])
     with guard.bar:
         learn(state, econ, cfg, rng, guard)
-    solution = Solution(weights_file(state, economy, calibration, config, seed), device)
-    require_payable(economy, *np.meshgrid(solution.K_of_z, np.arange(len(solution.K_of_z)))[0:1],
-                    np.arange(len(solution.K_of_z))[:, None])
-    return solution
+    weights = weights_file(state, economy, config, seed) | {"seconds": earlier + time.perf_counter() - start}
+    require_payable(economy, weights["K_of_z"].numpy(), np.arange(len(econ.TFP)))
+    return Solution(weights, device)
 
 
-def asked(config: Config) -> dict:
-    """What a run must have in common with the one whose checkpoint it goes on from: it may have more iterations, and be
-    judged at other sizes."""
-    free = ("iterations", "eval_", "irf_")
-    return {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith(free)}
+JUDGING = ("eval_", "irf_")  # how fields of Config begin that say how a solution is judged, not how it is found
 
 
 def saved_state(state: State, rng: torch.Generator) -> dict:
@@ -3571,13 +3533,13 @@ def resumed(state: State, saved: dict, rng: torch.Generator, seed: int) -> None:
 def load(path=WEIGHTS, device="cpu", compile="none", settings: "Settings | None" = None) -> Solution:
     """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays. Raises
     UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
-    like = dict.fromkeys(("config", "calibration", "economy", "policy", "value", "history"), {})
-    like |= {"seed": 0, "settled": 0, "K_mean": 0.0, "k_range": torch.zeros(2)}
+    like = dict.fromkeys(("config", "economy", "policy", "value", "history"), {})
+    like |= {"seed": 0, "k_range": torch.zeros(2)}
     if settings:
-        cfg = settings.config
-        given = {name: getattr(cfg, name) for name in ("hidden", "moments", "learnt_moments")}
-        like |= {"config": given, "calibration": settings.calibration, "economy": economy_dict(settings.economy)}
+        like["config"] = {name: getattr(settings.config, name) for name in ("hidden", "moments", "learnt_moments")}
+        like["economy"] = economy_dict(settings.economy)
     compile_kernels(compile)
+    require(isinstance(path, (str, Path)), f"load: give the path of a weights file, not {type(path).__name__}")
     return Solution(load_checkpoint(Path(path), like, "--evaluate" if settings else "load"), choose_device(device))
 
 
@@ -3603,6 +3565,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def options_of(kind) -> list:
+    """The fields of a dataclass that are flags."""
+    return [item for item in dataclasses.fields(kind) if item.metadata]
+
+
 def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags.
     Raises UserError."""
@@ -3612,8 +3579,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
                     "solution though asked for, or a row FAILs: the last line says which; 2 a user's error, in one "
                     "line; 130 / 143 interrupted")
     parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
-    kinds = (Run, Config, GridConfig) if fixed else (Run, calibration, Config, GridConfig)
-    for kind in kinds:
+    for kind in (Run, Config, GridConfig) if fixed else (Run, calibration, Config, GridConfig):
         section = parser.add_argument_group(kind.__name__, kind.__doc__)
         for item in options_of(kind):
             of = PRESETS if kind is Config else {"default": kind()}
@@ -3624,67 +3590,76 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
             if isinstance(item.default, bool):
                 how = {"action": argparse.BooleanOptionalAction}
             section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
-    given = vars(parser.parse_args(argv))
+    given, changed = vars(parser.parse_args(argv)), []
 
     def filled(base):
-        """base with the flags given. NaN and infinity lie in no interval that has an open end there."""
+        """base with the flags given."""
         prefix = PREFIX.get(type(base), "")
-        for item in options_of(type(base)):
-            value = given.get(prefix + item.name, getattr(base, item.name))
-            base, within = dataclasses.replace(base, **{item.name: value}), item.metadata["within"]
-            low, high = map(float, within[1:-1].split(","))
-            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
-            if isinstance(value, (int, float)) and not (at_end or low < value < high):
-                raise UserError(f"{flag(prefix + item.name)} {value}: give a value in {within}")
+        values = {item.name: given.get(prefix + item.name, getattr(base, item.name)) for item in options_of(type(base))}
+        for name, value in values.items():
+            differs = value != getattr(base, name) and name not in MACHINE
+            changed.extend([f"{flag(prefix + name)[2:]}-{value}"] * differs)
+        base = dataclasses.replace(base, **values)
+        check_options(base, lambda x, name: flag(PREFIX.get(type(x), "") + name))
         return base
 
-    run = filled(Run())
-    cal, cfg = None if fixed else filled(calibration()), filled(PRESETS[run.preset])
-    small = run.preset == "smoke" and run.grid == "converged"
+    run, cal = filled(Run()), None if fixed else filled(calibration())
+    cfg, small = filled(PRESETS[run.preset]), run.preset == "smoke" and run.grid == "converged"
     grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
     check(cfg)
-    check_run(run)
+    check_run(run, cfg, set(given))
     decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
     made = economy if fixed else economy(cal)
     made = dataclasses.replace(made, **decided) if decided else made
-    usual = usual_folder(given, [Run(), *([] if fixed else [calibration()]), PRESETS[run.preset], GridConfig()],
-                         "" if economy is krusell_smith else Path(Interrupted.script).stem)
+    for name, who in (("players", "game"), ("start", "planner")):
+        require(name not in given or made.equilibrium == who, f"{flag(name)}: without effect where --equilibrium is "
+                f"{made.equilibrium}; leave it out")
+    # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
+    parts = [Path(Interrupted.script).stem] * (economy is not krusell_smith) + [run.preset] * (
+        run.preset != "default") + changed
+    usual = "runs/" + "_".join(parts).replace("/", "-")[:100] if parts else "."
     return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
                     dataclasses.replace(run, output_dir=run.output_dir or usual))
 
 
-def options_of(kind) -> list:
-    """The fields of a dataclass that are flags."""
-    return [item for item in dataclasses.fields(kind) if item.metadata]
+MACHINE = ("preset", "device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume")  # name no folder
 
 
-def usual_folder(given: dict, usual: list, script: str) -> str:
-    """Where a run goes that names no folder: the checkout for the default economy with the default flags, for anything
-    else a folder in runs/ that is named by what is different, so that nothing overwrites the reference run."""
-    values = {PREFIX.get(type(base), "") + item.name: getattr(base, item.name) for base in usual
-              for item in options_of(type(base))}
-    machine = ("device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume", "preset")
-    parts = [part for part in (script, given.get("preset", "default").replace("default", "")) if part]
-    parts += [f"{name.replace('_', '-')}-{x}" for name, x in given.items() if name not in machine and x != values[name]]
-    name = "_".join(part.replace("/", "-") for part in parts)
-    return f"runs/{name[:100]}" if name else "."
+def check_options(x, name_of: Callable = lambda x, name: name) -> None:
+    """Every field of a dataclass of options: its type, interval and choices. NaN and infinity lie in no interval that
+    has an open end there."""
+    for item in options_of(type(x)):
+        value, within, name = getattr(x, item.name), item.metadata["within"], name_of(x, item.name)
+        kind, choices = type(item.default), item.metadata["choices"]
+        fits = isinstance(value, (int, float, np.number)) if kind is float else isinstance(value, (kind, np.integer))
+        require(fits and isinstance(value, bool) == (kind is bool),
+                f"{name} {value!r}: give {'a number' if kind is float else f'one of type {kind.__name__}'}")
+        require(not choices or value in choices, f"{name} {value!r}: give one of {', '.join(choices or ())}")
+        if kind in (int, float):
+            low, high = map(float, within[1:-1].split(","))
+            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
+            require(at_end or low < value < high, f"{name} {value}: give a value in {within}")
 
 
 def check(cfg: Config) -> None:
     """Values that are possible one by one and impossible together."""
+    check_options(cfg)
     require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
             f"give --periods {cfg.horizon + 1} or more")
-    if RANKS > 1:
-        own_share(cfg)
+    own_share(cfg)
 
 
-def check_run(run: Run) -> None:
-    """The same here and now."""
+def check_run(run: Run, cfg: Config, given: set) -> None:
+    """The same here and now; given: names of the flags, of which none may be without effect."""
+    idle = {"settle", "averaging"} if cfg.published else {"value_rate", "policy_steps", "value_steps"}
+    if run.grid == "none":
+        idle |= {name for name in given if name.startswith("grid_")}
+    idle = ", ".join(map(flag, sorted(idle & given)))
+    require(not idle, f"{idle}: without effect here; leave it out")
     require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
     require(not (run.evaluate and run.resume),
             "--evaluate trains nothing and --resume goes on training; give one of the two")
-    require(run.device != "cuda" or torch.cuda.is_available(),
-            "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
+    require(run.device != "cuda" or torch.cuda.is_available(), NO_CUDA)
     if RANKS > 1:
         gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
         require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
@@ -3757,25 +3732,6 @@ def stage(seconds: dict, name: str):
     seconds[name] = time.perf_counter() - start
 
 
-def peak_memory_gb(device: str) -> dict:
-    """Most memory held, where the platform counts it: Windows has no module resource."""
-    peak = {}
-    with contextlib.suppress(ImportError):
-        import resource
-
-        unit = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes there, kilobytes on Linux
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if device == "cuda":
-        peak["device"] = torch.cuda.max_memory_reserved() / 2**30  # allocated leaves the graphs' own pool out
-    return peak
-
-
-def plain(x):
-    """Nested figures as JSON has them: arrays as lists, what is not finite as null."""
-    text = json.dumps(x, default=lambda array: array.tolist())
-    return json.loads(text, parse_constant=lambda not_finite: None)
-
-
 def grid_or_why(settings: Settings, seconds: dict) -> Tuple[GridSolution | None, str]:
     """The grid solution, or why there is none: that costs the comparison and not the run."""
     try:
@@ -3785,112 +3741,101 @@ def grid_or_why(settings: Settings, seconds: dict) -> Tuple[GridSolution | None,
         return None, str(error)
 
 
-def work(settings: Settings, argv: list) -> int:
-    """Train or read, judge, write and print."""
-    economy, calibration, cfg, _, run = settings
-    output_dir, seconds, beside = Path(run.output_dir), {}, []
-    with held(output_dir) if RANK == 0 else contextlib.nullcontext():
-        if run.preset != "paper" and RANK == 0:
-            print("differences from the preset paper: " + ", ".join(departures(cfg, PRESETS["paper"])))
+def work(settings: Settings) -> int:
+    """Train or read, judge, write and print; the exit status."""
+    economy, _, cfg, _, run = settings
+    folder, seconds, beside = Path(run.output_dir), {}, []
+    with held(folder) if RANK == 0 else contextlib.nullcontext():
+        thread = threading.Thread(target=lambda: beside.append(grid_or_why(settings, seconds)), daemon=True)
         if torch.cuda.is_available() and run.device != "cpu" and RANK == 0:
-            # on a GPU the processor has nothing to do until the networks are judged
-            thread = threading.Thread(target=lambda: beside.append(grid_or_why(settings, seconds)), daemon=True)
-            thread.start()
+            thread.start()  # on a GPU the processor has nothing to do until the networks are judged
         if run.evaluate:
-            network = load(output_dir / WEIGHTS, run.device, run.compile, settings)
-            judge = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(("eval_", "irf_"))}
-            network.config = dataclasses.replace(network.config, **judge)
+            network = load(folder / WEIGHTS, run.device, run.compile, settings)
+            judging = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(JUDGING)}
+            network.config = dataclasses.replace(network.config, **judging)
         else:
-            with stage(seconds, "training_with_checkpoints"):
-                network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
-                                cuda_graphs=run.cuda_graphs, output_dir=output_dir, calibration=calibration)
-        if RANK > 0:
-            return 0
-        if not run.evaluate:
-            set_aside(output_dir / WEIGHTS)
-            network.save(output_dir / WEIGHTS)
-        if network.device.type == "cuda":
+            network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
+                            cuda_graphs=run.cuda_graphs, output_dir=folder)
+            if RANK > 0:
+                return 0
+            set_aside(folder / WEIGHTS)
+            network.save(folder / WEIGHTS)
+        if thread.ident:
             thread.join()
         grid, why = beside[0] if beside else grid_or_why(settings, seconds)
-        grid = grid and grid.to(network.device)
+        solutions = {"network": network} | ({"grid": grid.to(network.device)} if grid else {})
         with stage(seconds, "accuracy"), torch.no_grad():
-            figures, arrays = compare(network, grid, network.config)
-        rows, moving = verdict(figures, economy, network.config), moves_of(network, figures)
-        with staged(output_dir) as folder:
-            with stage(seconds, "results"):
-                write_results(folder, network, grid, figures, arrays)
-            metrics = metrics_of(settings, network, figures, rows, seconds, moving)
-            (folder / "metrics.json").write_text(json.dumps(plain(metrics), indent=1, allow_nan=False) + "\n")
-        (output_dir / WEIGHTS).with_suffix(".previous.pth").unlink(missing_ok=True)
-    return told(settings, network, grid, rows, (why, moving), seconds)
+            figures, arrays = compare(solutions, network.config)
+        rows, moving = verdict(figures, economy, network.config), what_moves(network, figures)
+        with staged(folder) as staging:
+            write_results(staging, network, figures, arrays)
+            draw_pictures(staging, solutions, figures, arrays)
+            metrics = figures | run_metrics(settings, network, seconds, moving) | {
+                "verdict": [dict(zip(COLUMNS, row)) for row in rows]}
+            text = json.dumps(metrics, default=lambda array: array.tolist())
+            finite = json.loads(text, parse_constant=lambda infinite: None)
+            (staging / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
+        (folder / WEIGHTS).with_suffix(".previous.pth").unlink(missing_ok=True)
+    for note in grid.notes if grid else ():
+        print(note)
+    moves = ", ".join(f"{name} {100 * figures[name]['limit']['moves']:.2g}%" for name in solutions)
+    print(f"mean and std of capital still move over what is judged by: {moves}")
+    if run.preset != "smoke":
+        print_verdict(rows)
+    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
+    print(f"\n{spent}; results in {folder.resolve()}: open distribution_validation.png first")
+    last_line, status = outcome(settings, network, rows, why, moving)
+    print(last_line)
+    return status
 
 
-def departures(cfg, reference) -> List[str]:
-    """Where cfg is not the reference, which is the preset paper."""
-    pairs = [(f.name, getattr(cfg, f.name), getattr(reference, f.name)) for f in dataclasses.fields(cfg)]
-    return [f"{name} {ours} (paper {theirs})" for name, ours, theirs in pairs if ours != theirs]
-
-
-def moves_of(network: Solution, figures: dict) -> str:
-    """What still moved at the end: of the training, or of the distribution that is judged."""
+def what_moves(network: Solution, figures: dict) -> str:
+    """What still moved at the end: in the training, or in the distribution that is judged."""
     weights = network.weights
-    moving = still_moving(weights["history"], weights["settled"], Config(**weights["config"]))
+    moving = still_moving(weights["history"], weights["settled"], network.config)
     for name in ("network", "grid"):
         moves = figures[name]["limit"]["moves"] if name in figures else 0.0
         if moves >= MOVES and not moving:
-            moving = f"the {name}'s distribution of capital moves by {100 * moves:.2g}% from one judged path to the next"
+            moving = f"the {name}'s distribution of capital moves by {100 * moves:.2g}% over what is judged"
     return moving
 
 
-def metrics_of(settings: Settings, network: Solution, figures: dict, rows: list, seconds: dict, moving: str) -> dict:
-    """metrics.json: what was solved, how, and every figure."""
+def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: str) -> dict:
+    """What was solved, how and on what: the rest of metrics.json."""
     import matplotlib
 
-    weights, device = network.weights, network.device.type
-    history, config = weights["history"], Config(**weights["config"])
-    seconds.setdefault("training", weights["seconds"])
-    judge = {name: x for name, x in dataclasses.asdict(network.config).items() if name.startswith(("eval_", "irf_"))}
+    weights, history, config = network.weights, network.weights["history"], network.config
+    seconds["training"] = weights["seconds"]
     versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
+    on_gpu, derived = network.device.type == "cuda", ("L", "shares")
     return {
-        **figures, "verdict": [dict(zip(COLUMNS, row)) for row in rows], "calibration": weights["calibration"],
-        "economy": weights["economy"] | {name: getattr(network.economy.arrays, name) for name in ("L", "shares")},
-        "config": weights["config"] | judge, "seed": weights["seed"],
+        "calibration": settings.calibration, "config": dataclasses.asdict(config), "seed": weights["seed"],
+        "economy": weights["economy"] | {name: getattr(network.economy.arrays, name) for name in derived},
         "grid_config": settings.grid and dataclasses.asdict(settings.grid),
         "convergence": {"converged": None if config.published else not moving, "still_moving": moving,
                         "settled": weights["settled"], "iterations": len(history["seconds"]),
                         "movement": history["movement"], "euler": history["euler"]},
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds,
-        "peak_memory_gb": peak_memory_gb(device)}
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds}
 
 
-def told(settings: Settings, network: Solution, grid: GridSolution | None, rows: list, trouble: tuple,
-         seconds: dict) -> int:
-    """What a run says at its end, and its exit status."""
-    run, (why, moving) = settings.run, trouble
-    for note in grid.notes if grid else ():
-        print(note)
-    if run.preset != "smoke":
-        print_verdict(rows)
-    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
-    print(f"\n{spent}; results in {Path(run.output_dir).resolve()}: open distribution_validation.png first")
-    if run.preset == "smoke":
-        print("sizes this small have no verdict: the installation works; the default preset solves the economy")
-        return 0
-    failed = [row[0] for row in rows if row[-1] is False]
-    script, folder = shlex.quote(Interrupted.script), shlex.quote(run.output_dir)
+def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
+    """The last line of a run and its exit status."""
+    failed, judged = [row[0] for row in rows if row[-1] is False], sum(row[-1] is not None for row in rows)
+    more = f"--output-dir {shlex.quote(settings.run.output_dir)}"
+    if settings.run.preset == "smoke":
+        return "sizes this small have no verdict: the installation works; the default preset solves the economy", 0
     if why:
-        print(f"no comparison: {why}; then: python {script} --evaluate --output-dir {folder}")
-    elif moving:
-        more = 2 * len(network.weights["history"]["seconds"])
-        print(f"not converged: {moving}; go on with --resume --iterations {more} --output-dir {folder}")
-    elif failed:
-        print(f"{len(failed)} of {sum(row[-1] is not None for row in rows)} rows FAIL: {', '.join(failed)}")
-    elif network.config.published:
-        print("whether adam has converged is not known: look at figures/training_history.png")
-    else:
-        print(f"converged: savings had settled after {network.weights['settled']} outer iterations; every row passes")
-    return int(bool(why or moving or failed))
+        return f"no comparison: {why}; then: python {shlex.quote(Interrupted.script)} --evaluate {more}", 1
+    if moving:
+        twice = 2 * len(network.weights["history"]["seconds"])
+        return f"not converged: {moving}; go on with --resume --iterations {twice} {more}", 1
+    if failed:
+        return f"{len(failed)} of {judged} rows FAIL: {'; '.join(failed)}", 1
+    if network.config.published:
+        return "whether adam has converged is not known: look at figures/training_history.png", 0
+    passes = "every row passes" if judged else "no grid solution judged it"
+    return f"converged: savings had settled after {network.weights['settled']} outer iterations; {passes}", 0
 
 
 def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration) -> int:
@@ -3898,12 +3843,11 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     dataclass whose fields, made by option(), become flags. Returns 0 converged and every row passes, 1 not converged or
     a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
-    in_notebook = "ipykernel" in sys.modules  # whose own arguments are not ours
+    in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
     argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
-    status = None
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
-            return work(parse(argv, economy, calibration), argv)
+            return work(parse(argv, economy, calibration))
         except (Exception, Interrupted) as error:
             line, status = ending(error, argv)
     if RANK > 0 and status == 2:

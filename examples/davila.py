@@ -3,6 +3,9 @@
   python examples/davila.py                            # every flag of deepham_ks.py, results in runs/davila
   python examples/davila.py --equilibrium planner      # the constrained-efficient economy
   python examples/davila.py --tfp-shock 0.05           # TFP .95 / 1.05, each for 8 years on average
+
+The figures of the README are with --n-agents 500 --n-economies 24 --K-spread 0.02: few households hold much, so K and
+the planner's Delta of 125 households have more sampling noise.
 """
 
 import sys
@@ -26,6 +29,8 @@ class Calibration:
 
 
 def economy(cal: Calibration) -> dk.Economy:
+    dk.require(cal.tfp_shock > 0 or cal.z_duration == Calibration.z_duration,
+               "--z-duration has no effect without --tfp-shock; give both")
     stay = 1 - 1 / cal.z_duration
     TFP, P_z = ([1.0], [[1.0]]) if cal.tfp_shock == 0 else (
         [1 - cal.tfp_shock, 1 + cal.tfp_shock], [[stay, 1 - stay], [1 - stay, stay]])
@@ -36,8 +41,5 @@ def economy(cal: Calibration) -> dk.Economy:
         z_names=["no aggregate shocks"] if len(TFP) == 1 else ["bad state", "good state"])
 
 
-# where few households hold much, K and the planner's Delta have more sampling noise
-CONFIG = dk.Config(n_agents=500, n_economies=24, K_spread=0.02)
-
 if __name__ == "__main__":
-    sys.exit(dk.main(economy=economy, calibration=Calibration, config=CONFIG))
+    sys.exit(dk.main(economy=economy, calibration=Calibration))

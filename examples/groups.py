@@ -1,6 +1,9 @@
 """J permanent groups of households, whose mean capitals are J state variables: where a grid of n nodes each needs n^J.
 
-  python examples/groups.py --groups 30     # every flag of deepham_ks.py, results in runs/groups
+  python examples/groups.py --groups 30 --moments groups     # every flag of deepham_ks.py, results in runs/
+
+Without --moments groups households see mean capital alone. The figures of docs/experiments.md are with --moments groups
+--n-agents 60 --n-economies 240 --K-spread 0.1 --policy-rate 0.3 --iterations 110 --averaging 40.
 
 With --spread 0 the groups are alike and the answer is the default economy's, whatever J is; --spread 0.0068 spreads
 their discount factors evenly around --beta (Carroll, Slacalek, Tokuoka & White 2017).
@@ -27,22 +30,18 @@ class Calibration(dk.Calibration):
 def economy(cal: Calibration) -> dk.Economy:
     """s = (group, employment), groups for ever; employment as in the default economy and independent of the group."""
     J = cal.groups
+    dk.require(J > 1 or cal.spread == 0, "--spread has no effect on one group; give --groups 2 or more")
     base = dk.krusell_smith(cal)
     place = (2 * np.arange(J) + 1) / J - 1  # midpoints of J equal parts of [-1, 1]
     seen = np.linspace(-1, 1, J) if J > 1 else np.zeros(1)
     return dk.Economy(
-        alpha=base.alpha, delta=base.delta, gamma=base.gamma, TFP=base.TFP, L=base.L, P_z=base.P_z,
+        alpha=base.alpha, delta=base.delta, gamma=base.gamma, k_min=base.k_min, TFP=base.TFP, P_z=base.P_z,
         Pi=np.einsum("ab,xyij->xyaibj", np.eye(J), base.Pi).reshape(2, 2, 2 * J, 2 * J),
         beta=np.repeat(cal.beta + cal.spread * place, 2), income=np.tile(base.income, J),
-        shares=np.tile(base.shares, J) / J, group=np.repeat(np.arange(J), 2), sees_z=base.sees_z,
+        shares=np.tile(base.arrays.shares, J) / J, group=np.repeat(np.arange(J), 2),
         sees_s=np.stack([np.repeat(seen, 2), np.tile(base.sees_s[:, 0], J)], 1), weight=np.tile(base.weight, J),
         s_names=[f"group {j}, {name}" for j in range(J) for name in base.s_names], z_names=base.z_names)
 
 
-# more economies of fewer households, as the moments of each are one point among J dimensions; and shorter steps,
-# averaged out for longer, as few points leave more noise
-CONFIG = dk.Config(n_agents=60, n_economies=240, K_spread=0.1, moments="groups", policy_rate=0.3, iterations=110,
-                   averaging=40)
-
 if __name__ == "__main__":
-    sys.exit(dk.main(economy=economy, calibration=Calibration, config=CONFIG))
+    sys.exit(dk.main(economy=economy, calibration=Calibration))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,15 +22,20 @@ torch.set_num_threads(1)  # small tensors: threads would only wait for each othe
 
 def toy():
     """S = 3, Z = 3: unequal discount factors, a borrowing limit below zero, and states that cannot follow each other:
-    z' = 2 after z = 0, s' = 2 after s = 0, s' = 0 after s = 2, and s' = 0 after s = 1 while z stays at 2."""
-    fall = [[0.6, 0.4, 0.0], [0.25, 0.6, 0.15], [0.0, 0.4, 0.6]]
-    stay = [[0.5, 0.5, 0.0], [0.15, 0.65, 0.2], [0.0, 0.3, 0.7]]
-    rise = [[0.35, 0.65, 0.0], [0.1, 0.6, 0.3], [0.0, 0.2, 0.8]]
-    best = [[0.3, 0.7, 0.0], [0.0, 0.65, 0.35], [0.0, 0.15, 0.85]]
+    z' = 2 after z = 0, s' = 2 after s = 0, s' = 0 after s = 2, s' = 0 after s = 1 as z rises and s' = 2 after s = 1 as
+    it falls. Pi depends on z and z', and the shares of s on z alone."""
+    shares = np.array([[0.3, 0.5, 0.2], [0.25, 0.5, 0.25], [0.2, 0.5, 0.3]])  # (z, s)
+    Pi = np.empty((3, 3, 3, 3))
+    for z, z_next in np.ndindex(3, 3):
+        poorer, richer = shares[z, 0] - shares[z_next, 0], shares[z_next, 2] - shares[z, 2]  # what has to move
+        churn = 0.05 - 0.01 * z if z == z_next else 0.0
+        flow = np.zeros((3, 3))  # (s, s') of all households
+        flow[0, 1], flow[1, 0] = churn + max(poorer, 0), churn + max(-poorer, 0)
+        flow[1, 2], flow[2, 1] = 0.9 * churn + max(richer, 0), 0.9 * churn + max(-richer, 0)
+        Pi[z, z_next] = (flow + np.diag(shares[z] - flow.sum(1))) / shares[z][:, None]
     return dk.Economy(
         alpha=0.33, delta=0.08, gamma=3.0, k_min=-0.5, TFP=[0.97, 1.0, 1.03], beta=[0.92, 0.94, 0.955],
-        P_z=[[0.75, 0.25, 0.0], [0.1, 0.8, 0.1], [0.05, 0.25, 0.7]],
-        Pi=[[stay, rise, rise], [fall, stay, rise], [fall, fall, best]],
+        P_z=[[0.75, 0.25, 0.0], [0.1, 0.8, 0.1], [0.05, 0.25, 0.7]], Pi=Pi,
         income=[[0.35, 0.9, 1.6], [0.4, 1.0, 1.7], [0.5, 1.1, 1.75]], weight=[2.0, 1.0, 1.5],
         s_names=("low", "middle", "high"))
 

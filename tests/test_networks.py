@@ -1,8 +1,7 @@
-"""Derivatives by hand against autograd, TorchScript against eager, and the safeguard of the Gauss-Newton step."""
+"""Networks, labels and steps: derivatives by hand against autograd, sums over the dense P, compiled against eager."""
 
 import dataclasses
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -11,703 +10,403 @@ import torch
 
 import deepham_ks as dk
 
-H = 6
 F64 = torch.float64
+T, M = 7, 16
+CFG = dataclasses.replace(dk.PRESETS["smoke"], n_agents=20, hidden=6, horizon=T, batch=M, moments="variance")
 
 
-def random_parameters(n: int, seed: int, bias: float = 0.0) -> torch.Tensor:
-    """theta (P,) of a network with n inputs and every layer alive: the initial one has a zero output layer."""
-    theta = dk.initial_parameters(n, H, bias, seed).double()
-    theta[-H - 1 : -1] = 0.5 * torch.randn(H, generator=torch.Generator().manual_seed(seed + 100), dtype=F64)
-    return theta
-
-
-def random_inputs(*shape, seed=0):
+def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
+def alive(economy, cfg, seed=4):
+    """(tables, state) in float64 with every layer alive: the initial networks are constants."""
+    econ, g = economy.tables(), torch.Generator().manual_seed(seed)
+    state = dk.initial_state(econ, economy, cfg, seed, g)
+    for name, x in state.tensors().items():
+        if x.is_floating_point():
+            setattr(state, name, x.double())
+    for theta in (state.policy, state.value):
+        theta += 0.3 * torch.randn(theta.shape, generator=g, dtype=F64)
+    n = len(state.M_mean)
+    state.M_mean, state.M_std = torch.rand(n, generator=g, dtype=F64), 0.5 + torch.rand(n, generator=g, dtype=F64)
+    return econ, state
+
+
 class World(NamedTuple):
+    """An economy, networks, and where M households are at T + 1 dates."""
+
     economy: dk.Economy
     econ: dk.Tables
-    policy: torch.Tensor  # theta
-    value: torch.Tensor
-    paths: tuple  # k0 (M,), s, K, z (T + 1, M)
-    K_next: torch.Tensor  # E[K' | K, z], (T, M): not the K' that came
+    state: dk.State
+    k0: torch.Tensor  # (M,)
+    path: dk.At  # (T + 1, M), without k
+    ahead: dk.Ahead  # (T, M)
+
+    @property
+    def net(self):
+        return dk.policy_net(self.state, self.econ, CFG)
+
+    @property
+    def value_net(self):
+        return dk.value_net(self.state, self.econ, CFG)
+
+    @property
+    def at(self):
+        """(T + 1, M) with k as the policy rolls it out."""
+        return self.path._replace(k=dk.roll_out(self.net, self.k0, self.path, self.econ))
 
 
-T, M = 7, 16
+def make_world(economy):
+    econ, state = alive(economy, CFG)
+    rng, g, (Z, S) = np.random.default_rng(3), torch.Generator().manual_seed(3), economy.arrays.income.shape
+    joint, P = [rng.integers(Z * S, size=M)], economy.arrays.P.reshape(Z * S, Z * S)
+    for _ in range(T):
+        joint.append(np.array([rng.choice(Z * S, p=P[now]) for now in joint[-1]]))
+    joint = torch.tensor(np.array(joint))
+    K = economy.K_ss * (0.9 + 0.2 * torch.rand((T + 1, M), generator=g, dtype=F64))
+    k0 = torch.expm1(1.25 * torch.rand(M, generator=g, dtype=F64) * math.log(4 * economy.K_ss))
+    k0[:4] = torch.tensor([0.0, 0.01, 0.1, 1.0])
+    seen = torch.rand((T + 1, M, Z + 1, 1), generator=g, dtype=F64)
+    planner = 0.01 / economy.c_ss * (economy.equilibrium == "planner")
+    Delta = planner * torch.rand((T + 1, M, Z + 1), generator=g, dtype=F64)
+    path = dk.At(0 * K, joint % S, K, joint // S, seen[:, :, 0], Delta[:, :, 0])
+    ahead = dk.Ahead(0.98 * K[1:], seen[:-1, :, 1:], Delta[:-1, :, 1:])
+    world = World(economy, econ, state, economy.k_min + k0, path, ahead)
+    bias = sum(math.prod(shape) for shape in dk.policy_shapes(econ, CFG)) - 1
+    f = output_at(world, path._replace(k=world.k0.expand_as(K)))
+    state.policy[bias] -= f.median() + 1e-3  # half of the states are at the borrowing limit
+    return world
+
+
+def output_at(world, at):
+    return dk.network(world.net.layers, dk.features(at, dk.cash_on_hand(at, world.econ)[0], world.net, world.econ))
 
 
 @pytest.fixture(scope="module")
 def world(economy):
-    """An economy, policy and value parameters, and paths of T periods and M households that the dense P allows."""
-    econ, rng, g = economy.tables(), np.random.default_rng(3), torch.Generator().manual_seed(3)
-    Z, S = economy.income.shape
-    state, P = [rng.integers(Z * S, size=M)], economy.P.reshape(Z * S, Z * S)
-    for _ in range(T):
-        state.append(np.array([rng.choice(Z * S, p=P[now]) for now in state[-1]]))
-    state = torch.tensor(np.array(state))
-    K = economy.K_ss * (0.9 + 0.2 * torch.rand((T + 1, M), generator=g, dtype=F64))
-    k0 = torch.expm1(1.25 * torch.rand(M, generator=g, dtype=F64) * math.log(4 * economy.K_ss))
-    k0[:4] = torch.tensor([0.0, 0.01, 0.1, 1.0])
-    paths, n = (economy.k_min + k0, state % S, K, state // S), dk.n_inputs(econ)
-    policy, value = random_parameters(n, 4), random_parameters(dk.n_inputs(econ, "value"), 1)
-    policy[-1] -= output_at(paths, policy, econ).median() + 1e-3  # half of the states are at the borrowing limit
-    return World(economy, econ, policy, value, paths, 0.98 * K[1:])
+    return make_world(economy)
 
 
-def output_at(paths, theta, econ):
-    """The network's output at k0 and every date of the paths, (T + 1, M)."""
-    k, s, K, z = torch.broadcast_tensors(*paths)
-    return dk.network(dk.unpack(theta, H), dk.features(k, s, dk.cash_on_hand(k, s, K, z, econ)[0], K, z, econ))
+@pytest.fixture(scope="module", params=["log", "toy", "planner", "game"])
+def decided(request, economies):
+    """Worlds of those who decide: households that take prices as given, a planner, players."""
+    if request.param in economies:
+        return make_world(economies[request.param])
+    return make_world(dataclasses.replace(economies["toy"], equilibrium=request.param, players=7))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
 def eager():
-    return dk.compile_kernels("none")
+    dk.compile_kernels("none")
 
 
-@pytest.fixture(scope="module")
-def script():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return dk.compile_kernels("torchscript")
+def by_dense_P(world, at, k_next, ahead):
+    """(probability, household) for each (z', s'), by the dense P: impossible ones come with probability zero."""
+    P, (Z, S) = torch.tensor(world.economy.arrays.P), world.economy.arrays.income.shape
+    for z, s in np.ndindex(Z, S):
+        one = torch.ones_like(at.s)
+        yield P[at.z, at.s, z, s], dk.At(k_next, s * one, ahead.K, z * one, ahead.M[..., z, :], ahead.Delta[..., z])
 
 
-def layers_of(theta):
-    return dk.unpack(theta, H)
-
-
-def config(**changes):
-    return dataclasses.replace(dk.Config(horizon=T, batch=M, states=99, hidden=H), **changes)
-
-
-def batch_of(world, eager, control_variate):
-    with torch.no_grad():
-        paths = (*world.paths, world.K_next, torch.zeros_like(world.paths[1]))
-        return dk.roll_out_batch(layers_of(world.policy), layers_of(world.value), paths, world.econ,
-                                 config(control_variate=control_variate), eager)
-
-
-def flat_batch(world, eager):
-    return dk.Batch(*[x.flatten() for x in batch_of(world, eager, control_variate=True)])
-
-
-def possible(economy, s, z):
-    """By the dense P: (s', z', p) of one possible successor of every state after the other, each (M,); where a state
-    has fewer than others the last one comes again, with p = 0."""
-    Z, S = economy.income.shape
-    rows = economy.P.reshape(Z * S, Z * S)[z.numpy() * S + s.numpy()]
-    lists = [np.flatnonzero(row) for row in rows]
-    for j in range(max(map(len, lists))):
-        at = np.array([options[min(j, len(options) - 1)] for options in lists])
-        p = [row[a] if j < len(options) else 0 for row, a, options in zip(rows, at, lists)]
-        yield torch.tensor(at % S), torch.tensor(at // S), torch.tensor(p, dtype=F64)
-
-
-def unrolled(world, theta, k, start=0):
-    """sum_t (beta(s_0) ... beta(s_{t-1})) u(c_t), and the same discount times V(s_T), of households with k at `start`:
-    the plain graph."""
-    _, econ, _, value, (_, s, K, z), _ = world
-    U, discount = 0.0, 1.0
-    for t in range(start, len(K) - 1):
-        m, _ = dk.cash_on_hand(k, s[t], K[t], z[t], econ)
-        k = dk.network_capital(layers_of(theta), k, s[t], K[t], z[t], econ)
-        U = U + discount * dk.utility(m - k, econ)
-        discount = discount * econ.beta[s[t]]
-    V, _ = dk.network_value(layers_of(value), k, s[-1], K[-1], z[-1], econ)
-    return U + discount * V
+def consumption(world, at):
+    return dk.cash_on_hand(at, world.econ)[0] - dk.network_capital(world.net, at, world.econ)
 
 
 # ------------------------------------------------------------------------------------------------ networks
 
 
-@pytest.mark.parametrize("n", [1, 6, 11])
-def test_pack_unpack(n):
-    for width in (1, 4, 24, 32, 777):
-        P = dk.initial_parameters(n, width, 0.0, 0).numel()
-        theta = torch.arange(P, dtype=F64)
-        layers = dk.unpack(theta, width)
-        assert [tuple(x.shape) for x in layers] == [(width, n), (width,), (width, width), (width,), (width,), ()]
-        assert [tuple(x.shape) for x in layers] == dk.layer_shapes(n, width)
-        assert torch.equal(torch.cat([x.flatten() for x in layers]), theta)
-        assert layers[0].data_ptr() == theta.data_ptr()  # views: an optimiser's step on theta shows in the layers
-
-
 def test_network_is_two_tanh_layers():
-    theta, x = random_parameters(5, 4, 0.3), random_inputs(9, 5)
-    W1, b1, W2, b2, w3, b3 = layers_of(theta)
+    shapes = dk.layer_shapes(5, 6)
+    theta, x = random(sum(map(math.prod, shapes)), seed=4), random(9, 5)
+    W1, b1, W2, b2, w3, b3 = layers = dk.unpack(theta, shapes)
+    assert [tuple(layer.shape) for layer in layers] == shapes and W1.data_ptr() == theta.data_ptr()  # views
     by_hand = [float(w3 @ torch.tanh(W2 @ torch.tanh(W1 @ row + b1) + b2) + b3) for row in x]
-    assert dk.network(layers_of(theta), x).tolist() == pytest.approx(by_hand, rel=1e-13)
+    assert dk.network(layers, x).tolist() == pytest.approx(by_hand, rel=1e-13)
 
 
-def test_initial_network_is_constant():
-    theta = dk.initial_parameters(6, 8, math.log(0.06), seed=3)
-    x = random_inputs(50, 6).to(torch.float32)
-    assert torch.allclose(dk.network(dk.unpack(theta, 8), x), torch.tensor(math.log(0.06)))
-    assert torch.equal(theta, dk.initial_parameters(6, 8, math.log(0.06), seed=3))
-    assert not torch.equal(theta, dk.initial_parameters(6, 8, math.log(0.06), seed=4))
+def test_slopes_and_jacobians_equal_autograd():
+    shapes = dk.layer_shapes(5, 6)
+    theta, x, dx = random(sum(map(math.prod, shapes)), seed=2), random(30, 5), random(30, 5, seed=1)
+    y, slope = dk.network_and_slope(dk.unpack(theta, shapes), x, dx)
+    again, tangent = torch.autograd.functional.jvp(lambda x: dk.network(dk.unpack(theta, shapes), x), x, dx)
+    assert torch.allclose(y, again) and torch.allclose(slope, tangent, rtol=1e-12, atol=1e-14)
+    value, slope = torch.autograd.functional.jacobian(
+        lambda theta: torch.stack(dk.network_and_slope(dk.unpack(theta, shapes), x, dx)), theta)
+    layers = dk.unpack(theta, shapes)
+    assert torch.allclose(dk.network_jacobian(layers, x), value, rtol=1e-11, atol=1e-13)
+    assert torch.allclose(dk.slope_jacobian(layers, x, dx), slope, rtol=1e-11, atol=1e-13)
 
 
-def test_slope_equals_autograd():
-    layers = layers_of(random_parameters(5, 1))
-    x, dx = random_inputs(40, 5), random_inputs(40, 5, seed=1)
-    y, slope = dk.network_and_slope(layers, x, dx)
-    again, tangent = torch.func.jvp(lambda x: dk.network(layers, x), (x,), (dx,))
-    assert torch.equal(y, again)
-    assert torch.allclose(slope, tangent, rtol=1e-12, atol=1e-14)
-
-
-def test_features_tell_states_apart(world):
-    """Every (k, s, K, z) has inputs of its own, all of order one but for the steep one of k, ln K / K_mean is the one
-    column of K, and s and z are seen as the economy's tables have them."""
-    economy, econ, *_ = world
-    k = torch.linspace(economy.k_min, 4 * economy.K_ss, 9, dtype=F64)
-    k, s, K, z = dk.on_grid(k.numpy(), economy.K_ss * np.linspace(0.8, 1.25, 4), econ)
-    m, _ = dk.cash_on_hand(k, s, K, z, econ)
-    x = dk.features(k, s, m, K, z, econ)
-    assert x.shape == (*k.shape, dk.n_inputs(econ)) and (x.abs().amax((0, 1, 2, 3)) < 6).sum() == x.shape[-1] - 1
-    assert 6 < x.abs().max() < 12
-    assert len(x.reshape(-1, x.shape[-1]).unique(dim=0)) == k.numel()
-    assert torch.allclose(x[..., dk.K_INPUT], 8 * torch.log(K / economy.K_ss))
-    seen = np.concatenate([economy.sees_s[s], economy.sees_z[z]], -1)
-    assert np.array_equal(x[..., dk.N_OWN :], seen) and dk.n_inputs(econ) == dk.N_OWN + seen.shape[-1]
-    other = dk.features(k, s, m, K, z, econ._replace(K_mean=2 * econ.K_mean))
-    assert (x != other).any((0, 1, 2, 3)).nonzero().flatten().tolist() == [dk.K_INPUT]
+def test_features_tell_states_apart(economy):
+    """Every (k, s, K, z) has inputs of its own, of order one but for the steep one of k; one column is of K, around its
+    centre; s and z are seen as the economy's tables have them."""
+    econ, a = economy.tables(), economy.arrays
+    at = dk.on_grid(np.linspace(economy.k_min, 4 * economy.K_ss, 9), economy.K_ss * np.linspace(0.8, 1.25, 4), econ)
+    m, nothing = dk.cash_on_hand(at, econ)[0], torch.zeros(0, dtype=F64)
+    x = dk.features(at, m, dk.Net([], torch.tensor(economy.K_ss), nothing, nothing), econ)
+    assert (x.abs().amax((0, 1, 2, 3)) < 6).sum() == x.shape[-1] - 1 and 6 < x.abs().max() < 12
+    assert len(x.reshape(-1, x.shape[-1]).unique(dim=0)) == m.numel()
+    assert torch.allclose(x[..., dk.K_INPUT], 8 * torch.log(at.K / economy.K_ss))
+    assert np.array_equal(x[..., dk.N_OWN :], np.concatenate([a.sees_s[at.s], a.sees_z[at.z]], -1))
+    other = dk.features(at, m, dk.Net([], torch.tensor(2 * economy.K_ss), nothing, nothing), econ)
+    assert (x != other).any(0).any(0).any(0).any(0).nonzero().flatten().tolist() == [dk.K_INPUT]
 
 
 def test_feature_slopes_equal_autograd(world):
-    _, econ, _, _, (k0, s, K, z), _ = world
-    k = k0.clone().requires_grad_()
-    m, R = dk.cash_on_hand(k, s[0], K[0], z[0], econ)
-    x = dk.features(k, s[0], m, K[0], z[0], econ)
-    by_graph = torch.stack([torch.autograd.grad(x[:, i].sum(), k, retain_graph=True, allow_unused=True,
-                                                materialize_grads=True)[0] for i in range(x.shape[1])], -1)
-    slopes = dk.feature_slopes(k, m, R, econ)
-    assert slopes.shape == x.shape and torch.allclose(slopes, by_graph, rtol=1e-12)
-    assert (slopes[:, :3] > 0).all()
+    at = dk.rows(world.path, 0, 1)._replace(k=world.k0.clone().unsqueeze(0).requires_grad_())
+    m, R = dk.cash_on_hand(at, world.econ)
+    x = dk.features(at, m, world.net, world.econ)
+    by_graph = torch.stack([torch.autograd.grad(x[..., i].sum(), at.k, retain_graph=True, allow_unused=True,
+                                                materialize_grads=True)[0] for i in range(x.shape[-1])], -1)
+    slopes = dk.feature_slopes(at.k, m, R, x.shape[-1], world.econ)
+    assert torch.allclose(slopes, by_graph, rtol=1e-12) and (slopes[..., :3] > 0).all()
+
+
+def test_moments_are_seen_around_their_centres_in_their_units(world):
+    x, n = dk.features(world.at, dk.cash_on_hand(world.at, world.econ)[0], world.net, world.econ), 1
+    assert torch.allclose(x[..., -n:], (world.path.M - world.state.M_mean) / world.state.M_std)
+    assert (output_at(world, world.at) != output_at(world, world.at._replace(M=2 * world.path.M))).all()
 
 
 def test_value_network_sees_the_square_of_ln_K_first(world):
     """And then what the policy network sees; of slopes the same, since one household's k moves neither."""
-    _, econ, _, value, (k0, s, K, z), _ = world
-    m, R = dk.cash_on_hand(k0, s[0], K[0], z[0], econ)
-    x, dx = dk.features(k0, s[0], m, K[0], z[0], econ), dk.feature_slopes(k0, m, R, econ)
-    seen, slopes = dk.for_value(x), dk.for_value(dx)
-    assert torch.allclose(seen[:, 0], (8 * torch.log(K[0] / econ.K_mean)) ** 2) and torch.equal(seen[:, 1:], x)
-    assert not slopes[:, 0].any() and torch.equal(slopes[:, 1:], dx)
-    assert seen.shape[1] == dk.n_inputs(econ, "value") == dk.n_inputs(econ) + 1
+    m, R = dk.cash_on_hand(world.at, world.econ)
+    x = dk.features(world.at, m, world.net, world.econ)
+    seen, slopes = dk.for_value(x), dk.for_value(dk.feature_slopes(world.at.k, m, R, x.shape[-1], world.econ))
+    assert torch.allclose(seen[..., 0], (8 * torch.log(world.path.K / world.net.K_centre)) ** 2)
+    assert torch.equal(seen[..., 1:], x) and not slopes[..., 0].any() and slopes[..., 1:4].all()
 
 
-def test_jacobians_equal_autograd():
-    theta = random_parameters(5, 2)
-    x, dx = random_inputs(30, 5), random_inputs(30, 5, seed=1)
-
-    def both(theta):
-        return torch.stack(dk.network_and_slope(layers_of(theta), x, dx))
-
-    value, slope = torch.func.jacrev(both)(theta)
-    assert torch.allclose(dk.network_jacobian(layers_of(theta), x), value, rtol=1e-11, atol=1e-13)
-    assert torch.allclose(dk.slope_jacobian(layers_of(theta), x, dx), slope, rtol=1e-11, atol=1e-13)
-
-
-def test_value_slope_equals_autograd(world):
-    _, econ, _, value, (k0, s, K, z), _ = world
-    k = k0.clone().requires_grad_()
-    V, V_k = dk.network_value(layers_of(value), k, s[0], K[0], z[0], econ)
-    assert torch.allclose(V_k, torch.autograd.grad(V.sum(), k)[0], rtol=1e-12)
-    m, _ = dk.cash_on_hand(k, s[0], K[0], z[0], econ)
-    g = dk.network(layers_of(value), dk.for_value(dk.features(k, s[0], m, K[0], z[0], econ)))
-    assert torch.allclose(dk.equivalent_of(V, s[0], z[0], econ), g, rtol=1e-10, atol=1e-10)
+def test_value_and_its_slope(decided):
+    """V_k by autograd; V is the equivalent of the network's output, in utility of c_ss exp(g / 10) for ever."""
+    world, at = decided, dk.rows(decided.at, 0, 1)
+    at = at._replace(k=at.k.clone().requires_grad_())
+    V, V_k = dk.network_value(world.value_net, at, world.econ)
+    assert torch.allclose(V_k, torch.autograd.grad(V.sum(), at.k)[0], rtol=1e-12)
+    g = dk.equivalent_of(V, at, world.econ)
+    again, V_g = dk.value_of(g, at, world.econ)
+    assert torch.allclose(again, V, rtol=1e-10)
+    assert torch.allclose(V_g, (dk.value_of(g + 1e-5, at, world.econ)[0] - again) / 1e-5, rtol=1e-4)
+    if world.econ.equilibrium == "market":
+        D = torch.tensor(world.economy.arrays.annuity)[at.z, at.s]
+        assert torch.allclose(V, D * dk.utility(world.econ.c_ss * torch.exp(g / 10), world.econ))
 
 
-def test_consumption_slope_equals_autograd(world):
-    """On both sides of the borrowing limit; c and k' share the budget."""
-    economy, econ, policy, _, (k0, s, K, z), _ = world
-    k = k0.clone().requires_grad_()
-    c, dc = dk.consumption_and_slope(layers_of(policy), k.expand_as(K), s, K, z, econ)
-    m, _ = dk.cash_on_hand(k, s, K, z, econ)
-    at_limit = c >= m - economy.k_min
-    assert at_limit.any() and not at_limit.all()
-    assert torch.allclose(dc.sum(0), torch.autograd.grad(c.sum(), k)[0], rtol=1e-12)
-    for t in range(T + 1):
-        m_t, _ = dk.cash_on_hand(k, s[t], K[t], z[t], econ)
-        c_t = m_t - dk.network_capital(layers_of(policy), k, s[t], K[t], z[t], econ)
-        assert torch.allclose(dc[t], torch.autograd.grad(c_t.sum(), k)[0], rtol=1e-11)
-    k_next = dk.network_capital(layers_of(policy), k.expand_as(K), s, K, z, econ)
-    assert torch.allclose(c + k_next, m, rtol=1e-13)
-    assert (k_next >= economy.k_min).all() and (k_next[at_limit] == economy.k_min).all()
-    assert (k_next[~at_limit] > economy.k_min).all()
-
-
-def test_network_capital_keeps_the_borrowing_limit(world):
-    """Never below k_min, exactly k_min where the network is positive, above it where it is negative; (T, M) states as
-    (M,) ones."""
-    economy, econ, policy, _, (k0, s, K, z), _ = world
-    for bias in (-3.0, -0.3, 0.3, 3.0):
-        theta = policy.clone()
-        theta[-1] += bias
-        k_next = dk.network_capital(layers_of(theta), k0.expand_as(K), s, K, z, econ)
-        m, _ = dk.cash_on_hand(k0, s, K, z, econ)
-        f = output_at(world.paths, theta, econ)
-        assert (k_next[f >= 0] == economy.k_min).all() and (k_next[f < 0] > economy.k_min).all()
-        assert (k_next < m).all()
-        alone = [dk.network_capital(layers_of(theta), k0, s[t], K[t], z[t], econ) for t in range(T + 1)]
-        assert torch.allclose(k_next, torch.stack(alone), rtol=1e-13)
-    assert (f >= 0).all() and (k_next == economy.k_min).all()
-
-
-# ------------------------------------------------------------------------------------------------ costates
+def test_consumption_and_its_slope(world):
+    """dc/dk by autograd on both sides of the borrowing limit; c and k' share the budget; k' is k_min exactly where the
+    network is positive, above it elsewhere, and never all there is."""
+    econ, at = world.econ, world.at
+    at = at._replace(k=at.k.clone().requires_grad_())
+    c, dc = dk.consumption_and_slope(world.net, at, econ)
+    assert torch.allclose(dc, torch.autograd.grad(consumption(world, at).sum(), at.k)[0], rtol=1e-11)
+    k_next, m = dk.network_capital(world.net, at, econ), dk.cash_on_hand(at, econ)[0]
+    assert torch.allclose(c + k_next, m, rtol=1e-13) and (k_next < m).all()
+    f = output_at(world, at)
+    assert (f >= 0).any() and (f < 0).any()
+    assert (k_next[f >= 0] == econ.k_min).all() and (k_next[f < 0] > econ.k_min).all()
 
 
 def test_roll_out_follows_the_policy(world):
-    _, econ, policy, _, (k0, s, K, z), _ = world
-    path = dk.roll_out(layers_of(policy), k0, s, K, z, econ)
-    assert torch.equal(path[0], k0) and path.shape == K.shape
+    at = world.at
+    assert torch.equal(at.k[0], world.k0)
     for t in range(T):
-        k_next = dk.network_capital(layers_of(policy), path[t], s[t], K[t], z[t], econ)
-        assert torch.allclose(path[t + 1], k_next, rtol=1e-13)
+        k_next = dk.network_capital(world.net, dk.pick(at, t), world.econ)
+        assert torch.allclose(at.k[t + 1], k_next, rtol=1e-13)
 
 
-def test_batch_belongs_to_its_states(world, eager):
-    """Each field at the date of the others, and c is what the budget leaves."""
-    _, econ, policy, _, (_, s, K, z), K_next = world
-    batch = batch_of(world, eager, control_variate=True)
-    assert all(x.shape == (T, M) for x in batch)
-    assert torch.equal(batch.s, s[:-1]) and torch.equal(batch.z, z[:-1])
-    assert torch.equal(batch.K, K[:-1]) and torch.equal(batch.K_next, K_next)
-    m, _ = dk.cash_on_hand(batch.k, batch.s, batch.K, batch.z, econ)
-    assert torch.allclose((m - batch.c)[:-1], batch.k[1:], rtol=1e-12, atol=1e-12)
+# ------------------------------------------------------------------------------------------------ labels
 
 
-def test_costates_equal_autograd_through_time(world, eager):
-    """U_t and lambda_t = dU_t / dk_t at every t, surprises off: 1e-10 is what seven float64 periods leave."""
-    batch = batch_of(world, eager, control_variate=False)
+def test_expected_worth_is_the_sum_over_every_next_state(decided):
+    """E[R' u'(c') + Delta'] by the dense P, each z' with its own moments and Delta."""
+    world, econ, at = decided, decided.econ, dk.rows(decided.at, 0, T)
+    k_next, total = dk.network_capital(world.net, at, econ), 0.0
+    for p, nexts in by_dense_P(world, at, k_next, world.ahead):
+        R, _ = dk.prices(nexts.K, nexts.z, econ)
+        u_prime = dk.marginal_utility(consumption(world, nexts), econ)
+        gain = {"market": 0.0, "planner": nexts.Delta, "game": u_prime * dk.cash_of_K(nexts, econ) / 7}
+        total = total + p * (R * u_prime + gain[econ.equilibrium])
+    found = dk.expected_worth(world.net, at, k_next, world.ahead, econ)
+    assert torch.allclose(found, total, rtol=1e-11)
+    market = dk.expected_worth(world.net, at, k_next, world.ahead, econ._replace(equilibrium="market"))
+    assert torch.allclose(found, market) == (econ.equilibrium == "market")
+
+
+def test_labels_by_their_recursion(decided):
+    """One household and one period after the other; what later periods give back is held, here and there by both."""
+    econ, at = decided.econ, dk.rows(decided.at, 0, T)
+    expected = torch.exp(0.7 * random(T, M, seed=5)) / econ.c_ss
+    c, dc = econ.c_ss * torch.exp(random(T, M)), torch.rand(T, M, dtype=F64, generator=torch.Generator().manual_seed(1))
+    found, held, u_prime = dk.worth_of_saving(expected, c, dc, at, econ), [0, 0], dk.marginal_utility(c, econ)
+    R = dk.prices(at.K, at.z, econ)[0]
+    V_k = R * u_prime + {"market": 0.0, "planner": at.Delta,
+                         "game": u_prime * dk.cash_of_K(at, econ) / 7}[econ.equilibrium]
+    for i in range(M):
+        worth = expected[-1, i]
+        for t in reversed(range(T - 1)):
+            beta, beta_next = econ.beta[at.s[t, i]], econ.beta[at.s[t + 1, i]]
+            saved = R[t + 1, i] - dc[t + 1, i]
+            size = float(beta * saved / R[t + 1, i] * V_k[t + 1, i].abs() / u_prime[t, i])
+            back = saved * (beta_next * worth - u_prime[t + 1, i]) / max(1.0, size)
+            kept = min(max(float(back), -float(expected[t, i]) / 2), float(expected[t, i]))
+            held = [held[0] + (size > 1), held[1] + (kept != float(back))]
+            worth = expected[t, i] + kept
+            assert float(found[t, i]) == pytest.approx(float(worth), rel=1e-10)
+    assert torch.equal(found[-1], expected[-1])
+    assert all(5 < n < M * (T - 1) - 5 for n in held)
+
+
+def test_labels_are_what_is_expected_where_the_first_order_condition_holds(world):
+    """u'(c) = beta E[R' u'(c')] in every period leaves nothing to correct; a miss of one period is seen by all before
+    it and by none after."""
+    econ, at = world.econ, dk.rows(world.at, 0, T)
+    expected = torch.exp(0.1 * random(T, M, seed=5)) / econ.c_ss
+    c, dc = dk.inverse_marginal_utility(econ.beta[at.s] * expected, econ), torch.full((T, M), 0.1, dtype=F64)
+    assert torch.allclose(dk.worth_of_saving(expected, c, dc, at, econ), expected, rtol=1e-12)
+    c[3] *= 1.05  # too much is consumed then: what is saved is worth more in all earlier periods
+    found = dk.worth_of_saving(expected, c, dc, at, econ)
+    assert torch.allclose(found[3:], expected[3:], rtol=1e-12) and (found[:3] > expected[:3]).all()
+
+
+def unrolled(world, net, k, first=0):
+    """Utility from `first` on and V of the end, discounted, by the plain graph; Delta is given: (U, Delta-less U)."""
+    econ, U, discount = world.econ, 0.0, 1.0
+    for t in range(first, T):
+        at = dk.pick(world.path, t)._replace(k=k)
+        k_next = dk.network_capital(net, at, econ)
+        c = dk.cash_on_hand(at, econ)[0] - k_next
+        gain = dk.Delta(dk.marginal_utility(c, econ), at, econ).detach()
+        U, discount, k = U + discount * (dk.utility(c, econ) + gain * k), discount * econ.beta[at.s], k_next
+    return U + discount * dk.network_value(world.value_net, dk.pick(world.path, T)._replace(k=k), econ)[0]
+
+
+def published(world):
+    """(U, worth, c) of the published labels."""
+    at, econ = dk.rows(world.at, 0, T), world.econ
+    c, dc = dk.consumption_and_slope(world.net, at, econ)
+    last = dk.network_value(world.value_net, dk.pick(world.at, T), econ)
+    return *dk.published_labels(*last, c, dc, at, econ), c
+
+
+def test_published_labels_are_back_propagation_through_time(decided):
+    """U_t and the derivative of U_{t+1} in k_{t+1} by autograd at every t, Delta taken as given."""
+    world = decided
+    U, worth, _ = published(world)
     for t in range(T):
-        k = batch.k[t].clone().requires_grad_()
-        U = unrolled(world, world.policy, k, start=t)
-        (lam,) = torch.autograd.grad(U.sum(), k)
-        assert torch.allclose(batch.U[t], U, rtol=1e-10, atol=1e-10)
-        assert torch.allclose(batch.lam[t], lam, rtol=1e-10, atol=1e-12)
+        k = world.at.k[t].clone().requires_grad_()
+        by_graph = unrolled(world, world.net, k, t)
+        assert torch.allclose(U[t], by_graph, rtol=1e-10)
         if t:
-            assert torch.equal(batch.lam_next[t - 1], batch.lam[t])
+            assert torch.allclose(worth[t - 1], torch.autograd.grad(by_graph.sum(), k)[0], rtol=1e-9, atol=1e-12)
+    V_k = dk.network_value(world.value_net, dk.pick(world.at, T), world.econ)[1]
+    assert torch.allclose(worth[T - 1], V_k)
 
 
-def test_policy_gradient_equals_autograd_through_time(world, eager):
-    """The costate form of policy_loss has the gradient of the whole unrolled graph."""
-    econ, policy, k0 = world.econ, world.policy, world.paths[0]
-    batch = batch_of(world, eager, control_variate=False)
-    theta = policy.clone().requires_grad_()
-    (by_costates,) = torch.autograd.grad(dk.policy_loss(theta, batch, econ, config()), theta)
-    theta = policy.clone().requires_grad_()
-    (through_time,) = torch.autograd.grad(-unrolled(world, theta, k0).mean(), theta)
-    assert through_time.abs().max() > 1e-3
-    assert torch.allclose(by_costates, through_time, rtol=1e-9, atol=1e-11 * through_time.abs().max().item())
+def test_published_policy_gradient_is_that_of_the_whole_graph(world):
+    econ, state = world.econ, world.state
+    U, worth, c = published(world)
+    batch = dk.Batch(dk.rows(world.at, 0, T), world.ahead, c, worth, worth, U, world.path.s[:-1])
+    theta = state.policy.clone().requires_grad_()
+    (by_costates,) = torch.autograd.grad(dk.policy_loss(theta, state, batch, None, econ, CFG), theta)
+    moved = state.policy.clone().requires_grad_()
+    net = world.net._replace(layers=dk.unpack(moved, dk.policy_shapes(econ, CFG)))
+    (through_time,) = torch.autograd.grad(-unrolled(world, net, world.k0).mean(), moved)
+    assert through_time.abs().max() > 1e-4
+    assert torch.allclose(by_costates, through_time, rtol=1e-8, atol=1e-10 * through_time.abs().max().item())
 
 
-def test_surprises(world):
-    """X(s_{t+1}, K_{t+1}) - E_t X(s', E K') by loops at every t, of V and of R u'(c), and mean zero over the successors
-    of each state where K' is what was expected."""
-    economy, econ, policy, value, (k, s, K, z), K_next = world
-    g = torch.Generator().manual_seed(5)
-    path = economy.k_min + 2 * economy.K_ss * torch.rand(K.shape, dtype=F64, generator=g)
-    policy, value = layers_of(policy), layers_of(value)
-
-    def by_hand(k, s, K, z):
-        m, R = dk.cash_on_hand(k, s, K, z, econ)
-        c = m - dk.network_capital(policy, k, s, K, z, econ)
-        return torch.stack([dk.network_value(value, k, s, K, z, econ)[0], R * dk.marginal_utility(c, econ)])
-
-    *found, came, came_k = dk.surprises(policy, value, path, s, K, z, K_next, econ)
-    found = torch.stack(found)
-    for t in range(T):
-        mean = sum(p * by_hand(path[t + 1], s1, K_next[t], z1) for s1, z1, p in possible(economy, s[t], z[t]))
-        realised = by_hand(path[t + 1], s[t + 1], K[t + 1], z[t + 1])
-        assert torch.allclose(found[:, t], realised - mean, rtol=1e-10, atol=1e-11)
-        assert torch.allclose(torch.stack([came[t], came_k[t]]), realised, rtol=1e-12)
-    total = 0.0
-    for s1, z1, p in possible(economy, s[0], z[0]):
-        s_two, z_two = torch.stack([s[0], s1]), torch.stack([z[0], z1])
-        found = torch.stack(dk.surprises(policy, value, path[:2], s_two, K[:2], z_two, K[1:2], econ)[:2])
-        total = total + p * found[:, 0]
-    assert total.abs().max() < 1e-11 * found.abs().max().clamp(min=1)
+def test_published_values_stay_where_utility_has_them(world):
+    """A noisy U beyond what half the least and twice the most consumption are worth has no equivalent: it is held."""
+    econ, state = world.econ, world.state
+    U, worth, c = published(world)
+    batch = dk.Batch(dk.rows(world.at, 0, T), world.ahead, c, worth, worth, U, world.path.s[:-1])
+    plain = dk.value_loss(state.value, state, batch, None, econ, CFG)
+    g = dk.equivalent_of(U, batch.at, econ)
+    x = dk.for_value(dk.features(batch.at, dk.cash_on_hand(batch.at, econ)[0], world.net, econ))
+    D, ends = torch.tensor(world.economy.arrays.annuity)[batch.at.z, batch.at.s], (c.min() / 2, 2 * c.max())
+    inside = U.clamp(*[D * dk.utility(end, econ) for end in ends])
+    assert torch.equal(plain, dk.value_loss(state.value, state, batch._replace(U=inside), None, econ, CFG))
+    if torch.equal(inside, U):
+        assert plain.item() == pytest.approx((g - dk.network(world.value_net.layers, x)).square().mean().item() / 2)
+    beyond = torch.full_like(U, 1e3 if econ.gamma > 1 else -1e5)
+    assert dk.value_loss(state.value, state, batch._replace(U=beyond), None, econ, CFG).isfinite()
 
 
-def test_control_variate_takes_the_last_draw_out(world, eager):
-    """One period before the end U is an exact expectation: the same whatever the last draw and however far K' came from
-    what was expected. Where K' came as expected, its mean over the draws is what it is without, and the next costate is
-    the mean of the envelope's. Here nothing holds what later periods give back, however large: V and V_k as they came
-    are left out."""
-    economy, econ, policy, value, (k0, s, K, z), K_next = world
-
-    def without_bounds(*arguments):
-        *labels, came, came_k, econ = arguments
-        return dk.costates(*labels, 0 * came, 0 * came_k, econ)
-
-    eager = eager._replace(costates=without_bounds)
-    ways = {"without": (False, K[1:2]), "with": (True, K[1:2]), "K' came otherwise": (True, K_next[:1])}
-    mean, U, EV_k = dict.fromkeys(ways, 0.0), {way: [] for way in ways}, 0.0
-    k1 = dk.network_capital(layers_of(policy), k0, s[0], K[0], z[0], econ)
-    for s1, z1, p in possible(economy, s[0], z[0]):
-        EV_k = EV_k + p * dk.value_and_costate(layers_of(policy), layers_of(value), k1, s1, K[1], z1, econ)[1]
-        for way, (control_variate, K_expected) in ways.items():
-            paths = k0, torch.stack([s[0], s1]), K[:2], torch.stack([z[0], z1]), K_expected, 0 * s[:2]
-            cfg = config(horizon=1, control_variate=control_variate)
-            batch = dk.roll_out_batch(layers_of(policy), layers_of(value), paths, econ, cfg, eager)
-            mean[way] = mean[way] + p * torch.stack([batch.U[0], batch.lam[0], batch.lam_next[0]])
-            U[way].append(batch.U[0])
-    spread = {way: (torch.stack(x) - x[0]).abs().max() for way, x in U.items()}
-    assert spread["without"] > 1e-3 and spread["with"] < 1e-9 and spread["K' came otherwise"] < 1e-9
-    assert torch.allclose(mean["with"][0], mean["without"][0], rtol=1e-10, atol=1e-10)
-    assert torch.allclose(mean["with"][2], EV_k, rtol=1e-10)
-    assert all(not torch.allclose(*ends, rtol=1e-6) for ends in zip(mean["with"], mean["K' came otherwise"]))
-
-
-def test_what_later_periods_give_back_is_held(tables):
-    """U and the next costate by loops over the definition, where u'(c) grows a hundredfold now and then: what comes
-    back is at most one for one, in units of u'(c), and lambda_{t+1} between half and twice E V_k."""
-    g = torch.Generator().manual_seed(1)
-    c, came_k = (torch.exp(1.5 * torch.randn(5, 40, generator=g, dtype=F64)) for _ in range(2))
-    came, surprise, dc, V_T, V_k_T = torch.rand(5, 5, 40, generator=g, dtype=F64)
-    R, s = torch.full_like(c, 1.01), torch.randint(2, (5, 40), generator=g)
-    surprise_k = came_k * (1 - 2 * torch.rand(5, 40, generator=g, dtype=F64))
-    econ = tables._replace(beta=torch.tensor([0.9, 0.97], dtype=F64))
-    found = dk.costates(c, dc, c, s, R, 0 * c, V_T[0], V_k_T[0], surprise, surprise_k, came, came_k, econ)
-    u_prime, held = dk.marginal_utility(c, econ), [0, 0]
-    for i in range(40):
-        U, lam = V_T[0, i], V_k_T[0, i]
-        for t in reversed(range(5)):
-            beta, dk_dm = econ.beta[s[t, i]], 1 - dc[t + 1, i] / 1.01 if t < 4 else 1.0
-            share = min(1.0, float(u_prime[t, i] / (beta * dk_dm * came_k[t, i])))
-            ahead, back = came_k[t, i] - surprise_k[t, i], share * (lam - came_k[t, i])
-            lam_next = ahead + min(max(back, -ahead / 2), ahead)
-            held = [held[0] + (share < 1), held[1] + bool(lam_next != ahead + back)]
-            U = dk.utility(c[t, i], econ) + beta * (came[t, i] - surprise[t, i] + share * (U - came[t, i]))
-            lam = u_prime[t, i] * dc[t, i] + beta * (1.01 - dc[t, i]) * lam_next
-            expected = torch.stack([U, lam, lam_next])
-            assert torch.allclose(torch.stack([x[t, i] for x in found]), expected, rtol=1e-10)
-    assert all(20 < n < 180 for n in held)
-
-
-def paths_by_law(noise, slow=0.0):
-    """ln K (400, 200) by the law 0.12 + 0.01 z + 0.965 ln K, and beside it what is not due to z and dies out at the
-    rate slow."""
-    g = torch.Generator().manual_seed(0)
-    z = (torch.rand(400, 200, generator=g) < 0.125).cumsum(0) % 2  # eight periods in a state
-    by_z, beside = torch.full((400, 200), 3.57, dtype=F64), torch.zeros(400, 200, dtype=F64)
-    for t in range(399):
-        by_z[t + 1] = 0.12 + 0.01 * z[t] + 0.965 * by_z[t]
-        beside[t + 1] = slow * beside[t] + noise * torch.randn(200, generator=g, dtype=F64)
-    return by_z + beside, z
-
-
-def test_expected_capital_takes_the_sampling_noise_out():
-    """Exact where K' follows a law of motion; the realised K' of paths with noise lies around it, with mean zero in
-    each z."""
-    econ = dk.krusell_smith().tables()
-    for noise in (0.0, 1e-3):
-        ln_K, z = paths_by_law(noise)
-        law = dk.belief(ln_K.exp(), z, econ)
-        gap = ln_K[1:] - torch.log(dk.expected_capital(ln_K.exp(), z, law, econ))
-        assert gap.shape == (399, 200) and all(gap[z[:-1] == i].mean().abs() < 1e-12 for i in (0, 1))
-        assert gap.std() == pytest.approx(noise * (1 + 0.965**2) ** 0.5, rel=0.05, abs=1e-12)
-
-
-@pytest.mark.parametrize("slow", [0.9, 0.99])
-def test_belief_is_of_what_z_does_to_capital(slow):
-    """Where ln K has in it what is not due to z and dies out more or less slowly, least squares takes the persistence
-    of both for that of one; the history of z as an instrument does not."""
-    econ = dk.krusell_smith().tables()
-    ln_K, z = paths_by_law(6e-3, slow)
-    plain, _ = dk.law_of_motion(ln_K.exp(), z, torch.zeros(2))
-    ours = dk.belief(ln_K.exp(), z, econ)
-    wrong = (plain[:, 1] - 0.965).abs().min()
-    assert wrong > 0.005 and (ours[:, 1] - 0.965).abs().max() < 0.2 * wrong
-
-
-def test_belief_where_z_says_nothing():
-    """One z, a z that never comes, or capital that z does not move: as least squares has it."""
-    g, econ = torch.Generator().manual_seed(0), dk.krusell_smith().tables()
-    K = torch.exp(3.6 + 0.01 * torch.randn(200, 5, generator=g, dtype=F64))
-    for z in (torch.zeros(200, 5, dtype=torch.int64), torch.randint(2, (200, 5), generator=g)):
-        plain, _ = dk.law_of_motion(K, z, torch.zeros(2))
-        assert torch.allclose(dk.belief(K, z, econ), plain, equal_nan=True)
-
-
-def test_sampled_households(economy, tables, rng):
-    """Windows of the simulated economies, s as in the panel or any alike and then by the chain, k from the panel or
-    between the limit and beyond the simulated range."""
-    cfg = config(batch=4000, horizon=5, wide_share=0.5, wide_top=1.5, even_share=0.0)
-    panel = dk.initial_panel(7, 300, tables, rng)
-    simulated = dk.simulate([lambda k, s, K, z: k], panel, 30, tables, rng)
-    K_path, z_path = (torch.stack(x) for x in zip(*[(paths[0][1][:, 0], z[:, 0]) for _, z, paths in simulated]))
-    K_path = K_path + torch.arange(30).unsqueeze(1)  # every (period, economy) its own number
-    k_range = torch.stack([panel.k.min(), panel.k.max()])
-    expected = dk.expected_capital(K_path, z_path, dk.belief(K_path, z_path, tables), tables)
-    k, s, K, z, K_next, row = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, cfg, rng)
-    assert K_next.shape == (5, 4000)
-    assert k.shape == (4000,) and s.shape == K.shape == z.shape == (6, 4000)
-    starts = set()
-    for b in range(0, 4000, 97):
-        period, at = ((K_path - K[0, b]).abs() < 1e-6).nonzero()[0].tolist()
-        assert torch.equal(K[:, b], K_path[period : period + 6, at])
-        assert torch.equal(z[:, b], z_path[period : period + 6, at])
-        assert torch.equal(K_next[:, b], expected[period : period + 5, at])
-        assert torch.equal(K[:, b], K_path.flatten()[row[:, b]])
-        starts.add((period, at))
-    assert len({at for _, at in starts}) == 7 and len({period for period, _ in starts}) > 10
-    Z, S = economy.income.shape
-    for state in np.ndindex(Z, Z, S):  # who comes next follows the transition
-        at = (z[:-1] == state[0]) & (z[1:] == state[1]) & (s[:-1] == state[2])
-        p, n = economy.Pi[state], int(at.sum())
-        found = torch.bincount(s[1:][at], minlength=S).numpy()
-        assert (np.abs(found - n * p) <= 4.5 * (n * p * (1 - p)) ** 0.5).all()
-        assert n > 20 or Z * S > 4
-    on_panel = torch.isin(k, panel.k)
-    assert on_panel.double().mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
-    wide, top = k[~on_panel], max(1.5 * panel.k.max().item(), 5 * economy.K_ss)
-    assert 0.9 * top < wide.max() <= top and economy.k_min <= wide.min() < panel.k.min()
-    household = (panel.k.flatten().unsqueeze(1) == k[on_panel]).int().argmax(0)
-    assert torch.equal(s[0, on_panel], panel.s.flatten()[household])
-    evenly = dataclasses.replace(cfg, even_share=1.0)
-    even = dk.sample_households(panel, K_path, expected, z_path, k_range, tables, evenly, rng)[1][0]
-    for state in range(S):
-        assert (even == state).double().mean() == pytest.approx(1 / S, abs=4 * 0.5 / 4000**0.5)
-
-
-# ------------------------------------------------------------------------------------------------ kernels
-
-
-def test_torchscript_agrees_with_eager(world, eager, script):
-    _, econ, policy, value, (k0, s, K, z), _ = world
-    p, v = layers_of(policy), layers_of(value)
-    n = dk.n_inputs(econ)
-    x, dx, same = random_inputs(16, n), random_inputs(16, n, seed=1), random_inputs(T, M).sigmoid()
-    path = dk.roll_out(p, k0, s, K, z, econ)
-    arguments = {
-        "network_capital": (p, k0, s[0], K[0], z[0], econ), "network_value": (v, k0, s[0], K[0], z[0], econ),
-        "roll_out": (p, k0, s, K, z, econ), "consumption_and_slope": (p, path, s, K, z, econ),
-        "surprises": (p, v, path, s, K, z, world.K_next, econ),
-        "costates": (1 + same, same, same, s[:-1], 1 + same, same, same[0], same[1], same, same, same, same, econ),
-        "network_jacobian": (p, x), "slope_jacobian": (p, x, dx),
-    }
-    assert set(arguments) == set(dk.Kernels._fields)
-    for name, args in arguments.items():
-        for _ in range(3):  # the third call runs the fused code
-            ours, theirs = getattr(script, name)(*args), getattr(eager, name)(*args)
-            pairs = zip(ours, theirs) if isinstance(ours, tuple) else [(ours, theirs)]
-            assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs), name
-
-
-def test_python_3_14_falls_back_to_eager_with_one_warning(monkeypatch):
-    monkeypatch.setattr(dk.sys, "version_info", (3, 14, 0))
-    with pytest.warns(UserWarning, match="TorchScript") as caught:
-        kernels = dk.compile_kernels("torchscript")
-    assert len(caught) == 1
-    assert kernels == dk.compile_kernels("none")
-
-
-# ------------------------------------------------------------------------------------------------ Gauss-Newton
-
-
-@pytest.fixture
-def linear_problem():
-    """residual(theta) = y - J theta."""
-    g = torch.Generator().manual_seed(0)
-    J, y = torch.randn(30, 5, generator=g, dtype=F64), torch.randn(30, generator=g, dtype=F64)
-    theta = torch.randn(5, generator=g, dtype=F64)
-    return J, lambda theta: y - J @ theta, lambda theta: (y - J @ theta).square().sum(), theta
-
-
-def rows(jacobian, residual, theta):
-    return lambda part: [(residual(theta)[part], jacobian[part])]
+# ------------------------------------------------------------------------------------------------ steps
 
 
 def levenberg_marquardt(J, residual, damping, n):
-    """The step by plain linear algebra: damping and the mean squared residual of n states, of each parameter's diagonal
-    and a tenth of the mean one."""
+    """The step by plain linear algebra: damping and the mean squared residual of n states, in units of each parameter's
+    diagonal and of a tenth of the mean one."""
     A = J.T @ J
     damped = A + (damping + residual.square().sum() / n) * torch.diag(A.diagonal() + 0.1 * A.diagonal().mean())
     return torch.linalg.solve(damped, J.T @ residual)
 
 
+J, Y, START = random(30, 5), random(30, seed=1), random(5, seed=2)  # residual(theta) = Y - J theta
+
+
+def linear_step(theta, damping, rate=1.0, y=Y, jacobian=J, judged=None):
+    def residuals(theta):
+        return (judged or (lambda theta: y - J @ theta))(theta).unsqueeze(0)
+
+    def jacobians(part):
+        yield jacobian[part]
+
+    return dk.gauss_newton_step(theta, torch.tensor(damping, dtype=F64), rate, residuals, jacobians)
+
+
 def test_gram_matrix():
     """The lower triangle of J' J, whatever the number of columns; what is above it is not read."""
-    for P in (1, 3, 4, 5, 50):
-        J, A = random_inputs(20, P), torch.zeros(P, P, dtype=F64)
-        dk.add_gram(A, J)
-        assert torch.allclose(A.tril(), (J.T @ J).tril(), rtol=1e-12, atol=1e-12)
+    for P in (1, 3, 6, 7, 50):
+        jacobian, A = random(20, P), torch.zeros(P, P, dtype=F64)
+        dk.add_gram(A, jacobian)
+        assert torch.allclose(A.tril(), (jacobian.T @ jacobian).tril(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rate, damping", [(1.0, 1e-9), (0.3, 0.5)])
-def test_gauss_newton_takes_a_good_step(linear_problem, rate, damping):
-    J, residual, loss, theta = linear_problem
-    expected = theta + rate * levenberg_marquardt(J, residual(theta), damping, 30)
-    new, after, taken = dk.gauss_newton_step(theta, rows(J, residual, theta), 30, torch.tensor(rate, dtype=F64),
-                                             torch.tensor(damping, dtype=F64), 0.9 * damping, loss)
-    assert taken and loss(new) < loss(theta)
-    assert torch.allclose(new, expected, rtol=1e-11)
-    assert after.item() == pytest.approx(0.9 * damping)  # it falls, never below the floor
+@pytest.mark.parametrize("rate, damping", [(1.0, 1e-4), (0.3, 0.5)])
+def test_gauss_newton_takes_a_good_step(rate, damping):
+    new, after, taken = linear_step(START, damping, rate)
+    assert taken and (Y - J @ new).square().sum() < (Y - J @ START).square().sum()
+    assert torch.allclose(new, START + rate * levenberg_marquardt(J, Y - J @ START, damping, 30), rtol=1e-11)
+    assert after.item() == pytest.approx(max(damping / 3, dk.LEAST_DAMPING))
 
 
-def test_gauss_newton_ends_at_least_squares(linear_problem):
-    """Where the residual can vanish, a few full steps find the solution: the damping goes with the residual."""
-    J, _, _, theta = linear_problem
-    solution, damping = torch.arange(5, dtype=F64), torch.tensor(1.0, dtype=F64)
-
-    def residual(theta):
-        return J @ (solution - theta)
-
-    for _ in range(60):
-        theta, damping, _ = dk.gauss_newton_step(theta, rows(J, residual, theta), 30, torch.tensor(1.0, dtype=F64),
-                                                 damping, 1e-9, lambda theta: residual(theta).square().sum())
+def test_gauss_newton_ends_at_least_squares():
+    """Where residuals can vanish a few full steps find the solution: the damping goes with the residual."""
+    solution, theta, damping = torch.arange(5, dtype=F64), START, 1.0
+    for _ in range(40):
+        theta, damping, _ = linear_step(theta, float(damping), y=J @ solution)
     assert torch.allclose(theta, solution, atol=1e-7)
 
 
-def test_gauss_newton_takes_a_third_of_a_step_that_is_three_times_too_long(linear_problem):
-    """Of the step, a third and a ninth of it the one that leaves the least loss."""
-    J, _, _, theta = linear_problem
-    solution, one, small = torch.arange(5, dtype=F64), torch.tensor(1.0, dtype=F64), torch.tensor(1e-12, dtype=F64)
-    for too_long in (1, 3, 9):
-        new, _, taken = dk.gauss_newton_step(
-            solution + 1e-6, rows(J / too_long, lambda theta: J @ (solution - theta), solution + 1e-6), 30, one, small,
-            1e-12, lambda theta: (J @ (solution - theta)).square().sum(), (1, 3, 9))
-        assert taken and torch.allclose(new, solution, atol=1e-9)
+@pytest.mark.parametrize("too_long", [1, 3, 9])
+def test_gauss_newton_takes_a_third_of_a_step_that_is_three_times_too_long(too_long):
+    solution = torch.arange(5, dtype=F64)
+    new, _, taken = linear_step(solution + 1e-6, 1e-12, y=J @ solution, jacobian=J / too_long)
+    assert taken and torch.allclose(new, solution, atol=1e-9)
 
 
-def test_gauss_newton_refuses_a_bad_step(linear_problem):
-    """Uphill (the Jacobian's sign wrong), and into NaN: theta stays, the damping rises until the step is tiny."""
-    J, residual, loss, theta = linear_problem
-    for jacobian, judged in ((-J, loss), (J, lambda theta: loss(theta) * math.nan)):
-        damping = torch.tensor(1e-3, dtype=F64)
-        new, after, taken = dk.gauss_newton_step(theta, rows(jacobian, residual, theta), 30,
-                                                 torch.tensor(1.0, dtype=F64), damping, 1e-4, judged)
-        assert not taken and torch.equal(new, theta) and after > 5 * damping
+@pytest.mark.parametrize("jacobian, judged", [(-J, None), (J, lambda theta: (Y - J @ theta) * (
+    1.0 if torch.equal(theta, START) else math.nan))], ids=["uphill", "nan"])
+def test_gauss_newton_refuses_a_bad_step(jacobian, judged):
+    """theta stays and the damping rises tenfold, until the step is tiny."""
+    new, after, taken = linear_step(START, 1e-3, jacobian=jacobian, judged=judged)
+    assert not taken and torch.equal(new, START) and after.item() == pytest.approx(1e-2)
 
 
-def states_of(batch):
-    return batch.k, batch.s, batch.K, batch.z
+def test_gauss_newton_over_many_states_and_rows_of_residuals():
+    """5,000 states come in parts, and two rows are one problem."""
+    jacobians, y = random(2, 5000, 5, seed=7), random(2, 5000, seed=8)
 
+    def parts(part):
+        yield from jacobians[:, part]
 
-def output_and_slope(value, batch, econ):
-    """g and dg/dk of the value network by autograd through everything."""
-    k = batch.k.clone().requires_grad_()
-    m, _ = dk.cash_on_hand(k, batch.s, batch.K, batch.z, econ)
-    g = dk.network(layers_of(value), dk.for_value(dk.features(k, batch.s, m, batch.K, batch.z, econ)))
-    (g_k,) = torch.autograd.grad(g.sum(), k, create_graph=True)
-    return g, g_k
-
-
-def value_by_hand(g, batch, economy):
-    """V = D u(c_ss exp(g / 10)) in units of c_ss, from the tables of the economy."""
-    D = torch.tensor(economy.annuity)[batch.z, batch.s]
-    return D * (g / 10 if economy.gamma == 1 else torch.exp((1 - economy.gamma) * g / 10) / (1 - economy.gamma))
-
-
-
-def test_labels_stay_where_utility_has_values(world, eager):
-    """For gamma > 1 utility is below zero and for gamma < 1 above: a noisy U beyond that has no equivalent. Any other
-    is what it was."""
-    batch = batch_of(world, eager, True)
-    g, _, _ = dk.value_targets(batch, world.econ)
-    assert torch.equal(g, dk.equivalent_of(batch.U, batch.s, batch.z, world.econ))
-    beyond = -torch.sign(torch.tensor(dk.utility_ss(world.econ))) * 1e-3  # zero for log utility, which has no bound
-    U = batch.U.clone()
-    U[:2] = beyond
-    g, slope, unit = dk.value_targets(batch._replace(U=U), world.econ)
-    assert g.isfinite().all() and slope.isfinite().all() and unit.isfinite().all()
-    if world.econ.gamma != 1:
-        end = batch.c.max() * 2 if world.econ.gamma > 1 else batch.c.min() / 2
-        equivalent = world.econ.c_ss * torch.exp(world.econ.value_unit * g[:2])
-        assert torch.allclose(equivalent, end.expand(g[:2].shape), rtol=1e-3)
-
-
-def test_value_step_is_least_squares_on_levels_and_slopes(world, eager):
-    """The step of value_step against one from an autograd Jacobian of all residuals: g at which V = U, and dg/dk at
-    which V_k = lambda, in units of u'(c)."""
-    economy, econ, _, value, *_ = world
-    cfg = config(slope_weight=0.75, level_weight=0.5)
-    batch = flat_batch(world, eager)
-    rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
-    target = dk.equivalent_of(batch.U, batch.s, batch.z, econ).requires_grad_()
-    V = value_by_hand(target, batch, economy)
-    assert torch.allclose(V, batch.U, rtol=1e-9)
-    (V_g,) = torch.autograd.grad(V.sum(), target)
-    target = target.detach()
-    u_prime, weight = dk.marginal_utility(batch.c, econ), torch.tensor(economy.weight)[batch.s].sqrt()
-
-    def residuals(theta):
-        g, g_k = output_and_slope(theta, batch, econ)
-        return torch.cat([0.5 * weight * (target - g), 0.75 * weight * (batch.lam - V_g * g_k) / u_prime])
-
-    J = -torch.autograd.functional.jacobian(residuals, value)
-    expected = value + rate * levenberg_marquardt(J, residuals(value).detach(), damping, batch.k.numel())
-    new, _, taken = dk.value_step(value, rate, damping, batch, econ, cfg, eager)
-    assert taken and residuals(new).square().sum() < residuals(value).square().sum()
-    assert torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
-    loss = dk.value_loss(value, batch, econ, cfg)  # of Adam: the same without weights
-    assert loss.item() == pytest.approx((residuals(value) / weight.repeat(2)).square().sum().item() / 2 / len(weight))
-
-
-def test_bellman_step_is_least_squares_on_the_bellman_residual(world, eager):
-    """The same with bellman: u(c) + beta E V(s') - V(s) by the dense P, in units of the network's output, robust."""
-    economy, econ, _, value, *_ = world
-    cfg, batch = config(slope_weight=0.75, level_weight=0.5), flat_batch(world, eager)
-    rate, damping = torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F64)
-    m, _ = dk.cash_on_hand(*states_of(batch), econ)
-    u_prime, weight = dk.marginal_utility(batch.c, econ), torch.tensor(economy.weight)[batch.s].sqrt()
-    beta, D = torch.tensor(economy.beta)[batch.s], torch.tensor(economy.annuity)[batch.z, batch.s]
-
-    def slope_at(g):
-        g = g.detach().requires_grad_()
-        return torch.autograd.grad(value_by_hand(g, batch, economy).sum(), g)[0]
-
-    V_g_now = slope_at(output_and_slope(value, batch, econ)[0])
-    V_g_target = slope_at(dk.equivalent_of(batch.U, batch.s, batch.z, econ))
-
-    def residuals(theta):
-        g, g_k = output_and_slope(theta, batch, econ)
-        EV = sum(p * dk.network_value(layers_of(theta), m - batch.c, s1, batch.K_next, z1, econ)[0]
-                 for s1, z1, p in possible(economy, batch.s, batch.z))
-        bellman = dk.utility(batch.c, econ) + beta * EV - value_by_hand(g, batch, economy)
-        return torch.cat([0.5 * weight * bellman * D / V_g_now,
-                          0.75 * weight * (batch.lam - V_g_target * g_k) / u_prime])
-
-    now = residuals(value).detach()
-    size = now.view(2, -1).abs().mean(1, keepdim=True)
-    robust = ((1 + (now.view(2, -1) / size) ** 2) ** -0.25).flatten()  # large ones, next to kinks, do not bend the rest
-    J = -torch.autograd.functional.jacobian(residuals, value) * robust.unsqueeze(1)
-    expected = value + rate * levenberg_marquardt(J, robust * now, damping, batch.k.numel())
-    new, _, taken = dk.value_step(value, rate, damping, batch, econ, cfg, eager, bellman=True)
-    assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
-
-
-def test_policy_step_moves_log_c_by_its_newton_step(world, eager):
-    """Where the limit binds and the household would rather eat more, nothing pulls; elsewhere log c goes towards
-    log c~ with u'(c~) = beta lambda', by a loss that is quadratic for small residuals and linear for large ones."""
-    economy, econ, policy, *_ = world
-    batch = flat_batch(world, eager)
-    m, _ = dk.cash_on_hand(*states_of(batch), econ)
-    x = dk.features(batch.k, batch.s, m, batch.K, batch.z, econ)
-    f = dk.network(layers_of(policy), x)
-    worth = torch.tensor(economy.beta)[batch.s] * batch.lam_next
-    wish = torch.log(dk.inverse_marginal_utility(worth, econ) / batch.c)
-    wish = torch.where(worth > 0, wish, math.inf)  # capital that is worth nothing is eaten
-    assert (wish.abs() < 0.5).any() and (wish.abs() > 0.5).any()
-    wish = wish.clamp(-0.5, 0.5)
-    at_limit = batch.c >= m - economy.k_min
-    free = ~(at_limit & (wish >= 0))
-    assert free.any() and not free.all() and (free & at_limit).any()
-    weight = torch.tensor(economy.weight).sqrt()[batch.s[free]]
-    size = (weight**2 * wish[free].abs()).sum() / (weight**2).sum()
-    weight = weight / (1 + (wish[free] / size) ** 2) ** 0.25  # the largest residuals do not bend the rest
-    J = torch.func.jacrev(lambda theta: dk.network(layers_of(theta), x))(policy)[free] * weight.unsqueeze(1)
-    rate, damping = torch.tensor(0.2, dtype=F64), torch.tensor(0.1, dtype=F64)
-    expected = policy + rate * levenberg_marquardt(J, weight * wish[free], damping, len(wish))
-    new, _, taken = dk.policy_step(policy, rate, damping, batch, econ, config(), eager)
-    assert taken and torch.allclose(new, expected, rtol=1e-8, atol=1e-10)
-    moved = dk.network(layers_of(new), x)[free] - f[free]
-    assert torch.dot(weight * moved, weight * wish[free]) > 0
+    new, _, taken = dk.gauss_newton_step(START, torch.tensor(0.1, dtype=F64), 0.5,
+                                         lambda theta: y - jacobians @ theta, parts)
+    now = (y - jacobians @ START).flatten()
+    assert taken and torch.allclose(new, START + 0.5 * levenberg_marquardt(jacobians.flatten(0, 1), now, 0.1, 5000))
 
 
 def test_one_residual_of_many_hardly_bends_a_robust_fit():
@@ -720,47 +419,176 @@ def test_one_residual_of_many_hardly_bends_a_robust_fit():
     assert dk.robust(torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)).tolist() == [1, 1, 1]
 
 
-def test_thin_keeps_early_periods(world, eager):
-    """Whole periods, all fields alike, the first one among them and none of the second half: labels late in a roll-out
-    hold little realised utility."""
-    batch, cfg = batch_of(world, eager, control_variate=False), config(horizon=12, states=3)
-    thinned, periods = dk.thin(batch, cfg), dk.taught(cfg)
-    assert periods == sorted(set(periods)) and periods[0] == 0 and 3 == len(periods) and periods[-1] < cfg.horizon / 2
-    for whole, part in zip(batch, thinned):
-        assert torch.equal(part, torch.cat([whole[t] for t in periods]))
-    state = dk.initial_state(world.economy.tables(dtype=torch.float32), cfg, 0, torch.Generator())
-    assert len(state["batch_k"]) == len(thinned.k)
-    assert dk.taught(config(horizon=40, states=10_000)) == list(range(20)) and dk.taught(config(horizon=2)) == [0]
-    assert dk.taught(dk.Config(states=1)) == [0] and len(dk.taught(dk.Config())) == dk.Config.states
+@pytest.mark.parametrize("learnt", [0, 2])
+@pytest.mark.parametrize("name", ["log", "toy"])
+def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(economies, name, learnt):
+    """Against a step from an autograd Jacobian, parameters of Q included. Where the limit binds and the household would
+    rather eat more, nothing pulls; elsewhere log c goes towards log c~ with u'(c~) = beta lambda', within half a
+    unit, by a loss that is quadratic for small residuals and linear for large ones."""
+    economy, n = economies[name], 60
+    cfg = dataclasses.replace(CFG, learnt_moments=learnt)
+    econ, state = alive(economy, cfg)
+    (Z, S), g = economy.arrays.income.shape, torch.Generator().manual_seed(1)
+    paths = dk.Paths(*[None] * 5, economy.k_min + 2 * economy.K_ss * torch.rand(5, 3, 8, generator=g, dtype=F64),
+                     torch.randint(S, (5, 3, 8), generator=g))
+    date, rates = torch.randint(15, (n,), generator=g), torch.tensor([0.2, 0, 0], dtype=F64)
+    seen = paths.k.flatten(0, 1)[date], paths.s.flatten(0, 1)[date]
+    state.rates, moments = rates, dk.seen_moments(state, econ, cfg)
+    k = economy.k_min + economy.K_ss * torch.rand(n, generator=g, dtype=F64) ** 3
+    at = dk.At(k, torch.randint(S, (n,), generator=g), seen[0].mean(1), torch.randint(Z, (n,), generator=g),
+               dk.moments_of(*seen, moments, econ), torch.zeros(n, dtype=F64))
+    net, shapes = dk.policy_net(state, econ, cfg), dk.policy_shapes(econ, cfg)
+    f = dk.network(net.layers, dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ))
+    state.policy[sum(map(math.prod, shapes)) - 1] -= f.median()
+    m = dk.cash_on_hand(at, econ)[0]
+    c = m - dk.network_capital(net, at, econ)
+    worth = dk.marginal_utility(c * torch.exp(-0.4 * torch.randn(n, generator=g, dtype=F64)), econ)
+
+    def output(theta):
+        M_now = dk.moments_of(*seen, dk.Moments(moments.given, dk.learnt_layers(theta, econ, cfg)), econ)
+        of = net._replace(layers=dk.unpack(theta, shapes))
+        return dk.network(of.layers, dk.features(at._replace(M=M_now), m, of, econ))
+
+    f, wish = output(state.policy), torch.log(dk.inverse_marginal_utility(econ.beta[at.s] * worth, econ) / c)
+    assert (wish.abs() < 0.5).any() and (wish.abs() > 0.5).any()
+    wish = wish.clamp(-0.5, 0.5)
+    free = (f < 0) | (wish < 0)
+    assert not free.all() and (free & (f >= 0)).any()
+    weight = torch.tensor(economy.arrays.weight)[at.s].sqrt() * free
+    size = (weight**2 * wish.abs()).sum() / (weight**2).sum()
+    weight = weight / (1 + (wish / size) ** 2) ** 0.25
+    jacobian = torch.autograd.functional.jacobian(output, state.policy) * weight.unsqueeze(1)
+    step = levenberg_marquardt(jacobian, weight * wish, state.damping, n)
+    before = state.policy.clone()
+    batch = dk.Batch(at, None, c, worth, worth, c, date)
+    assert dk.policy_step(state, batch, paths, econ, cfg) == 1
+    assert torch.equal(state.policy_before, before)
+    assert torch.allclose(state.policy, before + 0.2 * step, rtol=1e-7, atol=1e-9)
+    if learnt:
+        size = sum(map(math.prod, dk.learnt_shapes(econ, cfg)))
+        assert (state.policy - before)[-size:].abs().max() > 1e-5
 
 
-def test_simulated_range_grows_at_once_and_shrinks_slowly():
-    k_range = torch.tensor([2.0, 100.0])
-    assert torch.equal(dk.widened(k_range, torch.tensor([[1.0, 300.0]])), torch.tensor([1.0, 300.0]))
-    assert torch.allclose(dk.widened(k_range, torch.tensor([[12.0, 90.0]])), torch.tensor([3.0, 99.0]))
+def test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope(decided):
+    """u(c) + Delta k + beta E V(s') - V(s) by the dense P in units of g, and V_k = R u'(c) + Delta, both robust: a step
+    from an autograd Jacobian."""
+    world, econ, state = decided, decided.econ, decided.state
+    at, ahead = [dk.pick(x, (slice(None),)) for x in (dk.rows(world.at, 0, T), world.ahead)]
+    at, ahead = [type(x)(*[part.flatten(0, 1) for part in x]) for x in (at, ahead)]
+    c = consumption(world, at)
+    batch, (m, R), value_net = dk.Batch(at, ahead, c, c, c, c, at.s), dk.cash_on_hand(at, econ), world.value_net
+    u_prime, weight = dk.marginal_utility(c, econ), torch.tensor(world.economy.arrays.weight)[at.s].sqrt()
+    gain = dk.Delta(u_prime, at, econ)
+    D, shapes = torch.tensor(world.economy.arrays.annuity)[at.z, at.s], dk.value_shapes(econ, CFG)
+    V, V_k = dk.network_value(value_net, at, econ)
+    V_g = dk.value_of(dk.equivalent_of(V, at, econ), at, econ)[1]
+
+    def residuals(theta):
+        net = value_net._replace(layers=dk.unpack(theta, shapes))
+        (V, V_k), V_next = dk.network_value(net, at, econ), 0.0
+        for p, nexts in by_dense_P(world, at, m - c, ahead):
+            V_next = V_next + p * dk.network_value(net, nexts, econ)[0]
+        bellman = dk.utility(c, econ) + gain * at.k + econ.beta[at.s] * V_next - V
+        g_k = V_k / dk.value_of(dk.equivalent_of(V, at, econ), at, econ)[1]
+        return torch.stack([dk.LEVEL_WEIGHT * weight * bellman * D / V_g,
+                            weight * (R * u_prime + gain - V_g * g_k) / u_prime])
+
+    now = residuals(state.value)
+    robust = (1 + (now / now.abs().mean(1, keepdim=True)) ** 2) ** -0.25
+    jacobian = -torch.autograd.functional.jacobian(residuals, state.value) * robust.unsqueeze(2)
+    step = levenberg_marquardt(jacobian.flatten(0, 1), (robust * now).flatten(), 10.0, len(c))
+    new, damping, taken = dk.value_step(state, batch, torch.tensor(10.0, dtype=F64), econ, CFG)
+    assert taken and any(torch.allclose(new, state.value + step / share, rtol=1e-6, atol=1e-8) for share in (1, 3, 9))
 
 
-def test_momentum_repeats_a_share_of_the_last_step(world, eager):
-    """Where moments are learnt theta moves by its step and momentum times the last move, once savings hardly move;
-    elsewhere there is none."""
-    econ, moved, sizes = world.economy.tables(dtype=torch.float32), {}, dict(n_agents=20, n_economies=3, periods=20)
-    for learnt in (0, 1):
-        cfg = config(horizon=12, states=3, policy_rate=0.1, learnt_moments=learnt, **sizes)
-        econ, rng = dk.with_units(econ, cfg), torch.Generator().manual_seed(0)
-        state = dk.initial_state(econ, cfg, 0, rng)
-        dk.set_rates(state, cfg, {})
-        assert state["rates"][4] == 0  # not in the first steps
-        dk.iterate(state, econ, cfg, eager, rng, {})
-        state["watched"] = 10 * [[0.5] * 10]  # savings that hardly move
-        dk.set_rates(state, cfg, {})
-        momentum = 0.4 * learnt
-        assert state["rates"].tolist() == pytest.approx([0.1 * (1 - momentum), 1, 0, 1, momentum])
-        assert ("last_step" in state) == (learnt > 0)
-    states = dk.Batch(*[state[f"batch_{name}"] for name in dk.Batch._fields])
-    for last in (0.0, 1e-3):
-        again = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in state.items()}
-        again["last_step"].fill_(last)
-        taken = dk.gauss_newton_updates(again, states, econ, cfg, eager)
-        moved[last] = again["last_step"]
-        assert taken[0] == 1 and torch.equal(moved[last], again["policy"] - state["policy"])
-    assert torch.allclose(moved[1e-3] - moved[0.0], torch.full_like(moved[0.0], 4e-4), atol=1e-6)
+# ------------------------------------------------------------------------------------------------ roll-outs
+
+
+def test_states_that_teach_are_early_ones_of_the_roll_out():
+    """Whole periods, all fields alike, the first one among them and none of the second half."""
+    cfg = dataclasses.replace(CFG, horizon=80)
+    periods = dk.taught(cfg)
+    assert periods == sorted(set(periods)) and periods[0] == 0 and len(periods) == dk.TAUGHT and periods[-1] < 40
+    x = torch.arange(80).unsqueeze(1) * 100 + torch.arange(3)
+    thinned = dk.thin(dk.Ahead(x, x.double(), x + 1), cfg)
+    assert torch.equal(thinned.K, torch.cat([x[t] for t in periods])) and torch.equal(thinned.Delta, thinned.K + 1)
+    assert dk.taught(dataclasses.replace(cfg, optimizer="adam")) == list(range(40))
+    assert dk.taught(dataclasses.replace(cfg, horizon=2)) == [0]
+
+
+@pytest.mark.parametrize("name", ["log", "toy"])
+def test_sampled_households(economies, name, rng):
+    """Windows of the simulated economies, any s alike and then by the chain, k from the panel or between the limit and
+    beyond the simulated range; what is expected is that of the same dates."""
+    economy, B, N = economies[name], 7, 300
+    econ, (Z, S) = economy.tables(), economy.arrays.income.shape
+    cfg = dataclasses.replace(CFG, batch=4000, horizon=5, periods=30, n_economies=B, n_agents=N, moments="")
+    state = dk.initial_state(econ, economy, cfg, 0, rng)
+    K = economy.K_ss * (1 + torch.rand(30, B, generator=rng, dtype=F64))  # every date and economy its own number
+    _, z = dk.draw_shocks(state.s, state.z, 29, econ, rng)
+    paths = dk.Paths(K, z[:, :, 0], 2 * K[1:], torch.zeros(30, B, 0), torch.zeros(29, B, Z, 0), None, None)
+    k, path, ahead, date = dk.sample_households(state, paths, 0.5, econ, cfg, rng)
+    assert k.shape == (4000,) and path.K.shape == path.s.shape == path.z.shape == (6, 4000) == (6, *ahead.K.shape[1:])
+    first, economy_of = date[0] // B, date[0] % B
+    for t in range(6):
+        assert torch.equal(path.K[t], K[first + t, economy_of])
+        assert torch.equal(path.z[t], paths.z[first + t, economy_of])
+    assert torch.equal(ahead.K, 2 * path.K[1:]) and torch.equal(date[4], (first + 4) * B + economy_of)
+    assert len(economy_of.unique()) == B and first.min() == 0 and first.max() == 24
+    for at in np.ndindex(Z, Z, S):  # who comes next follows the transition
+        here = (path.z[:-1] == at[0]) & (path.z[1:] == at[1]) & (path.s[:-1] == at[2])
+        p, n = economy.arrays.Pi[at], int(here.sum())
+        found = torch.bincount(path.s[1:][here], minlength=S).numpy()
+        assert (np.abs(found - n * p) <= 4.5 * (n * p * (1 - p)) ** 0.5).all()
+    for s in range(S):
+        assert (path.s[0] == s).double().mean() == pytest.approx(1 / S, abs=4 * 0.5 / 4000**0.5)
+    in_panel = torch.isin(k, state.k)
+    assert in_panel.double().mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
+    wide, top = k[~in_panel], max(1.5 * float(state.k.max()), 5 * economy.K_ss)
+    assert 0.9 * top < wide.max() <= top and economy.k_min <= wide.min() < state.k.min()
+
+
+def test_published_households_keep_their_states(econ, rng):
+    cfg = dataclasses.replace(CFG, optimizer="adam", periods=20, horizon=5, batch=500, moments="", n_agents=200)
+    state = dk.initial_state(econ, dk.krusell_smith(), cfg, 0, rng)
+    state.s.copy_((state.k > 40).long())  # so that each k says which s is its
+    z = torch.zeros(20, cfg.n_economies, dtype=torch.long)
+    paths = dk.Paths(z + 39.0, z, z[1:] + 39.0, torch.zeros(20, 4, 0), torch.zeros(19, 4, 2, 0), None, None)
+    k, path, *_ = dk.sample_households(state, paths, 0.0, econ, cfg, rng)
+    assert torch.equal(path.s[0], (k > 40).long()) and torch.isin(k, state.k).all()
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def test_torchscript_agrees_with_eager(decided):
+    world, econ, at = decided, decided.econ, decided.at
+    now, x = dk.rows(at, 0, T), random(16, 9)
+    layers = dk.unpack(random(sum(map(math.prod, dk.layer_shapes(9, 6)))), dk.layer_shapes(9, 6))
+    c, dc = dk.consumption_and_slope(world.net, now, econ)
+    expected = dk.expected_worth(world.net, now, at.k[1:], world.ahead, econ)
+    last = dk.network_value(world.value_net, dk.pick(at, T), econ)
+    arguments = {
+        "network_capital": (world.net, at, econ), "network_value": (world.value_net, at, econ),
+        "roll_out": (world.net, world.k0, world.path, econ), "consumption_and_slope": (world.net, now, econ),
+        "expected_worth": (world.net, now, at.k[1:], world.ahead, econ),
+        "worth_of_saving": (expected, c, dc, now, econ), "published_labels": (*last, c, dc, now, econ),
+        "network_jacobian": (layers, x), "slope_jacobian": (layers, x, random(16, 9, seed=1))}
+    assert set(arguments) == set(dk.KERNELS)
+    dk.compile_kernels("torchscript")
+    assert all(isinstance(getattr(dk.fast, name), torch.jit.ScriptFunction) for name in dk.KERNELS)
+    for name, given in arguments.items():
+        for _ in range(3):  # the third call runs the fused code
+            ours, theirs = getattr(dk.fast, name)(*given), getattr(dk, name)(*given)
+            pairs = zip(ours, theirs) if isinstance(ours, tuple) else [(ours, theirs)]
+            assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in pairs), name
+
+
+def test_without_torchscript_the_run_goes_on_eagerly(monkeypatch, capsys):
+    def refuses(function):
+        raise RuntimeError("not on this Python\nand a second line")
+
+    monkeypatch.setattr(torch.jit, "script", refuses)
+    dk.compile_kernels("torchscript")
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "TorchScript" in told and dk.fast.roll_out is dk.roll_out

@@ -26,6 +26,12 @@ def code(notebook):
 
 
 @pytest.fixture(scope="module")
+def until_solved(code):
+    """Cells up to the one that runs the script, without the one that only shows the device."""
+    return [*code[:2], *code[3:5]]
+
+
+@pytest.fixture(scope="module")
 def address(code):
     """The repository that the committed notebook clones; empty where the project has no address yet."""
     return re.search(r'^REPOSITORY = "(.*?)"', code[0], re.MULTILINE)[1]
@@ -65,7 +71,10 @@ def test_badge_opens_this_notebook():
 
 
 def test_runs_with_the_smoke_preset(notebook, tmp_path, monkeypatch):
-    """Every cell, in a folder that holds nothing but the script."""
+    """Every cell, in a folder that holds nothing but the script; a form in which a flag was given."""
+    notebook = nbformat.from_dict(notebook)
+    assert 'FLAGS = ""' in notebook.cells[2].source
+    notebook.cells[2].source = notebook.cells[2].source.replace('FLAGS = ""', 'FLAGS = "--grid none"')
     for name in ("deepham_ks.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name, value in {"DEEPHAM_PRESET": "smoke", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -73,7 +82,7 @@ def test_runs_with_the_smoke_preset(notebook, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DEEPHAM_OUTPUT_DIR", raising=False)
     here = {"metadata": {"path": str(tmp_path)}}
-    done = nbclient.NotebookClient(notebook.copy(), timeout=60, resources=here).execute()
+    done = nbclient.NotebookClient(notebook, timeout=120, resources=here).execute()
 
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
@@ -94,7 +103,7 @@ def in_python(cells, cwd, path, *more):
     return done.stdout
 
 
-def test_in_colab_clones_keeps_torch_and_resumes_on_drive(code, tmp_path):
+def test_in_colab_clones_keeps_torch_and_resumes_on_drive(until_solved, tmp_path):
     """With a google.colab, a repository and a Drive of our own; pip is only recorded."""
     origin, content, fake = tmp_path / "origin", tmp_path / "content", tmp_path / "fake"
     for folder in (origin, content, fake / "google" / "colab"):
@@ -110,7 +119,7 @@ def test_in_colab_clones_keeps_torch_and_resumes_on_drive(code, tmp_path):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
 
-    until_run = [cell.replace("/content/", f"{content}/") for cell in code[:5]]
+    until_run = [cell.replace("/content/", f"{content}/") for cell in until_solved]
     until_run[0] += f'\nPRESET, DRIVE_FOLDER, REPOSITORY = "smoke", "mine", "{origin.as_uri()}"\n'
     record = "import subprocess; real = subprocess.run\n" \
              "def spy(command, **more):\n" \
@@ -153,12 +162,15 @@ def test_in_colab_without_script_and_address_one_line_says_what_to_do(code, in_c
     assert done.returncode == 1 and last.startswith("upload deepham_ks.py") and "Traceback" not in done.stderr
 
 
-def test_outside_colab_nothing_is_cloned_or_installed(code, tmp_path):
+def test_outside_colab_nothing_is_cloned_or_installed(until_solved, tmp_path):
     refuse = "import subprocess\ndef refuse(*a, **b): raise AssertionError(a)\nsubprocess.run = refuse\n"
-    in_python([refuse, *code[:4]], tmp_path, tmp_path)
+    in_python([refuse, *until_solved[:3]], tmp_path, tmp_path)
 
 
-def test_a_failing_script_fails_the_cell(code, tmp_path):
+def test_a_failing_script_fails_the_cell_and_a_failing_row_does_not(until_solved, tmp_path):
     (tmp_path / "deepham_ks.py").write_text("import sys; sys.exit('error: no such thing')\n")
     with pytest.raises(AssertionError, match="exit status 1"):
-        in_python(code[:5], tmp_path, tmp_path)
+        in_python(until_solved, tmp_path, tmp_path)
+    (tmp_path / "runs" / "default").mkdir(parents=True)
+    (tmp_path / "runs" / "default" / "metrics.json").touch()
+    assert "no such thing" in in_python(until_solved, tmp_path, tmp_path)

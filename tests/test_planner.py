@@ -31,7 +31,7 @@ def economy_of_six(econ, k0, s, z):
     k, columns = k0, []
     for t in range(T):
         K = k.mean().expand(N)
-        m, R = dk.cash_on_hand(k, s[t], K, z[t].expand(N), econ)
+        m, R = dk.cash_on_hand(dk.place(k, s[t], K, z[t].expand(N)), econ)
         k_next = slope[s[t]] * k
         columns.append((k, m - k_next, R - slope[s[t]], K, R))
         k = k_next
@@ -41,18 +41,21 @@ def economy_of_six(econ, k0, s, z):
 @pytest.fixture(params=[toy, one_z])
 def six(request, rng):
     economy = request.param()
-    Z, S = economy.income.shape
+    Z, S = economy.arrays.income.shape
     s, z = torch.randint(S, (T, N), generator=rng), torch.randint(Z, (T,), generator=rng)
     return economy, 3 + 4 * torch.rand(N, generator=rng, dtype=torch.float64), s, z
 
 
 def costates_of(econ, k0, s, z):
-    k, c, dc, K, R = economy_of_six(econ, k0, s, z)
-    at = k, s, K, z[:, None].expand(T, N)
-    u_prime, m_K = dk.marginal_utility(c, econ), dk.cash_of_K(*at, econ)
-    Delta = dk.Delta(u_prime, m_K, (u_prime * m_K).mean(1, keepdim=True), econ)
-    nothing = torch.zeros(N, dtype=torch.float64)
-    return dk.costates(c, dc, k, s, R, Delta, nothing, nothing, 0 * k, 0 * k, 0 * k, 0 * k, econ)[1][0]
+    """What a unit of k at the start is worth, by the published labels, Delta being everybody's own or mean gain."""
+    k, c, dc, K, _ = economy_of_six(econ, k0, s, z)
+    at = dk.At(k, s, K, z[:, None].expand(T, N), k.new_zeros(T, N, 0), 0 * k)
+    gain = dk.marginal_utility(c, econ) * dk.cash_of_K(at, econ)
+    at, nothing = at._replace(Delta=gain.mean(1, keepdim=True).expand(T, N)), torch.zeros(N, dtype=torch.float64)
+    _, worth = dk.published_labels(nothing, nothing, c, dc, at, econ)
+    R, _ = dk.prices(K, at.z, econ)
+    u_prime = dk.marginal_utility(c, econ)
+    return (u_prime * dc + dk.Delta(u_prime, at, econ) + econ.beta[s] * (R - dc) * worth)[0]
 
 
 def utilities(econ, k0, s, z):
@@ -91,20 +94,25 @@ def test_cash_of_K_is_a_derivative(tables, rng):
     s, z = torch.randint(S, (50,), generator=rng), torch.randint(Z, (50,), generator=rng)
     k = 20 * torch.rand(50, generator=rng, dtype=torch.float64)
     K = (tables.K_ss * (0.5 + torch.rand(50, generator=rng, dtype=torch.float64))).requires_grad_()
-    m, _ = dk.cash_on_hand(k, s, K, z, tables)
-    (slope,) = torch.autograd.grad(m.sum(), K)
-    assert torch.allclose(dk.cash_of_K(k, s, K, z, tables), slope)
+    at = dk.place(k, s, K, z)
+    (slope,) = torch.autograd.grad(dk.cash_on_hand(at, tables)[0].sum(), K)
+    assert torch.allclose(dk.cash_of_K(at, tables), slope)
 
 
-class Saver:
+class Saver(dk.Policy):
     """Saves part of what it has; the part depends on s and z."""
 
     def __init__(self, econ):
         self.econ = econ
 
-    def policy(self, k, s, K, z):
-        m, _ = dk.cash_on_hand(k, s, K, z, self.econ)
-        return self.econ.k_min + (0.8 - 0.02 * s - 0.01 * z) * (m - self.econ.k_min)
+    def policy(self, at):
+        m, _ = dk.cash_on_hand(at, self.econ)
+        return self.econ.k_min + (0.8 - 0.02 * at.s - 0.01 * at.z) * (m - self.econ.k_min)
+
+    def section(self, k, s, z, weight=None):
+        weight = torch.ones_like(k) if weight is None else weight
+        K = (weight * k).mean(1, keepdim=True)
+        return dk.cross_section(self, k, s, z, self.policy(dk.place(k, s, K, z)), weight)
 
 
 @pytest.mark.parametrize("make", [toy, one_z])
@@ -113,63 +121,82 @@ def test_planners_Delta_against_everybodys_draws(make, rng):
     econ = decided_by(make(), "planner").tables()
     Z, S = econ.shares.shape
     k = 2 + 5 * torch.rand(1, 3, generator=rng, dtype=torch.float64)
-    s, z = torch.tensor([[0, 1, S - 1]]), torch.tensor([[Z // 2]])
-    saver, K = Saver(econ), k.mean(1, keepdim=True)
-    k_next = saver.policy(k, s, K, z)
-    K_next = k_next.mean(1, keepdim=True)
-    now, ahead = dk.planner_Delta(saver, k, s, k_next, K, K_next, z, 1.0, econ)
-    c = dk.cash_on_hand(k, s, K, z, econ)[0] - k_next
-    assert now.item() == pytest.approx((dk.marginal_utility(c, econ) * dk.cash_of_K(k, s, K, z, econ)).mean().item())
-    Pi = make().Pi[Z // 2]
+    s, z, saver = torch.tensor([[0, 1, S - 1]]), torch.tensor([[Z // 2]]), Saver(econ)
+    at, ahead, k_next, _ = saver.section(k, s, z)
+
+    def mean_gain(at):
+        c = dk.cash_on_hand(at, econ)[0] - saver.policy(at)
+        return (dk.marginal_utility(c, econ) * dk.cash_of_K(at, econ)).mean().item()
+
+    assert at.Delta.item() == pytest.approx(mean_gain(at)) and ahead.K.item() == pytest.approx(k_next.mean().item())
+    a = make().arrays
     for z_next in range(Z):
         expectation, sure = 0.0, 0.0
         for draw in itertools.product(range(S), repeat=3):
-            p = float(torch.tensor([Pi[z_next, s[0, i], draw[i]] for i in range(3)]).prod())
-            at = k_next, torch.tensor([draw]), K_next, torch.tensor([[z_next]])
-            c = dk.cash_on_hand(*at, econ)[0] - saver.policy(*at)
-            expectation += p * (dk.marginal_utility(c, econ) * dk.cash_of_K(*at, econ)).mean().item()
-            sure += p
-        reachable = make().P_z[Z // 2, z_next] > 0
-        assert ahead[0, z_next].item() == pytest.approx(expectation / sure if reachable else 0.0)
+            p = float(torch.tensor([a.Pi[Z // 2, z_next, s[0, i], draw[i]] for i in range(3)]).prod())
+            nexts = dk.place(k_next, torch.tensor([draw]), ahead.K, torch.tensor([[z_next]]))
+            expectation, sure = expectation + p * mean_gain(nexts), sure + p
+        reachable = a.P_z[Z // 2, z_next] > 0
+        assert ahead.Delta[0, 0, z_next].item() == pytest.approx(expectation / sure if reachable else 0.0)
 
 
 def test_a_weighted_cross_section_is_one_of_repeated_households(rng):
     econ = decided_by(toy(), "planner").tables()
     saver = Saver(econ)
     k = 2 + 5 * torch.rand(1, 3, generator=rng, dtype=torch.float64)
-    s, z, K = torch.tensor([[0, 1, 2]]), torch.tensor([[1]]), torch.tensor([[4.0]], dtype=torch.float64)
-    times = torch.tensor([1, 4, 2])
-    found = dk.planner_Delta(saver, k, s, saver.policy(k, s, K, z), K, K, z, times.double(), econ)
-    k, s = k.repeat_interleave(times, 1), s.repeat_interleave(times, 1)
-    for x, y in zip(found, dk.planner_Delta(saver, k, s, saver.policy(k, s, K, z), K, K, z, 1.0, econ)):
+    s, z, times = torch.tensor([[0, 1, 2]]), torch.tensor([[1]]), torch.tensor([1, 4, 2])
+    weighted = saver.section(k, s, z, (times * 3 / 7).double().unsqueeze(0))
+    repeated = saver.section(k.repeat_interleave(times, 1), s.repeat_interleave(times, 1), z)
+    for x, y in zip((weighted.at.K, weighted.at.Delta, *weighted.ahead), (repeated.at.K, repeated.at.Delta,
+                                                                          *repeated.ahead)):
         assert torch.allclose(x, y)
 
 
-SMALL = dk.GridConfig(n_k=120, n_K=6, n_k_fine=800, n_K_fine=11, periods=2500, burn_in=50, tolerance=1e-5)
+def test_the_first_order_condition_of_a_planner_and_of_a_player(rng):
+    """Euler errors with Delta' by a sum over the dense P: u'(c) = beta E[R' u'(c') + Delta']."""
+    for equilibrium in ("planner", "game"):
+        economy = decided_by(toy(), equilibrium, players=5)
+        econ, a = economy.tables(), economy.arrays
+        saver = Saver(econ)
+        k = 2 + 5 * torch.rand(1, 4, generator=rng, dtype=torch.float64)
+        at, ahead, k_next, _ = saver.section(k, torch.tensor([[0, 1, 2, 1]]), torch.tensor([[1]]))
+        at, ahead, worth = *dk.states_of(dk.Section(at, ahead, k_next, torch.ones_like(k)), 4), 0.0
+        for z, s in itertools.product(range(3), range(3)):
+            one = torch.ones_like(at.s)
+            nexts = dk.place(k_next[0], s * one, ahead.K, z * one)
+            (m, R), u_prime = dk.cash_on_hand(nexts, econ), None
+            u_prime = dk.marginal_utility(m - saver.policy(nexts), econ)
+            gain = ahead.Delta[:, z] if equilibrium == "planner" else u_prime * dk.cash_of_K(nexts, econ) / 5
+            worth = worth + torch.tensor(a.P)[at.z, at.s, z, s] * (R * u_prime + gain)
+        implied = dk.inverse_marginal_utility(econ.beta[at.s] * worth, econ)
+        m = dk.cash_on_hand(at, econ)[0]
+        want = 1 - torch.minimum(implied, m - econ.k_min) / (m - k_next[0])
+        assert torch.allclose(dk.euler_errors(saver, at, ahead), want, rtol=1e-9)
+
+
+SMALL = dk.GridConfig(n_k=120, n_K=6, n_fine=600, n_K_fine=11, periods=5000, tolerance=1e-5)
 
 
 def test_the_grid_finds_the_constrained_efficient_economy(davila):
     """Davila et al. (2012): K = 119.084, r = -2.926%, Ginis .8645 / .3861; on a small grid."""
     economy = decided_by(davila.economy(davila.Calibration()), "planner")
     grid = dk.solve_grid(economy, SMALL)
-    k = dk.power_grid(800, 0, grid.k_max, 4.0)
-    cfg = dk.Config(eval_periods=600, eval_drop=100, eval_states=4000)
-    figures, _ = dk.judge_limit({"grid": grid}, economy, grid.econ, cfg, k, 0)
-    found = figures["grid"]
+    found, _ = dk.judge_limit(grid, dk.Config(eval_periods=600))
     assert found["capital"]["mean"] == pytest.approx(119.084, rel=0.003)
     assert found["interest_rate_percent"] == pytest.approx(-2.926, abs=0.03)
     assert found["capital"]["gini"] == pytest.approx(0.8645, abs=0.003)
     assert found["consumption"]["gini"] == pytest.approx(0.3861, abs=0.003)
     assert found["euler_log10"]["mean"] < -4  # with Delta' of the cross-section itself
     assert found["bellman_own_c"]["mean"] < 1e-3
-    law = grid.econ.Delta_law[0]
+    law = grid.Delta_law[0]
     assert found["Delta"] == pytest.approx(float(law[0] + law[1] * math.log(found["capital"]["mean"])), rel=1e-3)
 
 
 def test_the_game_tends_to_the_market():
     """A player saves less than a price-taker, by an amount in proportion to 1 / players."""
-    market = dk.solve_grid(config=SMALL)
-    K = [dk.solve_grid(decided_by(dk.krusell_smith(), "game", players=n), SMALL).K_mean for n in (50, 5000)]
+    coarse = dataclasses.replace(SMALL, n_k=80, n_fine=200)
+    market = dk.solve_grid(config=coarse)
+    K = [dk.solve_grid(decided_by(dk.krusell_smith(), "game", players=n), coarse).K_mean for n in (50, 5000)]
     assert abs(K[1] / market.K_mean - 1) < 0.1 * abs(K[0] / market.K_mean - 1)
     assert abs(K[0] / market.K_mean - 1) > 1e-3
 
@@ -180,8 +207,9 @@ def test_what_the_value_network_stands_for(equilibrium, rng):
     econ = decided_by(toy(), equilibrium).tables()
     g = (30 * torch.randn(40, generator=rng, dtype=torch.float64)).requires_grad_()
     s, z = torch.randint(3, (40,), generator=rng), torch.randint(3, (40,), generator=rng)
-    V, V_g = dk.value_of(g, s, z, econ)
-    assert torch.allclose(dk.equivalent_of(V, s, z, econ), g, rtol=1e-6)
+    at = dk.place(0 * g.detach(), s, 0 * g.detach(), z)
+    V, V_g = dk.value_of(g, at, econ)
+    assert torch.allclose(dk.equivalent_of(V, at, econ), g, rtol=1e-6)
     assert torch.allclose(torch.autograd.grad(V.sum(), g)[0], V_g)
 
 
@@ -199,7 +227,7 @@ def test_bad_input(changes, words):
 def test_a_planner_without_a_stationary_answer(tmp_path, capsys):
     """Krusell & Smith's economy: beta R is nearly one, so the rich save without bound; one sentence says so, and the
     checkpoint stays."""
-    sizes = {"n-agents": 60, "n-economies": 6, "periods": 120, "horizon": 60, "batch": 256, "hidden": 12}
+    sizes = {"n-agents": 40, "n-economies": 4, "periods": 70, "horizon": 40, "batch": 128, "hidden": 10}
     flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     argv = ["--preset", "smoke", "--equilibrium", "planner", "--iterations", "80", "--output-dir", str(tmp_path)]
     assert dk.main(argv + flags) == 2

@@ -23,7 +23,8 @@ def evaluated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     shutil.copy(ROOT / "NN_weights_biases.pth", folder)
     flags = ["--evaluate", "--output-dir", str(folder), "--device", "cpu"]
-    done = subprocess.run([sys.executable, str(ROOT / "deepham_ks.py"), *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "deepham_ks.py"), *flags], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == (1 if MISSED else 0), done.stdout + done.stderr  # 1 says that a verdict fails
     return folder
 
@@ -41,8 +42,8 @@ def test_committed_figures_are_what_evaluate_gets(evaluated):
     committed, now = json.loads(METRICS.read_text()), json.loads((evaluated / "metrics.json").read_text())
     for part in ("network", "grid", "comparison"):
         old, new = numbers(committed[part]), numbers(now[part])
-        assert old.keys() == new.keys() and {"small", "large", "limit"} <= committed[part].keys()
-        assert [name for name, value in old.items() if value is None] == [" limit n_agents"]
+        assert old.keys() == new.keys() and {"small", "limit"} <= committed[part].keys()
+        assert [name for name, value in old.items() if value is None] == [" limit n_agents"] * (part != "comparison")
         for name, value in old.items():  # other CPUs round the float64 simulations differently
             same = value == new[name] or math.isclose(value, new[name], rel_tol=2e-3, abs_tol=2e-4)
             assert same, (part, name, value, new[name])

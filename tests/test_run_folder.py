@@ -1,15 +1,19 @@
-"""The command line, checkpoint files, publishing and the ways a run ends."""
+"""Flags, the folder of a run, its lock, checkpoint files, publishing: what a user meets before and after the method."""
+
 import contextlib
+import dataclasses
+import io
 import math
 import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -18,6 +22,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_nothing_lost import (
+    SMOKE,
+    Code,
+    after_checkpoint,
+    checkpoint,
+    command_line,
+    ended,
+    forked,
+    main,
+    make_quick,
+    one_line,
+    same,
+    send,
+    tree,
+    until,
+)
 
 import deepham_ks as dk
 
@@ -29,21 +49,52 @@ def refused(*argv, **economy):
     return str(error.value)
 
 
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+@pytest.fixture
+def quick(monkeypatch):
+    make_quick(monkeypatch)
+    return monkeypatch
 
 
-# ---- command line
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that has finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        assert main(folder)[0] == 0
+    return folder
+
+
+# ---- flags
+
+
+def options(kind):
+    return [item for item in fields(kind) if item.metadata]
 
 
 def test_preset_decides_defaults_and_flags_override_it():
-    asked = dk.parse(["--preset", "paper", "--hidden", "7", "--beta", "0.98", "--control-variate"])
-    assert asked.config == replace(dk.PRESETS["paper"], hidden=7, control_variate=True)
-    assert (asked.economy.beta == 0.98).all() and asked.calibration["beta"] == 0.98
-    assert (asked.run.output_dir, asked.run.resume) == ("runs/paper", False)
-    assert not dk.parse(["--no-control-variate"]).config.control_variate
-    assert dk.parse([])[2:] == (dk.PRESETS["default"], dk.GRIDS["converged"], dk.Run(output_dir="."))
-    assert dk.parse(["--output-dir", "x"]).run.output_dir == "x"
+    """A flag changes its field and nothing else; presets keep theirs."""
+    asked = dk.parse(["--preset", "paper", "--hidden", "7", "--beta", "0.98", "--no-cuda-graphs"])
+    assert asked.config == replace(dk.PRESETS["paper"], hidden=7) and not asked.run.cuda_graphs
+    assert (asked.economy.arrays.beta == 0.98).all() and asked.calibration["beta"] == 0.98
+    asked = dk.parse([])
+    assert asked[2:] == (dk.PRESETS["default"], dk.GRIDS["converged"], dk.Run(output_dir="."))
+    assert asked.calibration == dataclasses.asdict(dk.Calibration()) and dk.PRESETS["default"] == dk.Config()
+    assert dk.parse(["--k-min", "-2"]).economy.k_min == -2
+    paper = dk.PRESETS["paper"]
+    assert set(dk.PRESETS) == {"default", "paper", "smoke"} and dk.parse(["--output-dir", "x"]).run.output_dir == "x"
+    assert (paper.n_agents, paper.hidden, paper.horizon, paper.optimizer) == (50, 24, 150, "adam")
+
+
+def test_grid_flags_change_the_grid_and_nothing_else():
+    converged, published = dk.GRIDS["converged"], dk.GRIDS["published"]
+    assert dk.parse(["--grid-n-k", "50", "--grid-n-K", "7"]).grid == replace(converged, n_k=50, n_K=7)
+    assert dk.parse(["--grid", "published", "--grid-n-k", "60"]).grid == replace(published, n_k=60)
+    assert dk.parse(["--preset", "smoke", "--grid-seed", "1"]).grid == replace(dk.SMOKE_GRID, seed=1)
+    assert dk.parse(["--preset", "smoke", "--grid", "published"]).grid == published
+    assert dk.parse(["--grid", "none", "--grid-n-k", "50"]).grid is None
+    asked = dk.parse(["--grid-damping", "0.3", "--grid-periods", "2000"])
+    assert asked.grid == replace(converged, damping=0.3, periods=2000) and asked.config == dk.Config()
 
 
 @dataclass(frozen=True)
@@ -57,28 +108,30 @@ def one_state(cal):
     return dk.Economy(alpha=0.36, delta=0.1, beta=cal.beta, TFP=[1.0], P_z=[[1.0]], income=[1.0], Pi=[[1.0]])
 
 
-def test_help_names_every_flag_default_and_reason(capsys):
+def test_help_names_every_flag_default_reason_and_the_exit_statuses(capsys):
     def said(*economy):
         with pytest.raises(SystemExit) as stop:
-            dk.parse(["--help"], *economy)
+            dk.main(["--help"], *economy)
         assert stop.value.code == 0
-        return " ".join(capsys.readouterr().out.split())
+        return "".join(capsys.readouterr().out.split())  # lines wrap anywhere
 
     text = said()
     for kind in (dk.Calibration, dk.Config, dk.GridConfig, dk.Run):
-        for item in fields(kind):
+        for item in options(kind):
             prefix = "--grid-" if kind is dk.GridConfig else "--"
-            assert prefix + item.name.replace("_", "-") in text and item.metadata["help"] in text
-    agents = [dk.PRESETS[name].n_agents for name in ("default", "paper", "smoke")]
-    assert "(default {}, paper {}, smoke {})".format(*agents) in text
+            assert prefix + item.name.replace("_", "-") in text
+            shown = f"{item.metadata['help']} (default {item.default!r}"
+            assert "".join(shown.split()) in text and len(item.metadata["help"]) > 10, item.name
+    assert "paper50,smoke20)" in text
+    assert "exitstatus:0converged" in text and "1notconverged" in text and "130/143interrupted" in text
     text = said(one_state, Household)  # a per cent sign too, which argparse would format with
-    assert "7% of households, most of the error (default 0.96)" in text and "--gamma" not in text
+    assert "7%ofhouseholds,mostoftheerror(default0.96)" in text and "--gamma" not in text
 
 
 def test_flags_are_those_of_the_economy():
     """A calibration of one's own makes its economy; an economy without one has no such flags."""
     asked = dk.parse(["--beta", "0.9", "--hidden", "7"], one_state, Household)
-    assert asked.economy.beta.tolist() == [0.9] and asked.calibration == {"beta": 0.9} and asked.config.hidden == 7
+    assert asked.economy.beta == 0.9 and asked.calibration == {"beta": 0.9} and asked.config.hidden == 7
     economy = one_state(Household())
     asked = dk.parse(["--hidden", "7"], economy)
     assert asked.economy is economy and asked.calibration == {} and asked.config.hidden == 7
@@ -86,36 +139,27 @@ def test_flags_are_those_of_the_economy():
     assert "--beta 2.0: give a value in (0, 1)" in refused("--beta", "2", economy=one_state, calibration=Household)
 
 
-def test_grid_flags_change_the_grid_and_nothing_else():
-    converged, published = dk.GRIDS["converged"], dk.GRIDS["published"]
-    assert dk.parse(["--grid-n-k", "50", "--grid-n-K", "7"]).grid == replace(converged, n_k=50, n_K=7)
-    assert dk.parse(["--grid", "published", "--grid-exponent", "6"]).grid == replace(published, exponent=6.0)
-    assert dk.parse(["--preset", "smoke", "--grid-seed", "1"]).grid == replace(dk.SMOKE_GRID, seed=1)
-    assert dk.parse(["--preset", "smoke", "--grid", "published"]).grid == published
-    assert dk.parse(["--grid", "none", "--grid-n-k", "50"]).grid is None
-    asked = dk.parse(["--grid-damping", "0.3", "--grid-periods", "500", "--grid-burn-in", "90"])
-    assert asked.grid == replace(converged, damping=0.3, periods=500, burn_in=90) and asked.config == dk.Config()
-    assert asked.run == replace(dk.Run(), output_dir=".")
-
-
 @pytest.mark.parametrize("argv, words", [
-    (["--n-agents", "0"], "--n-agents 0: give a value in [1, 1e7]"),
-    (["--n-agents", "1.5"], "--n-agents: invalid int value"),
+    (["--n-agents", "0"], "--n-agents 0: give a value in [1, 1e7]"), (["--n-agents"], "expected one argument"),
+    (["--n-agents", "1.5"], "--n-agents: invalid int value"), (["extra"], "unrecognized arguments: extra"),
     (["--n-agents", "9" * 30], "give a value in [1, 1e7]"),
     (["--n-agent", "9"], "unrecognized arguments: --n-agent"),  # no abbreviations: a typo is no other flag
     (["--beta", "nan"], "--beta nan"), (["--beta", "1"], "--beta 1.0: give a value in (0, 1)"),
-    (["--gamma", "inf"], "--gamma inf"), (["--gamma", "0"], "[0.1, 20]"),
+    (["--gamma", "inf"], "--gamma inf"), (["--gamma", "0"], "[0.1, 20]"), (["--alpha", "-0.3"], "--alpha"),
+    (["--alpha", "0.99"], "alpha"), (["--delta", "x"], "--delta"), (["--k-min", "inf"], "--k-min inf"),
     (["--device", "tpu"], "--device: invalid choice"), (["--preset", "x"], "--preset: invalid choice"),
-    (["--seed", "-1"], "--seed -1"), (["--beta"], "--beta: expected one argument"),
+    (["--optimizer", "sgd"], "--optimizer: invalid choice"), (["--compile", "jit"], "--compile: invalid choice"),
+    (["--seed", "-1"], "--seed -1"),
     (["--wat\nis"], "unrecognized"), (["--evaluate", "--resume"], "--evaluate"),
     (["--output-dir", "a\0b"], "--output-dir"), (["--u-bad", "0.5"], "--u-bad"),
     (["--u-duration-bad", "1000"], "--u-duration-bad"), (["--l-bar", "0.01"], "--mu"),
-    (["--horizon", "9999"], "give --periods 10000 or more"),
+    (["--horizon", "9999"], "give --periods 10000 or more"), (["--policy-rate", "0"], "--policy-rate 0.0"),
     (["--grid-n-k", "9"], "--grid-n-k 9: give a value in [10, 1e5]"), (["--grid-n-K", "x"], "invalid int value"),
-    (["--grid-n", "50"], "unrecognized arguments: --grid-n"), (["--grid-exponent", "nan"], "--grid-exponent nan"),
-    (["--grid-K-low", "1"], "--grid-K-low 1.0: give a value in (0, 1)"), (["--grid", "fine"], "--grid: invalid choice"),
+    (["--grid-n", "50"], "unrecognized arguments: --grid-n"), (["--grid", "fine"], "--grid: invalid choice"),
     (["--grid", "none", "--grid-damping", "1.1"], "--grid-damping 1.1"),
-    (["--grid-burn-in", "99", "--grid-periods", "500"], "--grid-burn-in 99 leaves too little of --grid-periods 500")])
+    (["--value-networks", "2"], "unrecognized arguments: --value-networks"),  # of version 2
+    (["--n-agents", "9", "--eval-every", "3"], "unrecognized arguments: --eval-every")],
+    ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else "")
 def test_impossible_values_are_refused_in_one_line(argv, words):
     assert words in refused(*argv)
 
@@ -123,8 +167,29 @@ def test_impossible_values_are_refused_in_one_line(argv, words):
 def test_ends_of_intervals():
     horizon = dk.Config().horizon
     asked = dk.parse(["--gamma", "20", "--mu", "0", "--periods", f"{horizon + 1}", "--grid-n-K", "4"])
-    assert asked.economy.gamma == 20 and asked.economy.income[0, 0] == 0
+    assert asked.economy.gamma == 20 and asked.economy.arrays.income[0, 0] == 0
     assert asked.config.periods == horizon + 1 and asked.grid.n_K == 4
+
+
+FLAGS = ["--" + prefix + f.name.replace("_", "-") for prefix, kind in (
+    ("", dk.Calibration), ("", dk.Config), ("grid-", dk.GridConfig), ("", dk.Run)) for f in options(kind)]
+VALUES = st.one_of(st.text(max_size=5), st.floats().map(repr), st.integers().map(str), st.sampled_from(
+    ["cpu", "cuda", "none", "paper", "smoke", "sgd", "1e999", "-1", "0.9", "%s", "--", "@x", "7"]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(FLAGS), VALUES), max_size=8))
+def test_any_command_line_parses_or_is_refused(argv):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            asked = dk.parse(argv)
+    except dk.UserError as error:
+        assert "\n" not in str(error)
+    except SystemExit as stop:  # --help and --version
+        assert stop.code == 0 and "-h" in "".join(argv)
+    else:
+        assert asked.config.periods > asked.config.horizon
+        assert all(math.isfinite(x) for x in asked.calibration.values())
 
 
 def test_device_cuda_without_cuda(monkeypatch):
@@ -134,47 +199,107 @@ def test_device_cuda_without_cuda(monkeypatch):
     dk.parse(["--device", "cuda"])
 
 
-FLAGS = [dk.flag(prefix + f.name) for prefix, kind in (
-    ("", dk.Calibration), ("", dk.Config), ("grid_", dk.GridConfig), ("", dk.Run)) for f in fields(kind)]
-VALUES = st.one_of(st.text(max_size=5), st.floats().map(repr), st.integers().map(str), st.sampled_from(
-    ["cpu", "cuda", "none", "paper", "smoke", "sgd", "1e999", "-1", "0.9", "%s", "--", "@x", "7"]))
+def test_too_old_a_driver_is_named(monkeypatch, capsys):
+    """A CUDA build of torch that finds no CUDA where there is an NVIDIA driver: not a word of a missing GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: "nvidia" in str(path) or exists(path))
+    cfg = replace(dk.PRESETS["smoke"], iterations=1)
+    for chosen in (None, "0"):  # of a scheduler, say
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if chosen:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        with pytest.raises(dk.UserError, match="NVIDIA driver.*cu126.*--device cpu"):
+            dk.solve(None, cfg, compile="none")
+    assert "CUDA" not in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a user who hides the GPU wants the CPU
+    dk.solve(None, cfg, compile="none")
+    assert "no CUDA device found: running on the CPU" in capsys.readouterr().out
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(FLAGS), VALUES), max_size=8))
-def test_any_command_line_parses_or_is_refused(argv):
-    try:
-        asked = dk.parse(argv)
-    except dk.UserError as error:
-        assert "\n" not in str(error)
-    except SystemExit as stop:  # --help and nothing else
-        assert stop.code == 0 and "-h" in "".join(argv)
-    else:
-        assert asked.config.periods > asked.config.horizon
-        assert all(math.isfinite(x) for x in asked.calibration.values())
+# ---- the folder
 
 
-def test_presets_are_possible_and_departures_are_listed():
-    for cfg in dk.PRESETS.values():
-        for grid in (dk.SMOKE_GRID, *dk.GRIDS.values()):
-            dk.check(cfg, grid, dk.Run())
-            assert all(type(getattr(x, f.name)) is type(f.default) for x in (cfg, grid) for f in fields(x))
-    assert dk.departures(dk.Config(), dk.PRESETS["paper"])[0] == f"n_agents {dk.Config().n_agents} (paper 50)"
-    assert dk.departures(dk.Config(), dk.Config()) == []
+def test_only_the_default_run_goes_where_the_reference_run_lies(monkeypatch):
+    """Any flag that changes what comes out names another folder, and another value yet another one."""
+    for argv in ([], ["--device", "cpu"], ["--compile", "none"], ["--evaluate"], ["--gamma", "1"], ["--seed", "0"],
+                 ["--preset", "default"], ["--resume"]):
+        assert dk.parse(argv).run.output_dir == ".", argv
+    others = [["--gamma", "2"], ["--gamma", "3"], ["--k-min", "-1"], ["--seed", "1"], ["--grid", "none"],
+              ["--grid", "published"], ["--grid-n-k", "300"], ["--n-agents", "60"], ["--moments", "variance"],
+              ["--equilibrium", "game"], ["--equilibrium", "game", "--players", "9"], ["--iterations", "10"],
+              ["--preset", "paper"], ["--preset", "smoke"], ["--preset", "smoke", "--gamma", "2"],
+              ["--eval-periods", "100"], ["--optimizer", "adam"],
+              *[["--beta", "0.98", "--mu", "0.2", "--u-bad", "0.11", "--u-good", "0.05", "--l-bar", "1.2", "--delta",
+                 "0.03", "--alpha", "0.35", "--eval-periods", "2900", "--irf-paths", n] for n in ("300", "301")]]
+    folders = [dk.parse(argv).run.output_dir for argv in others]
+    assert len(set(folders)) == len(folders), [x for x in folders if folders.count(x) > 1]
+    assert all(folder.startswith("runs/") and ".." not in folder and folder.count("/") == 1 for folder in folders)
+    monkeypatch.setattr(dk.Interrupted, "script", "examples/mine.py")
+    assert dk.parse([], one_state, Household).run.output_dir == "runs/mine"
+    assert dk.parse([], one_state(Household())).run.output_dir == "runs/mine"
 
 
-# ---- output directory and atomic writes
+def test_no_run_but_the_default_one_touches_the_checkout(tmp_path, monkeypatch, quick, finished):
+    """A run with other flags, without --output-dir, in a folder that holds the reference run."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert dk.main([*SMOKE, "--grid", "none", "--seed", "1", "--iterations", "1"]) == 0
+    after = tree(tmp_path)
+    assert before == {name: after[name] for name in before}
+    new = {Path(name).parts[:2] for name in after if name not in before}
+    assert len(new) == 1 and next(iter(new))[0] == "runs"
 
 
-def test_output_directory_that_cannot_be_written_is_refused_and_untouched(tmp_path):
+@pytest.mark.parametrize("where", ["file", "file/deep/er", "x" * 300, "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_refused_and_untouched(tmp_path, where):
+    """Before any work."""
     (tmp_path / "file").write_text("mine")
-    taken = tmp_path / "file"
-    for bad in (taken, taken / "deep" / "er", tmp_path / ("x" * 300), Path("/proc/nowhere")):
-        with pytest.raises(dk.UserError, match="--output-dir"):
-            dk.prepare(bad)
-    dk.prepare(tmp_path / "a" / "b")
-    dk.prepare(tmp_path)
-    assert tree(tmp_path) == {"file": b"mine"} and len(list(tmp_path.iterdir())) == 1
+    status, out, err = main(tmp_path / where)
+    assert status == 2 and "--output-dir" in one_line(err) and "iteration" not in out
+    assert tree(tmp_path) == {"file": b"mine"}
+
+
+# ---- two runs in one folder
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(tmp_path, quick):
+    """With the process that is at work there; after its kill -9 the lock is nobody's."""
+    child = forked(command_line(tmp_path, "--iterations", 10**5))
+    try:
+        until((tmp_path / dk.CHECKPOINT).exists, child)
+        for flags in ([], ["--resume"], ["--evaluate"]):
+            status, out, err = main(tmp_path, *flags)
+            assert status == 2 and f"process {child}" in one_line(err) and "--output-dir" in err
+            assert "iteration" not in out
+        reached = checkpoint(tmp_path)["iteration"]
+        until(lambda: checkpoint(tmp_path)["iteration"] > reached, child)  # the first goes on
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
+    reached = checkpoint(tmp_path)["iteration"]
+    status, out, err = main(tmp_path, "--resume", "--iterations", reached + 1)
+    assert (status, err) == (0, "") and f"iteration {reached + 1} " in out
+    assert not list(tmp_path.glob(".deepham-*"))
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--moments", "skewness"], ["--gamma", "2", "--batch", "10000000",
+                                   "--n-agents", "10000000", "--n-economies", "1000000"]])
+def test_a_run_that_fails_leaves_no_lock(tmp_path, flags):
+    assert main(tmp_path, *flags)[0] == 2 and not list(tmp_path.iterdir())
+
+
+# ---- checkpoint files
+
+
+def state(n=0, width=24):
+    torch.manual_seed(n)
+    net = torch.nn.Linear(5, width)
+    return {"config": {"hidden": width}, "iteration": n, "adam": {}, "policy": dict(net.state_dict()),
+            "economy": {"gamma": 1.0, "income": torch.tensor([[0.1, 1.0]]).double(), "s_names": ("poor", "rich")},
+            "random": torch.get_rng_state(), "history": [[n, 0.5]] * n}
 
 
 @contextlib.contextmanager
@@ -188,17 +313,6 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-INCOME = torch.tensor([[0.1, 1.0]], dtype=torch.float64)
-
-
-def state(n=0, width=24):
-    torch.manual_seed(n)
-    net = torch.nn.Linear(5, width)
-    return {"calibration": {"beta": 0.99}, "config": {"hidden": width}, "iteration": n, "optimizer": {},
-            "economy": {"gamma": 1.0, "income": INCOME, "s_names": ("poor", "rich")},
-            "policy": dict(net.state_dict()), "random": torch.get_rng_state(), "history": [[n, 0.5]] * n}
-
-
 def test_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "new" / "checkpoint.pt"
     dk.save_checkpoint(path, state(1))
@@ -208,127 +322,54 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     assert tree(tmp_path) == before and dk.load_checkpoint(path, state(), "--resume")["iteration"] == 1
 
 
-def in_child(work, then):
-    """work() in a forked process that runs without end; then(its id) stops it; its wait status."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            with open(os.devnull, "w") as sys.stdout, contextlib.redirect_stderr(sys.stdout):
-                os._exit(work())
-        finally:  # whatever happens, the child must not go on as a second pytest
-            os._exit(99)
-    then(child)
-    return os.waitpid(child, 0)[1]
-
-
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_stopped_at_any_moment_the_checkpoint_is_whole(tmp_path, signum):
-    path, big = tmp_path / "checkpoint.pt", state(1) | {"panel": torch.zeros(300_000)}
-    dk.save_checkpoint(path, big)
+def test_stopped_at_any_moment_the_checkpoint_is_whole(tmp_path, monkeypatch, signum):
+    """In a run that does nothing but save."""
+    save, path, big = dk.save_checkpoint, tmp_path / dk.CHECKPOINT, state(1) | {"panel": torch.zeros(300_000)}
 
-    def save_for_ever(argv):
+    def for_ever(*_):
         while True:
-            dk.save_checkpoint(path, big)
+            save(path, big)
 
-    def stop(child):
-        inode = path.stat().st_ino
-        while path.stat().st_ino == inode:  # until the child's first save
-            time.sleep(0.001)
+    monkeypatch.setattr(dk, "save_checkpoint", for_ever)
+    for _ in range(3):
+        path.unlink(missing_ok=True)
+        child = forked(command_line(tmp_path))
+        until(path.exists, child)
         time.sleep(random.random() / 20)
         os.kill(child, signum)
-
-    for _ in range(8):
-        status = in_child(lambda: dk.exit_status(save_for_ever, []), stop)
-        assert os.waitstatus_to_exitcode(status) == (-9 if signum == signal.SIGKILL else 128 + signum)
+        assert ended(child) == (-9 if signum == signal.SIGKILL else 128 + signum)
         assert dk.load_checkpoint(path, big, "--resume")["iteration"] == 1
-        dk.prepare(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_signal_that_python_dropped_ends_the_run_at_the_next_checkpoint(tmp_path, capsys):
-    class Dropping:
-        def __del__(self):  # what is raised in a destructor goes nowhere
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def work(argv):
-        dropping = Dropping()
-        del dropping
-        dk.save_checkpoint(tmp_path / "checkpoint.pt", state(1))
-        return 0
-
-    hook, sys.unraisablehook = sys.unraisablehook, lambda info: None
-    try:
-        assert dk.exit_status(work, []) == 128 + signal.SIGTERM
-    finally:
-        sys.unraisablehook = hook
-    assert "stopped by SIGTERM" in capsys.readouterr().err
-    assert dk.load_checkpoint(tmp_path / "checkpoint.pt", state(1), "--resume")["iteration"] == 1
+def sealed(content):
+    """The bytes of a file of this script with any content."""
+    with tempfile.TemporaryDirectory() as folder:
+        dk.save_checkpoint(Path(folder) / "x", content)
+        return (Path(folder) / "x").read_bytes()
 
 
-# ---- reading checkpoints
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "checkpoint.pt"
-    dk.save_checkpoint(path, state(3))
-    return path
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
-
-
-def test_checkpoint_comes_back_as_it_was(saved):
-    assert same(dk.load_checkpoint(saved, state(), "--resume"), {"format": dk.FORMAT} | state(3))
-    assert torch.load(saved, weights_only=True)["iteration"] == 3
-
-
-CODE_HAS_RUN = Path(tempfile.gettempdir()) / f"deepham_code_has_run_{os.getpid()}"
-
-
-class Code:
-    def __reduce__(self):
-        return os.system, (f"touch {CODE_HAS_RUN}",)
-
-
-def other_economy(**changes):
-    return dk.packed({"format": dk.FORMAT} | state(3) | {"economy": state()["economy"] | changes})
-
-
-def without(key):
-    return {k: v for k, v in ({"format": dk.FORMAT} | state(3)).items() if k != key}
+def changed(**parts):
+    return state(3) | parts
 
 
 FOREIGN = {
-    "empty": (b"", "damaged"), "text": (b"hello", "damaged"), "list": (dk.packed([1]), "damaged"),
-    "code": (dk.packed({"format": 1, "x": Code()}), "damaged"),
-    "bare pickle": (pickle.dumps(without("")), "damaged"),
-    "unsealed": (dk.packed(without(""))[:-32] + bytes(32), "damaged"),
-    "sealed text": (dk.sealed(b"hello"), "damaged"),
-    "no format": (dk.packed(without("format")), "no file of this script"),
-    "newer": (dk.packed(without("") | {"format": 99}), "format 99, of a newer"),
-    "older": (dk.packed(without("") | {"format": 0}), "format 0, of an older"),
-    "missing": (dk.packed(without("policy")), "policy is missing"),
-    "type": (dk.packed(without("") | {"iteration": "3"}), "iteration is str in the file and int"),
-    "tensor": (dk.packed(without("") | {"random": 3}), "random is int in the file and torch.uint8"),
-    "dict": (dk.packed(without("") | {"policy": 3}), "policy is int in the file and dict"),
-    "width": (dk.packed(without("") | state(3, 32)), "config.hidden is 32 in the file and 24"),
-    "shape": (dk.packed(without("") | {"policy": state(3, 32)["policy"]}), r"policy.weight is .*\(32, 5\)"),
-    "double": (dk.packed(without("") | {"random": torch.get_rng_state().double()}), "is torch.float64"),
-    "economy": (dk.packed(without("") | {"calibration": {"beta": 0.95}}),
-                "calibration.beta is 0.95 in the file and 0.99"),
-    "number of the economy": (other_economy(gamma=2.0), "economy.gamma is 2.0 in the file and 1.0"),
-    "names of the economy": (other_economy(s_names=("poor", "lazy")), r"economy.s_names is \('poor', 'lazy'\) in the"),
-    "table": (other_economy(income=INCOME * (1 + 1e-15)), "economy.income has other numbers in the file than in this"),
-    "shape of a table": (other_economy(income=INCOME.T), r"economy.income is .*\(2, 1\) .* and .*\(1, 2\)"),
-    "no table": (other_economy(income=None), "economy.income is None in the file and torch.float64"),
+    "empty": (b"", "damaged"), "text": (b"hello", "damaged"), "bare pickle": (pickle.dumps(state(3)), "damaged"),
+    "unsealed": (sealed(state(3))[:-32] + bytes(32), "damaged"),
+    "newer": (sealed(changed(format=99)), "format 99, of a newer"),
+    "older": (sealed(changed(format=0)), "format 0, of an older"),
+    "missing": (sealed({k: x for k, x in state(3).items() if k != "policy"}), "policy is missing"),
+    "type": (sealed(changed(iteration="3")), "iteration is str in the file and int"),
+    "tensor": (sealed(changed(random=3)), "random is int in the file and torch.uint8"),
+    "dict": (sealed(changed(policy=3)), "policy is int in the file and dict"),
+    "width": (sealed(state(3, 32)), "config.hidden is 32 in the file and 24"),
+    "shape": (sealed(changed(policy=state(3, 32)["policy"])), r"policy.weight is .*\(32, 5\)"),
+    "double": (sealed(changed(random=torch.get_rng_state().double())), "is torch.float64"),
+    "number": (sealed(changed(economy=state()["economy"] | {"gamma": 2.0})), "economy.gamma is 2.0 in the file and 1"),
+    "names": (sealed(changed(economy=state()["economy"] | {"s_names": ("poor", "lazy")})), "economy.s_names is "),
+    "table": (sealed(changed(economy=state()["economy"] | {"income": torch.tensor([[0.1, 1.0]]).double() + 1e-16})),
+              "economy.income has other numbers in the file than in this"),
+    "no table": (sealed(changed(economy=state()["economy"] | {"income": None})), "economy.income is None in the file"),
 }
 
 
@@ -340,18 +381,32 @@ def test_foreign_files_are_refused_by_name_and_left_alone(tmp_path, kind):
     with pytest.raises(dk.UserError, match=words) as error:
         dk.load_checkpoint(path, state(), "--evaluate")
     assert str(path) in str(error.value) and str(error.value).startswith("--evaluate: ")
-    assert tree(tmp_path) == {"weights.pth": data} and not CODE_HAS_RUN.exists()
+    assert tree(tmp_path) == {"weights.pth": data}
+
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    path, ran = tmp_path / "x.pt", tmp_path / "ran"
+    dk.save_checkpoint(path, changed(history=Code(ran)))
+    with pytest.raises(dk.UserError, match="damaged or no file of this script"):
+        dk.load_checkpoint(path, state(), "--resume")
+    assert not ran.exists()
 
 
 def test_absent_file_and_folder_are_refused(tmp_path):
     for path, words in ((tmp_path / "x.pth", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(dk.UserError, match=words + ".*run without --evaluate first"):
+        with pytest.raises(dk.UserError, match=words):
             dk.load_checkpoint(path, state(), "--evaluate")
+        with pytest.raises(dk.UserError, match=words):
+            dk.load(path)
 
 
-def test_a_flipped_bit_anywhere_is_noticed(tmp_path, saved):
-    good, path = saved.read_bytes(), tmp_path / "x.pt"
-    for at in range(0, len(good), 5):
+def test_a_flipped_bit_anywhere_is_noticed_and_a_whole_file_comes_back(tmp_path):
+    path = tmp_path / "x.pt"
+    dk.save_checkpoint(path, state(3))
+    good = path.read_bytes()
+    loaded = dk.load_checkpoint(path, state(), "--resume")
+    assert isinstance(loaded.pop("format"), int) and same(loaded, state(3))
+    for at in [*range(0, len(good), 97), *range(len(good) - 40, len(good))]:
         data = bytearray(good)
         data[at] ^= 1 << at % 8
         path.write_bytes(data)
@@ -359,157 +414,171 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path, saved):
             dk.load_checkpoint(path, state(), "--resume")
 
 
-EDIT = st.tuples(st.sampled_from(["flip", "cut", "insert", "drop"]), st.floats(0, 1),
-                 st.binary(min_size=1, max_size=9))
+# ---- publishing, by --evaluate, which trains nothing
+
+MINE = {"irf/mine.txt": b"mine", "notes": b"mine"}
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.lists(EDIT, min_size=1, max_size=4))
-def test_damaged_bytes_load_as_they_were_or_are_refused(edits):
-    whole = {"format": dk.FORMAT} | state(3)
-    data = bytearray(dk.packed(whole))
-    for kind, where, noise in edits:
-        at = int(where * len(data))
-        if kind == "flip":
-            data[at:at + len(noise)] = noise
-        elif kind == "insert":
-            data[at:at] = noise
-        elif kind == "drop":
-            del data[at:at + len(noise)]
-        else:
-            del data[at:]
-    with tempfile.TemporaryDirectory() as folder:
-        bad = Path(folder) / "bad.pt"
-        bad.write_bytes(data)
-        try:
-            assert same(dk.load_checkpoint(bad, state(), "--resume"), whole)
-        except dk.UserError as error:
-            assert "\n" not in str(error)
-
-
-# ---- publishing
-
-OLD = {"results.txt": b"old", "irf/a.csv": b"old", "irf/mine.txt": b"mine", "notes": b"mine"}
-NEW = {"results.txt": b"new", "irf/a.csv": b"new", "irf/b.csv": b"new", "figures/c.png": b"new"}
-
-
-def fill(folder, files):
-    for name, data in files.items():
+def earlier_run(finished, folder):
+    """The finished run's weights, with marks as its results and files of a user's own beside them."""
+    old = {name: data if name.endswith((".pt", ".pth")) else b"old" for name, data in tree(finished).items()} | MINE
+    for name, data in old.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
+    return old
 
 
-def test_results_are_published_together_and_nothing_is_left(tmp_path):
-    fill(tmp_path / "out", OLD)
-    with dk.staged(tmp_path / "out") as staging:
-        fill(staging, NEW)
-        assert OLD.items() <= tree(tmp_path / "out").items()
-    assert tree(tmp_path) == {f"out/{name}": data for name, data in (OLD | NEW).items()}
-    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
-    with dk.staged(tmp_path / "fresh" / "dir") as staging:
-        fill(staging, NEW)
-    assert tree(tmp_path / "fresh" / "dir") == NEW
+def all_new(folder, old):
+    """Every result has been replaced, and nothing else."""
+    now = tree(folder)
+    assert now.keys() == old.keys() and {name for name in old if now[name] == old[name]} == {
+        *MINE, dk.WEIGHTS, dk.CHECKPOINT}
+    assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("bug"),
-                                   dk.Interrupted(2), KeyboardInterrupt()])
-def test_a_failure_while_staging_leaves_the_earlier_results(tmp_path, error):
-    fill(tmp_path, OLD)
-    told = dk.UserError if isinstance(error, OSError) else type(error)
-    with pytest.raises(told), dk.staged(tmp_path) as staging:
-        fill(staging, NEW)
-        raise error
-    assert tree(tmp_path) == OLD and {p.name for p in tmp_path.iterdir()} == {"results.txt", "irf", "notes"}
+def test_results_are_published_together_and_nothing_is_left(tmp_path, quick, finished):
+    old, seen = earlier_run(finished, tmp_path), []
+    quick.setattr(np, "savetxt", lambda path, *_, **__: (seen.append(tree(tmp_path)), Path(path).write_bytes(b"new")))
+    assert main(tmp_path, "--evaluate")[0] == 0
+    all_new(tmp_path, old)
+    assert len(seen) > 10 and all(old.items() <= files.items() for files in seen)
 
 
 @pytest.mark.parametrize("kind", ["error", "interrupt", "kill"])
-def test_a_stop_at_any_move_loses_nothing(tmp_path, kind, monkeypatch):
-    move = os.replace
-    for nth in range(1, 8):  # staging itself, two files over earlier ones, two new ones: 7 moves
-        out, moves = tmp_path / f"{nth}", []
-        fill(out, OLD)
+def test_a_stop_at_any_move_loses_nothing(tmp_path, kind, quick, finished):
+    """Of the moves that replace earlier results by new ones: all old, or after the next start all new."""
+    move, moves = os.replace, []
+    quick.setattr(os, "replace", lambda *a: (moves.append(a), move(*a)))
+    earlier_run(finished, tmp_path / "count")
+    assert main(tmp_path / "count", "--evaluate")[0] == 0
+    total = len(moves)
+    assert total > 20
+    first = next(i for i, paths in enumerate(moves) if all(Path(x).name.startswith(".deepham-") for x in paths)) + 1
+    for nth in {first, first + 1, first + 2, (first + total) // 2, total}:
+        out, made = tmp_path / f"{nth}", []
+        old = earlier_run(finished, out)
 
-        def failing(source, target, moves=moves, nth=nth):
-            moves.append(target)
-            if len(moves) != nth:
+        def failing(source, target, made=made, nth=nth):
+            made.append(target)
+            if len(made) != nth:
                 return move(source, target)
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(28, "No space left on device") if kind == "error" else dk.Interrupted(2)
+            raise OSError(28, "No space left on device") if kind == "error" else dk.Interrupted(signal.SIGINT)
 
-        def run(out=out):
-            with dk.staged(out) as staging:
-                fill(staging, NEW)
-
-        with monkeypatch.context() as patch:
+        with quick.context() as patch:
             patch.setattr(os, "replace", failing)
             if kind == "kill":
-                assert in_child(run, lambda child: None) == signal.SIGKILL
+                assert ended(forked(command_line(out, "--evaluate"))) == -signal.SIGKILL
             else:
-                with pytest.raises(dk.UserError if kind == "error" else dk.Interrupted):
-                    run()
-                assert {k: v for k, v in tree(out).items() if not k.startswith(".")} == OLD
-        dk.prepare(out)
-        assert tree(out) == (OLD if nth == 1 else OLD | NEW)  # after the first move the new ones are safe
-        assert not list(out.glob(".*"))
+                assert main(out, "--evaluate")[0] == (2 if kind == "error" else 130)
+                assert {name: data for name, data in tree(out).items() if name[0] != "."} == old
+        quick.setattr(os, "replace", move)
+        status, _, _ = main(out, "--resume", "--hidden", 9)  # a start that is refused, after it has tidied up
+        assert status == 2
+        if nth == first:
+            assert tree(out) == old and not list(out.glob(".*"))
+        else:
+            all_new(out, old)  # after the first move the new ones are safe
 
 
-def test_a_users_folder_in_the_way_of_a_result_is_kept(tmp_path):
-    fill(tmp_path, {"results.txt/mine": b"mine", "irf/a.csv": b"old"})
-    with pytest.raises(dk.UserError, match=r"results\.txt"), dk.staged(tmp_path) as staging:
-        fill(staging, NEW)
+def test_a_users_folder_in_the_way_of_a_result_is_kept(tmp_path, quick, finished):
+    old = earlier_run(finished, tmp_path)
+    (tmp_path / "results.txt").unlink()
+    (tmp_path / "results.txt").mkdir()
+    (tmp_path / "results.txt" / "mine").write_bytes(b"mine")
+    status, _, err = main(tmp_path, "--evaluate")
+    assert status == 2 and "results.txt" in one_line(err)
     left = {name: data for name, data in tree(tmp_path).items() if name[0] != "."}
-    assert left == {"results.txt/mine": b"mine", "irf/a.csv": b"old"}
+    assert left == {name: data for name, data in old.items() if name != "results.txt"} | {"results.txt/mine": b"mine"}
 
 
-# ---- how a run ends
+# ---- from notebooks, threads, beside other work
 
 
-def ends(work, capsys, argv=()):
+def limits():
+    return {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
+
+
+def test_nothing_of_the_process_is_changed_by_a_run(tmp_path, quick):
+    """No limit of memory, then or later; handlers of signals are what they were."""
+    before, during = limits(), []
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    status = dk.exit_status(work, list(argv))
+    after_checkpoint(quick, 1, lambda: during.append(limits()))
+    assert main(tmp_path)[0] == 0
+    assert during == [before] and limits() == before
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == (status != 0)
-    return status, captured.err
 
 
-def test_user_error_is_one_line_and_status_2(capsys):
-    assert ends(lambda argv: dk.parse(argv), capsys, ["--beta", "2"]) == (
-        2, "deepham_ks: error: --beta 2.0: give a value in (0, 1)\n")
-    assert ends(lambda argv: 0, capsys) == (0, "")
-    with pytest.raises(ValueError, match="no-number"):  # a bug keeps its traceback
-        dk.exit_status(lambda argv: int("no-number"), [])
+def test_main_without_arguments_in_a_notebook_and_in_a_thread(tmp_path, monkeypatch, quick):
+    """A kernel's own arguments are not the run's; off the main thread there are no signals to hear."""
+    monkeypatch.setitem(dk.PRESETS, "default", dk.PRESETS["smoke"])
+    monkeypatch.setitem(dk.GRIDS, "converged", dk.SMOKE_GRID)
+    monkeypatch.setattr(dk, "solve_grid", lambda *_, **__: (_ for _ in ()).throw(dk.UserError("grid: no convergence")))
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/root/kernel-1.json"])
+    ended_with = []
+    for name, kernel, argv in (("notebook", True, None), ("thread", False, [])):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            if kernel:
+                patch.setitem(sys.modules, "ipykernel", sys)
+            thread = threading.Thread(target=lambda argv=argv: ended_with.append(dk.main(argv)))
+            if name == "thread":
+                thread.start()
+                thread.join(60)
+            else:
+                ended_with.append(dk.main(argv))
+        assert (tmp_path / name / "metrics.json").exists() and (tmp_path / name / dk.WEIGHTS).exists()
+    assert ended_with == [1, 1]  # not converged
 
 
-@pytest.mark.parametrize("signum, iteration, given", [
-    (signal.SIGINT, 4, []), (signal.SIGTERM, 0, []), (signal.SIGTERM, 0, ["--resume"]),  # resumes from an earlier one
-])
-def test_signal_says_how_to_go_on(capsys, signum, iteration, given):
-    def work(argv):
+def test_solve_says_in_one_line_what_an_argument_should_be(tmp_path):
+    """Never AttributeError."""
+    economy = dk.krusell_smith()
+    for number, call in enumerate((
+                 lambda: dk.solve(economy, "huge"), lambda: dk.solve(economy, 3), lambda: dk.solve(3, "smoke"),
+                 lambda: dk.solve(economy, "smoke", resume=True), lambda: dk.solve(economy, "smoke", device="tpu"),
+                 lambda: dk.solve(economy, "smoke", compile="jit", device="cpu"),
+                 lambda: dk.load(tmp_path / "x"), lambda: dk.load(str(tmp_path)),
+                 lambda: dk.krusell_smith(dk.Calibration(alpha="0.36")))):
         try:
-            os.kill(os.getpid(), signum)
-            time.sleep(60)
-        except Exception:
-            return 1
-        except dk.Interrupted as stop:
-            stop.iteration = iteration
-            raise
-
-    status, line = ends(work, capsys, [*given, "--output-dir", "my runs"])
-    assert status == 128 + signum and f"stopped by {signum.name} after iteration {iteration}; " in line
-    assert ("python deepham_ks.py --resume --output-dir 'my runs'\n" in line) == bool(iteration or given)
+            call()
+        except dk.UserError as error:
+            assert "\n" not in str(error)
+        else:
+            raise AssertionError(f"call {number} was accepted")
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), lambda: torch.empty(10**13), lambda: np.empty(10**14),
-    lambda: torch.empty(10**9, 10**9, 10**9), lambda: np.empty((10**9, 10**9, 10**9))])
-def test_out_of_memory_is_one_line_with_the_flags_to_lower(capsys, error):
-    def work(argv):
-        if callable(error):
-            error()
-        raise error
+def test_a_busy_machine_goes_on_with_one_thread_and_says_so_once(tmp_path, quick):
+    """Cores taken away hundreds of times a second, as the system counts."""
+    usage, switches = resource.getrusage, [0]
 
-    status, line = ends(work, capsys)
-    assert status == 2 and "--n-agents" in line
+    class Busy:
+        ru_maxrss = usage(resource.RUSAGE_SELF).ru_maxrss
+
+        def __init__(self):
+            switches[0] += 10**5
+            self.ru_nivcsw = switches[0]
+
+    threads = [2]
+    quick.setattr(torch, "get_num_threads", lambda: threads[-1])
+    quick.setattr(torch, "set_num_threads", threads.append)
+    with quick.context() as patch:
+        patch.setattr(resource, "getrusage", lambda who: Busy())
+        status, out, err = main(tmp_path, "--iterations", 8)
+    assert (status, err, threads) == (0, "", [2, 1])
+    assert out.count("this machine is busy with other work: going on with one thread") == 1
+
+
+def test_an_interrupted_run_of_one_s_own_script_says_how_to_go_on(tmp_path, monkeypatch, quick):
+    """With its own name and folder, whatever blanks are in them."""
+    monkeypatch.setattr(sys, "argv", ["my runs/mine.py"])
+    monkeypatch.setattr(dk.Interrupted, "script", "deepham_ks.py")
+    after_checkpoint(quick, 2, send(signal.SIGINT))
+    err = io.StringIO()
+    flags = [*SMOKE, "--grid", "none", "--output-dir", str(tmp_path / "my run")]
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        assert dk.main(flags, one_state, Household) == 130
+    assert "; continue with: python 'my runs/mine.py' --resume --preset smoke " in one_line(err.getvalue())
+    assert f"'{tmp_path}/my run'" in err.getvalue()

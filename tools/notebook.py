@@ -51,14 +51,14 @@ def cells_of(repository: str) -> list:
 # Krusell & Smith (1998) with DeepHAM
 
 {badge(repository)}
-Solves the Krusell–Smith economy with DeepHAM (Han, Yang & E 2021) and with the grid method of Maliar, Maliar & Valli
-(2010), compares the two and shows every figure. *Runtime > Run all* does everything; the default run takes minutes.
-The method, every file of a run and other economies are explained in README.md of the project.
+Solves the Krusell–Smith economy with neural networks, after DeepHAM (Han, Yang & E 2021), and with the grid method of
+Maliar, Maliar & Valli (2010), compares the two and shows every figure. *Runtime > Run all* does everything; the default
+run takes minutes. The method, every file of a run and other economies are explained in README.md of the project.
 """),
     (MARKDOWN, """
 ## What to run
 
-- `PRESET`: `default` is accurate and fast, `paper` follows the authors' code, `smoke` is tiny and only tests the setup.
+- `PRESET`: `default` is accurate and fast, `paper` the published algorithm, `smoke` is tiny and only tests the setup.
 - `FLAGS`: more flags of the script, `--gamma 2 --seed 1`, say. `!python deepham_ks.py --help` lists them.
 - `DRIVE_FOLDER`: a folder of your Google Drive, `deepham`, say. Results and checkpoints go there, and a session that
   was lost goes on where it stopped: run all cells again. Empty: nothing is mounted.
@@ -128,7 +128,8 @@ print("results in", output_dir)
 ## Solve
 
 One line an outer iteration; at the end a table with every accuracy figure, its tolerance and the verdict (`smoke` is
-too small for one). The stop button keeps the checkpoint: run this cell again and it goes on from there.
+too small for one). Where a row fails or the run has not converged the last line says so, and results are there. The
+stop button keeps the checkpoint: run this cell again and it goes on from there.
 """),
     (CODE, """
 import shlex
@@ -145,7 +146,8 @@ def run(*flags):
         except KeyboardInterrupt:  # the stop button reaches the script too: it says how to go on
             print(process.stdout.read(), end="", flush=True)
             raise
-    if process.returncode:
+    told = process.returncode == 1 and (output_dir / "metrics.json").exists()  # not converged, or a row fails
+    if process.returncode and not told:
         raise RuntimeError(f"deepham_ks.py ended with exit status {process.returncode}; its last line says why")
 
 
@@ -178,15 +180,15 @@ import numpy as np
 import deepham_ks as dk
 
 solution = dk.load(output_dir / dk.WEIGHTS)
-economy = solution.economy  # its tables
-grid = dk.solve_grid(economy, dk.SMOKE_GRID if PRESET == "smoke" else dk.GridConfig())
+tables = solution.economy.arrays  # of the economy
+grid = dk.solve_grid(solution.economy, dk.SMOKE_GRID if PRESET == "smoke" else dk.GridConfig())
 
 print("law of motion on the grid, ln K' = a(z) + b(z) ln K:")
-for z, state in enumerate(economy.z_names):
+for z, state in enumerate(tables.z_names):
     a, b = grid.alm_coefficients[z]
     print(f"  {state:>10}: a = {a:.4f}, b = {b:.4f}, R2 = {grid.alm_r2[z]:.6f}")
 
-K = grid.K_mean
+K = solution.K_mean
 print(f"an employed household with k = K = {K:.1f} in the good state: "
       f"k' = {solution.next_capital(K, 1, K, 1):.3f} (network), {grid.next_capital(K, 1, K, 1):.3f} (grid), "
       f"V = {solution.value(K, 1, K, 1):.2f} utils")
@@ -197,10 +199,10 @@ import matplotlib.pyplot as plt
 k = np.expm1(np.linspace(0, np.log1p(4 * K), 300))  # finer where households are poor
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
 for z, ax in enumerate(axes):
-    for s, (name, colour) in enumerate(zip(economy.s_names, ("#D55E00", "#0072B2"))):
+    for s, (name, colour) in enumerate(zip(tables.s_names, ("#D55E00", "#0072B2"))):
         ax.plot(k, solution.next_capital(k, s, K, z) - k, color=colour, label=f"{name}, network")
         ax.plot(k, grid.next_capital(k, s, K, z) - k, color="black", linestyle="--", linewidth=1, label=f"{name}, grid")
-    ax.set(title=economy.z_names[z], xlabel="individual capital k (goods)", xlim=(0, k[-1]))
+    ax.set(title=tables.z_names[z], xlabel="individual capital k (goods)", xlim=(0, k[-1]))
 axes[0].set_ylabel("k' - k (goods)")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 plt.show()
