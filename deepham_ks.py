@@ -456,11 +456,11 @@ def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
 
 def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray) -> None:
     """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K and z
-    (n,) that a solution visits: the prices of the solution decide, and those of the steady state do not."""
-    a = economy.arrays
+    (...) that a solution visits: the prices of the solution decide, and those of the steady state do not."""
+    a, K = economy.arrays, np.maximum(K, 1e-9)
     R = 1 - a.delta + a.alpha * a.TFP[z] * (K / a.L[z]) ** (a.alpha - 1)
     w = (1 - a.alpha) * a.TFP[z] * (K / a.L[z]) ** a.alpha
-    left = ((R - 1) * a.k_min + a.income[z].min(1) * w).min()
+    left = ((R - 1) * a.k_min + a.income[z].min(-1) * w).min()
     require(left >= -1e-9 * economy.c_ss, f"k_min: at {a.k_min:g} the poorest are {-left:.3g} goods short of interest "
             "at the prices of the solution; bring it nearer to 0")
 
@@ -1570,7 +1570,7 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
 
 # ---------------------------------------------------------------------------------------------- 5. fit V
 
-VALUE_ROUNDS = 5  # samples of states, and
+VALUE_ROUNDS = 8  # samples of states, and
 VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
 LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the network's output
 
@@ -1817,14 +1817,14 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # moments come in as they are needed
         theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n :] = 0
     value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
-    ends = torch.stack([panel.k.min(), panel.k.max()])
+    k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in (panel.k, panel.k.mean(1))]
     return State(
         policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
         rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
         M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
         K_law=torch.tensor([0.0, 1.0], dtype=torch.float64, device=device).repeat(len(of_z), 1),
         Delta_law=torch.tensor([economy.Delta_start, 0.0], dtype=torch.float64, device=device).repeat(len(of_z), 1),
-        k_range=ends, K_range=panel.k.mean(1)[:2].clone(),
+        k_range=torch.stack([k.min(), k.max()]), K_range=torch.stack([K_all.min(), K_all.max()]),
         adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
         adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
 
@@ -1964,6 +1964,7 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
         rng = generator(state.policy.device.type, seed + state.iteration + 1)
         paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
     K, z, M = [gathered(x, 1) for x in (paths.K, paths.z, paths.M)]
+    require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy())
     laws = [regress_by_z(M[..., i], torch.log(K), z, 0 * econ.TFP)[0].nan_to_num().cpu() for i in range(M.shape[-1])]
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
     layers = {"policy": [*policy_net(state, econ, cfg).layers, *learnt_layers(state.policy, econ, cfg)],
@@ -2370,7 +2371,7 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
         if moves < MOVES and np.isfinite(change_before):
             break
     at_end = people[-1] * k[-1] / now[0]
-    require(at_end < 1e-4 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
+    require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
             f"the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not settle below it; train longer")
     if isinstance(solution, GridSolution):
         require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
@@ -3028,7 +3029,8 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     plot_history(draw / "training_history.png", network.weights["history"])
     top = max(np.quantile(arrays["small"]["network"]["k"], 0.9999), a.k_min + 1)
     top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
-    plot_policies(draw / "policy_functions.png", solutions, of["limit"]["capital"]["mean"], top, a)
+    K = float(np.clip(of["limit"]["capital"]["mean"], *network.reach()[1]))
+    plot_policies(draw / "policy_functions.png", solutions, K, top, a)
     plot_bellman_errors(draw / "bellman_errors.png", arrays["limit"], limit)
     if network.seen.Q:
         plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
@@ -3183,7 +3185,6 @@ class Guard:
             why = unbounded_saving(state, self.econ, self.cfg)
             state.unbounded = state.unbounded + 1 if why else 0
         self.save()
-        Interrupted.iteration = state.iteration
         words = " ".join(f"{name} {state.history[name][-1]:.4g}" for name in
                          ("mean_K", "policy_residual", "euler", "movement"))
         self.bar.set_postfix_str(words, refresh=False)
@@ -3292,6 +3293,7 @@ def held(output_dir: Path):
         lock = open(output_dir / LOCK, "a+")
     with lock:
         try:
+            lock.seek(0)
             if os.name == "nt":
                 import msvcrt
 
@@ -3337,6 +3339,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            Interrupted.iteration = content.get("iteration", Interrupted.iteration)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -3417,10 +3420,15 @@ def finish_publishing(output_dir: Path) -> None:
     shutil.rmtree(new)
 
 
+def previous(path: Path) -> Path:
+    """What an earlier run's file is called once a new one takes its place."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def set_aside(path: Path) -> None:
-    """An earlier run's file gets a second name before a new one takes its place."""
+    """Give an earlier run's file that name."""
     with disk_errors(path.parent), contextlib.suppress(FileNotFoundError):
-        os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+        os.replace(path, previous(path))
 
 
 def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) -> None:
@@ -3485,7 +3493,8 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     cfg, econ, rng = own_share(config), economy.tables(device, torch.float32), generator(device, seed)
     state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
     if resume:
-        resumed(state, of_first(lambda: load_checkpoint(path, of_run | saved_state(state, rng), "--resume")), rng, seed)
+        like = of_run | {name: x for name, x in saved_state(state, rng).items() if name != "rng"}
+        resumed(state, of_first(lambda: load_checkpoint(path, like, "--resume")), rng, seed)
     Interrupted.iteration = state.iteration
 
     def save():
@@ -3501,7 +3510,6 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     with guard.bar:
         learn(state, econ, cfg, rng, guard)
     weights = weights_file(state, economy, config, seed) | {"seconds": earlier + time.perf_counter() - start}
-    require_payable(economy, weights["K_of_z"].numpy(), np.arange(len(econ.TFP)))
     return Solution(weights, device)
 
 
@@ -3614,10 +3622,13 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     for name, who in (("players", "game"), ("start", "planner")):
         require(name not in given or made.equilibrium == who, f"{flag(name)}: without effect where --equilibrium is "
                 f"{made.equilibrium}; leave it out")
+    n_moments(made.tables(), cfg)
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
     parts = [Path(Interrupted.script).stem] * (economy is not krusell_smith) + [run.preset] * (
         run.preset != "default") + changed
-    usual = "runs/" + "_".join(parts).replace("/", "-")[:100] if parts else "."
+    name = "_".join(parts).replace("/", "-")
+    name = name if len(name) < 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    usual = f"runs/{name}" if parts else "."
     return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
                     dataclasses.replace(run, output_dir=run.output_dir or usual))
 
@@ -3674,7 +3685,7 @@ class Interrupted(BaseException):
     """SIGINT or SIGTERM. `except Exception` must not swallow it."""
 
     iteration = 0  # the training loop sets what the checkpoint holds
-    script = "deepham_ks.py"  # what to run to go on
+    script, argv = "deepham_ks.py", ()  # what to run to go on
     pending = 0  # the signal, if one came: Python drops what is raised inside a destructor or a callback
 
 
@@ -3702,15 +3713,20 @@ def signals_heard():
             signal.signal(signum, handler if RANKS == 1 or RANK > 0 else signal.SIG_IGN)
 
 
+def again(first: str, *more: str) -> str:
+    """The command of this run with other flags."""
+    python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    same = [a for a in Interrupted.argv if a not in ("--resume", "--evaluate")]
+    return f"{python} {shlex.quote(Interrupted.script)} {shlex.join([first, *same, *more])}"
+
+
 def ending(error: BaseException, argv: list) -> Tuple[str, int]:
     """One line for stderr and the exit status of a run that did not get through; anything unforeseen is raised."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if isinstance(error, Interrupted):
-        again = shlex.join(["--resume", *(a for a in argv if a != "--resume")])
-        python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-        again = f"{python} {shlex.quote(Interrupted.script)} {again}"
-        cure = f"continue with: {again}" if error.iteration or "--resume" in argv else "nothing was saved yet"
+        saved = error.iteration or "--resume" in argv
+        cure = f"continue with: {again('--resume')}" if saved else "nothing was saved yet"
         cure = "; results are as they were" if "--evaluate" in argv else f" after iteration {error.iteration}; {cure}"
         return f"stopped by {signal.Signals(error.args[0]).name}{cure}", 128 + error.args[0]
     if isinstance(error, OSError):  # standard output is a closed pipe or on a full disk
@@ -3758,7 +3774,8 @@ def work(settings: Settings) -> int:
                             cuda_graphs=run.cuda_graphs, output_dir=folder)
             if RANK > 0:
                 return 0
-            set_aside(folder / WEIGHTS)
+            if not previous(folder / WEIGHTS).exists():  # or it is of a run whose results are still there
+                set_aside(folder / WEIGHTS)
             network.save(folder / WEIGHTS)
         if thread.ident:
             thread.join()
@@ -3775,7 +3792,7 @@ def work(settings: Settings) -> int:
             text = json.dumps(metrics, default=lambda array: array.tolist())
             finite = json.loads(text, parse_constant=lambda infinite: None)
             (staging / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
-        (folder / WEIGHTS).with_suffix(".previous.pth").unlink(missing_ok=True)
+        previous(folder / WEIGHTS).unlink(missing_ok=True)
     for note in grid.notes if grid else ():
         print(note)
     moves = ", ".join(f"{name} {100 * figures[name]['limit']['moves']:.2g}%" for name in solutions)
@@ -3822,14 +3839,14 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
 def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
     """The last line of a run and its exit status."""
     failed, judged = [row[0] for row in rows if row[-1] is False], sum(row[-1] is not None for row in rows)
-    more = f"--output-dir {shlex.quote(settings.run.output_dir)}"
+    folder = "--output-dir", settings.run.output_dir
+    if why:
+        return f"no comparison: {why}; then: {again('--evaluate', *folder)}", 1
     if settings.run.preset == "smoke":
         return "sizes this small have no verdict: the installation works; the default preset solves the economy", 0
-    if why:
-        return f"no comparison: {why}; then: python {shlex.quote(Interrupted.script)} --evaluate {more}", 1
     if moving:
-        twice = 2 * len(network.weights["history"]["seconds"])
-        return f"not converged: {moving}; go on with --resume --iterations {twice} {more}", 1
+        twice = str(2 * len(network.weights["history"]["seconds"]))
+        return f"not converged: {moving}; go on with: {again('--resume', *folder, '--iterations', twice)}", 1
     if failed:
         return f"{len(failed)} of {judged} rows FAIL: {'; '.join(failed)}", 1
     if network.config.published:
@@ -3844,7 +3861,7 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
-    argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
+    argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
             return work(parse(argv, economy, calibration))

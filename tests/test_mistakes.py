@@ -91,9 +91,9 @@ MISTAKES = {
         "better = left < least",
         "better = left > -1",
         NETWORKS, "test_gauss_newton_refuses_a_bad_step"),
-    "Bellman step over two successors": (
-        "for j in range(len(P)):",
-        "for j in range(min(2, len(P))):",
+    "Bellman step without beta": (
+        "-econ.probability[here].T * beta * V_g_next",
+        "-econ.probability[here].T * V_g_next",
         NETWORKS, "test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope"),
     "Bellman residual without Delta": (
         "flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k,",

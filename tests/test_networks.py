@@ -134,7 +134,8 @@ def test_slopes_and_jacobians_equal_autograd():
     value, slope = torch.autograd.functional.jacobian(
         lambda theta: torch.stack(dk.network_and_slope(dk.unpack(theta, shapes), x, dx)), theta)
     layers = dk.unpack(theta, shapes)
-    assert torch.allclose(dk.network_jacobian(layers, x), value, rtol=1e-11, atol=1e-13)
+    found = dk.network_jacobian(layers, x[None], torch.ones_like(x[None, :, 0]))
+    assert torch.allclose(found, value, rtol=1e-11, atol=1e-13)
     assert torch.allclose(dk.slope_jacobian(layers, x, dx), slope, rtol=1e-11, atol=1e-13)
 
 
@@ -573,7 +574,8 @@ def test_torchscript_agrees_with_eager(decided):
         "roll_out": (world.net, world.k0, world.path, econ), "consumption_and_slope": (world.net, now, econ),
         "expected_worth": (world.net, now, at.k[1:], world.ahead, econ),
         "worth_of_saving": (expected, c, dc, now, econ), "published_labels": (*last, c, dc, now, econ),
-        "network_jacobian": (layers, x), "slope_jacobian": (layers, x, random(16, 9, seed=1))}
+        "network_jacobian": (layers, x[None], random(1, len(x), seed=2)),
+        "slope_jacobian": (layers, x, random(16, 9, seed=1))}
     assert set(arguments) == set(dk.KERNELS)
     dk.compile_kernels("torchscript")
     assert all(isinstance(getattr(dk.fast, name), torch.jit.ScriptFunction) for name in dk.KERNELS)

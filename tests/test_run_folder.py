@@ -92,7 +92,7 @@ def test_grid_flags_change_the_grid_and_nothing_else():
     assert dk.parse(["--grid", "published", "--grid-n-k", "60"]).grid == replace(published, n_k=60)
     assert dk.parse(["--preset", "smoke", "--grid-seed", "1"]).grid == replace(dk.SMOKE_GRID, seed=1)
     assert dk.parse(["--preset", "smoke", "--grid", "published"]).grid == published
-    assert dk.parse(["--grid", "none", "--grid-n-k", "50"]).grid is None
+    assert dk.parse(["--grid", "none"]).grid is None
     asked = dk.parse(["--grid-damping", "0.3", "--grid-periods", "2000"])
     assert asked.grid == replace(converged, damping=0.3, periods=2000) and asked.config == dk.Config()
 
@@ -157,6 +157,9 @@ def test_flags_are_those_of_the_economy():
     (["--grid-n-k", "9"], "--grid-n-k 9: give a value in [10, 1e5]"), (["--grid-n-K", "x"], "invalid int value"),
     (["--grid-n", "50"], "unrecognized arguments: --grid-n"), (["--grid", "fine"], "--grid: invalid choice"),
     (["--grid", "none", "--grid-damping", "1.1"], "--grid-damping 1.1"),
+    (["--grid", "none", "--grid-n-k", "50"], "--grid-n-k: without effect"),
+    (["--policy-steps", "3"], "--policy-steps: without effect"), (["--players", "9"], "--players: without effect"),
+    (["--optimizer", "adam", "--settle", "0.1"], "--settle: without effect"),
     (["--value-networks", "2"], "unrecognized arguments: --value-networks"),  # of version 2
     (["--n-agents", "9", "--eval-every", "3"], "unrecognized arguments: --eval-every")],
     ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else "")
