@@ -2135,7 +2135,7 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
 
     every_c = torch.cat([(cash_on_hand(x.at, econ)[0] - x.k_next).flatten() for x in sections]).cpu().numpy()
     k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in
-                 ([x.at.k for x in sections], [x.weight for x in sections])]
+                 ([x.at.k for x in sections], [x.weight / x.weight.shape[1] for x in sections])]
     R, _ = prices(*[torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path)], econ)
     u = utility(torch.from_numpy(every_c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
     figures = {

@@ -224,7 +224,7 @@ def test_a_run_that_has_not_converged_ends_with_1_and_says_how_to_go_on(tmp_path
     line = last_line(capsys, 1, *flags)
     assert line.startswith("not converged: savings moved by ") and "go on with: " in line
     assert last_line(capsys, 1, *flags, "--evaluate").startswith("not converged: ")
-    assert dk.main(told(line, "go on with")) in (0, 1), capsys.readouterr().err
+    assert dk.main(told(line, "go on with: ")) in (0, 1), capsys.readouterr().err
     assert "iteration 4 " in capsys.readouterr().out
 
 

@@ -178,9 +178,7 @@ def examples(root):
     return "N = infinity; network / grid where two numbers stand.\n\n" + table(header, rows)
 
 
-PLANNER = {"market": "market", "planner_seed0": "planner, seed 0", "planner_seed1": "planner, seed 1",
-           "planner_other_start": "planner, `--start 3`", "market_shocks": "market, TFP .95 / 1.05",
-           "planner_shocks": "planner, TFP .95 / 1.05"}
+PLANNER = {"market": "market", "planner_seed0": "planner"}
 
 
 def planner(root):
@@ -205,7 +203,7 @@ def planner(root):
 def game(root):
     """How far a player's k' is from a price-taker's, network and grid."""
     rows = []
-    for file in ("game", "game_5000"):
+    for file in ("game",):
         metrics = load(root, f"benchmarks/planner/{file}.json", "python benchmarks/planner.py")
         moved = metrics["moved"]
         rows.append([f"{metrics['economy']['players']:,.0f}",
