@@ -301,7 +301,7 @@ def test_rows_of_examples_planner_and_game(project):
     network, grid = metrics["network"]["limit"], metrics["grid"]["limit"]
     unpublished = [row | {"published": None} for row in metrics["verdict"]]
     write("benchmarks/examples/davila.json", economy={"income": [[1.0, 5.29, 46.55]]}, verdict=unpublished)
-    (root / "benchmarks/planner/planner_other_start.json").write_text('{"error": "deepham_ks: error: no answer"}')
+    (root / "benchmarks/planner/planner_seed0.json").write_text('{"error": "deepham_ks: error: no answer"}')
     assert TOOL["main"]([], root) == 0
     rows = [line.split(" | ") for line in block(root, "examples").splitlines() if line.startswith("| `")]
     assert [row[0] for row in rows] == [f"| `{name}`" for name in TOOL["EXAMPLES"]]
@@ -309,7 +309,7 @@ def test_rows_of_examples_planner_and_game(project):
     assert rows[1][4] == " / ".join(f"{x['capital']['mean']:.2f}" for x in (network, grid))
     rows = [line.split(" | ") for line in block(root, "planner").splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == [f"| {name}" for name in TOOL["PLANNER"].values()]
-    assert rows[0][5] == f"{network['welfare']:.4f} / {grid['welfare']:.4f}" and rows[3][1] == "error: no answer"
+    assert rows[0][5] == f"{network['welfare']:.4f} / {grid['welfare']:.4f}" and rows[1][1] == "error: no answer"
     assert "| 50 | 0.0123 / 0.4000 | 0.0112 / 0.3000 |" in block(root, "game")
 
 
