@@ -2728,6 +2728,8 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
             require_payable(economy, kept, z_kept)
             V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws, economy)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * economy.K_start else []
+            if kept.min() < K[0] or kept.max() > K[-1]:
+                notes.append(f"grid: K goes from {kept.min():.4g} to {kept.max():.4g}, beyond its nodes")
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
             if bounded:

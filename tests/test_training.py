@@ -69,11 +69,10 @@ def test_the_default_economy_is_learnt_from_scratch(trained, smoke_grid):
     distance = dk.policy_distance(trained, smoke_grid, path)
     assert trained.weights["history"]["euler"][-1] < 2.4e-4
     assert trained.K_mean == pytest.approx(smoke_grid.K_mean, abs=0.4)
-    assert distance["mean"] < 0.02 and distance["max"] < 0.1, distance
+    assert distance["mean"] < 0.004 and distance["max"] < 0.016, distance
     cfg = dataclasses.replace(trained.config, eval_periods=500)
     figures, _ = dk.judge_limit(trained, cfg)
-    assert figures["euler_log10"]["mean"] < -3.9 and figures["bellman_own_c"]["mean"] < 1e-3, figures
-    print(distance, {name: figures[name] for name in ("euler_log10", "bellman_own_c")}, figures["capital"]["mean"])
+    assert figures["euler_log10"]["mean"] < -4.4 and figures["bellman_own_c"]["mean"] < 2e-4, figures
 
 
 def test_every_economy_learns(economy):
