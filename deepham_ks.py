@@ -2351,7 +2351,9 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     economy, Pi = solution.economy, solution.economy.arrays.Pi
     k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
-    K = solution.K_mean * np.linspace(*GridConfig.K_range, GridConfig.n_K_fine)
+    low, high = GridConfig.K_range  # wider where the solution knows more
+    low, high = min(low * solution.K_mean, solution.reach()[1][0]), max(high * solution.K_mean, solution.reach()[1][1])
+    K = np.linspace(low, high, GridConfig.n_K_fine)
     table, last, change = histogram_policy(solution, k, K), np.inf, np.inf
     mass = mass[z_path[0]] / mass[z_path[0]].sum()
     for _ in range(PASSES):
@@ -2651,12 +2653,12 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     require(isinstance(config, GridConfig), f"config: give a GridConfig, not {type(config).__name__}")
     check_options(config)
     economy, threads = as_economy(economy), torch.get_num_threads()
-    found = economy.K_start, config.k_max * economy.K_start
+    found = config, economy.K_start, config.k_max * economy.K_start
     torch.set_num_threads(1)  # its tensors are small: threads would wait for each other
     try:
         with tqdm(desc="grid solution", disable=None if progress else True) as bar:
             for _ in range(60):
-                found = law_of_motion_fixed_point(economy, config, *found, bar)
+                found = law_of_motion_fixed_point(economy, *found, bar)
                 if isinstance(found, GridSolution):
                     return found
     finally:
@@ -2686,7 +2688,7 @@ def simulated_laws(table: np.ndarray, nodes: tuple, mass: np.ndarray, z_path: np
 
 def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: float, k_max: float, bar):
     """The fixed point on nodes of K around centre and of k up to k_max: a GridSolution or, where the cross-section
-    leaves the nodes, the next (centre, k_max) to try. Few sweeps an update, so that the policy and the laws of motion
+    leaves the nodes, the next (config, centre, k_max) to try. Few sweeps an update, so that the policy and the laws of motion
     converge together, on a short path of z; how much its luck moves the laws is measured once on a long one."""
     econ, Z, planner = economy.tables(), len(economy.arrays.TFP), economy.equilibrium == "planner"
     nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
@@ -2712,7 +2714,8 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         converged = long is not None and max(gap, change) < config.tolerance
         near = update >= 4 or planner or converged  # at first, a market's policies are far from any solution
-        elsewhere = next_nodes(K_path, (mass, k), centre, k_max, near, update >= 4 or converged)
+        elsewhere = next_nodes(long_path if converged else K_path, (mass, k), (config, centre, k_max), near,
+                               update >= 4 or converged, converged)
         if elsewhere:
             return elsewhere
         if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
@@ -2728,8 +2731,6 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
             require_payable(economy, kept, z_kept)
             V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws, economy)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * economy.K_start else []
-            if kept.min() < K[0] or kept.max() > K[-1]:
-                notes.append(f"grid: K goes from {kept.min():.4g} to {kept.max():.4g}, beyond its nodes")
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
             if bounded:
@@ -2748,15 +2749,21 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
                     f"(c moves {change:.0e}, K forecast {gap:.0e}); lower --grid-damping or judge with --grid none")
 
 
-def next_nodes(K_path: np.ndarray, histogram: tuple, centre: float, k_max: float, near: bool, settled: bool):
-    """(centre, k_max) to try next where K has left its nodes, or households come near the end of theirs; else None.
-    near: policies are near a solution; settled: the cross-section is, too."""
-    kept, (mass, k) = K_path[BURN_IN:], histogram
+def next_nodes(K_path: np.ndarray, histogram: tuple, tried: tuple, near: bool, settled: bool, converged: bool):
+    """What to try after (config, centre, k_max) where K has left its nodes, or households come near the end of theirs;
+    else None. near: policies are near a solution; settled: the cross-section is, too; converged: all is, and K_path is
+    the long one."""
+    (mass, k), (config, centre, k_max), kept = histogram, tried, K_path[BURN_IN:]
     low, high = (0.8, 1.28) if near else (0.4, 2.5)
     if not low < kept.mean() / centre < high or not (K_path > max(k[0], 0)).all():
-        return centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
+        return config, centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
     if settled and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
-        return centre, 2 * k_max
+        return config, centre, 2 * k_max
+    low, high = config.K_range
+    if converged and not low < kept.min() / centre <= kept.max() / centre < high:
+        wider = min(low, 0.95 * kept.min() / centre), max(high, 1.05 * kept.max() / centre)
+        n_K, n_K_fine = [math.ceil(n * np.ptp(wider) / (high - low)) for n in (config.n_K, config.n_K_fine)]  # as dense
+        return dataclasses.replace(config, K_range=wider, n_K=n_K, n_K_fine=n_K_fine), centre, k_max
     return None
 
 

@@ -48,7 +48,7 @@ def small_grid():
 
 @pytest.fixture(scope="module")
 def toy_grid(economies):
-    return dk.solve_grid(economies["toy"], dataclasses.replace(SMALL, K_range=(0.75, 1.6)))
+    return dk.solve_grid(economies["toy"], SMALL)
 
 
 @pytest.fixture(scope="module")

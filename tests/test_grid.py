@@ -402,7 +402,8 @@ def test_any_economy_converges(small):
     economy, grid = small
     assert grid.notes == () and ((grid.alm_coefficients[:, 1] > 0.85) & (grid.alm_coefficients[:, 1] < 1)).all()
     Z, S = economy.arrays.income.shape
-    assert grid.table.shape == grid.value_table.shape == (Z, S, SMALL.n_K_fine, SMALL.n_fine)
+    assert grid.table.shape == grid.value_table.shape == (Z, S, grid.table.shape[2], SMALL.n_fine)
+    assert SMALL.n_K_fine <= grid.table.shape[2] < 2 * SMALL.n_K_fine  # more where K moves a lot
     assert (np.diff(forecast(grid.alm_coefficients, np.array([grid.K_mean])), axis=0) > 0).all()
     if Z > 1:
         assert (grid.alm_r2 > 0.99).all()
@@ -447,6 +448,16 @@ def bellman_in_consumption(grid):
     unit = dk.marginal_utility(c, grid.econ) * c
     assert (best >= own).all()
     return (own / unit).abs().mean().item(), ((best - own) / unit).mean().item()
+
+
+def test_nodes_follow_all_of_the_path_of_K(economies):
+    """The toy economy's K rises to 7.2 in its best years and the nodes begin with 1.35 times their centre, 6.0."""
+    grid = dk.solve_grid(economies["toy"], SMALL)
+    K = dk.simulate_histogram(grid.table.numpy(), grid.nodes.numpy(), np.linspace(grid.K_low, grid.K_high,
+                              grid.table.shape[2]), dk.dispersed_mass(grid.nodes.numpy(), grid.K_mean, 0, grid.economy),
+                              dk.draw_z_path(5000, grid.economy.arrays.P_z, np.random.default_rng(7)),
+                              grid.economy.arrays.Pi)[0][200:]
+    assert K.max() > 6.5 and grid.K_low < K.min() and K.max() < grid.K_high
 
 
 def test_value_of_any_economy(small):
