@@ -2688,8 +2688,8 @@ def simulated_laws(table: np.ndarray, nodes: tuple, mass: np.ndarray, z_path: np
 
 def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: float, k_max: float, bar):
     """The fixed point on nodes of K around centre and of k up to k_max: a GridSolution or, where the cross-section
-    leaves the nodes, the next (config, centre, k_max) to try. Few sweeps an update, so that the policy and the laws of motion
-    converge together, on a short path of z; how much its luck moves the laws is measured once on a long one."""
+    leaves the nodes, the next (config, centre, k_max) to try. Few sweeps an update, so that the policy and the laws of
+    motion converge together, on a short path of z; how much its luck moves the laws is measured once on a long one."""
     econ, Z, planner = economy.tables(), len(economy.arrays.TFP), economy.equilibrium == "planner"
     nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
                             centre * np.linspace(*config.K_range, config.n_K), econ)
@@ -2704,7 +2704,7 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     c = np.minimum(above, (1 - economy.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], economy)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
-    gap, damping, long, steps = np.inf, config.damping, None, np.zeros((2, Z, 2))
+    gap, damping, long, long_path, steps = np.inf, config.damping, None, None, np.zeros((2, Z, 2))
     correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
     for update in range(config.max_updates):
         c, k_endo, change, bounded = solve_household(c, laws, nodes, economy, config)
