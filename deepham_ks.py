@@ -2351,9 +2351,8 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     economy, Pi = solution.economy, solution.economy.arrays.Pi
     k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
-    low, high = GridConfig.K_range  # wider where the solution knows more
-    low, high = min(low * solution.K_mean, solution.reach()[1][0]), max(high * solution.K_mean, solution.reach()[1][1])
-    K = np.linspace(low, high, GridConfig.n_K_fine)
+    ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
+    K = np.linspace(min(ends), max(ends), GridConfig.n_K_fine)
     table, last, change = histogram_policy(solution, k, K), np.inf, np.inf
     mass = mass[z_path[0]] / mass[z_path[0]].sum()
     for _ in range(PASSES):
@@ -2704,7 +2703,7 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     c = np.minimum(above, (1 - economy.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], economy)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
-    gap, damping, long, long_path, steps = np.inf, config.damping, None, None, np.zeros((2, Z, 2))
+    gap, damping, long, steps = np.inf, config.damping, None, np.zeros((2, Z, 2))
     correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
     for update in range(config.max_updates):
         c, k_endo, change, bounded = solve_household(c, laws, nodes, economy, config)
@@ -2714,10 +2713,9 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         converged = long is not None and max(gap, change) < config.tolerance
         near = update >= 4 or planner or converged  # at first, a market's policies are far from any solution
-        elsewhere = next_nodes(long_path if converged else K_path, (mass, k), (config, centre, k_max), near,
-                               update >= 4 or converged, converged)
+        elsewhere = next_nodes(K_path, (mass, k), centre, k_max, near, update >= 4 or converged)
         if elsewhere:
-            return elsewhere
+            return config, *elsewhere
         if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
             long_path, mass, long = simulated_laws(table, (k, K), mass, z_path, laws, economy)
             for _ in range(2):  # from the end of a short path, as always
@@ -2728,6 +2726,8 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
         bar.set_postfix_str(f"change of c {change:.0e}, of the laws of motion {gap:.0e}")
         if converged:
             kept, z_kept = long_path[BURN_IN:], z_path[BURN_IN:]
+            if not K[0] < kept.min() <= kept.max() < K[-1]:
+                return widened(config, kept / centre), centre, k_max
             require_payable(economy, kept, z_kept)
             V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws, economy)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * economy.K_start else []
@@ -2749,22 +2749,23 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
                     f"(c moves {change:.0e}, K forecast {gap:.0e}); lower --grid-damping or judge with --grid none")
 
 
-def next_nodes(K_path: np.ndarray, histogram: tuple, tried: tuple, near: bool, settled: bool, converged: bool):
-    """What to try after (config, centre, k_max) where K has left its nodes, or households come near the end of theirs;
-    else None. near: policies are near a solution; settled: the cross-section is, too; converged: all is, and K_path is
-    the long one."""
-    (mass, k), (config, centre, k_max), kept = histogram, tried, K_path[BURN_IN:]
+def next_nodes(K_path: np.ndarray, histogram: tuple, centre: float, k_max: float, near: bool, settled: bool):
+    """(centre, k_max) to try next where K has left its nodes, or households come near the end of theirs; else None.
+    near: policies are near a solution; settled: the cross-section is, too."""
+    kept, (mass, k) = K_path[BURN_IN:], histogram
     low, high = (0.8, 1.28) if near else (0.4, 2.5)
     if not low < kept.mean() / centre < high or not (K_path > max(k[0], 0)).all():
-        return config, centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
+        return centre * np.clip(kept.mean() / centre, 1 / 1.3, 1.3), k_max
     if settled and (mass * np.where(k > 0.6 * k_max, k, 0)).sum() > 1e-4 * kept[-1]:
-        return config, centre, 2 * k_max
-    low, high = config.K_range
-    if converged and not low < kept.min() / centre <= kept.max() / centre < high:
-        wider = min(low, 0.95 * kept.min() / centre), max(high, 1.05 * kept.max() / centre)
-        n_K, n_K_fine = [math.ceil(n * np.ptp(wider) / (high - low)) for n in (config.n_K, config.n_K_fine)]  # as dense
-        return dataclasses.replace(config, K_range=wider, n_K=n_K, n_K_fine=n_K_fine), centre, k_max
+        return centre, 2 * k_max
     return None
+
+
+def widened(config: GridConfig, K: np.ndarray) -> GridConfig:
+    """Nodes of K over a whole path of it (periods,), in multiples of the centre, as dense as before."""
+    (low, high), ends = config.K_range, (min(config.K_range[0], 0.95 * K.min()), max(config.K_range[1], 1.05 * K.max()))
+    n_K, n_K_fine = [math.ceil(n * np.ptp(ends) / (high - low)) for n in (config.n_K, config.n_K_fine)]
+    return dataclasses.replace(config, K_range=ends, n_K=n_K, n_K_fine=n_K_fine)
 
 
 # ---------------------------------------------------------------------------------------------- impulse responses
