@@ -165,6 +165,8 @@ class GridConfig:
     seed: int = option(0, "seed of the path of z behind the law of motion", "[0, 1e9]")
     exponent: float = 4.0  # k nodes are k_max x^exponent, x uniform: dense near the limit
     n_K_fine: int = 41  # K points of the policy table, which is linear in between
+    n_L: int = 5  # nodes of aggregate labour in the household problem, where it depends on the history of z, and
+    n_L_fine: int = 9  # points of the policy table
     K_range: tuple = (0.75, 1.35)  # of the nodes of K, multiples of the centre, which follows the simulation
 
 
@@ -242,7 +244,11 @@ class Economy:
     reads and that broadcasts to the shape given; UserError names the one that is wrong. Fields stay as they were given,
     so that dataclasses.replace() works; tables of full shape, and what follows from them, are in `arrays`: P (Z, S, Z,
     S) of the chain (z, s), shares, L, annuity (Z, S), the present value of one util a period for ever. K_ss, R_ss,
-    w_ss, c_ss are those of the representative household at mean TFP and labour, where mean_beta R = 1."""
+    w_ss, c_ss are those of the representative household at mean TFP and labour, where mean_beta R = 1.
+
+    The shares p (S,) of s follow p' = p Pi[z, z'] along a path of z. Aggregate labour is L = sum_s p_s labour(z, s),
+    the tax tau = sum_s p_s benefit(z, s) / L, and income(z, s) = (1 - tau) labour(z, s) + benefit(z, s). Where L and
+    tau follow from z alone they are tables; elsewhere L is one more state of the economy, and labour_moves is True."""
 
     alpha: float  # capital share
     delta: float  # depreciation rate
@@ -252,7 +258,9 @@ class Economy:
     P_z: np.ndarray  # (Z, Z) P(z' | z)
     Pi: np.ndarray  # (S, S) P(s' | s), or (Z, Z, S, S) P(s' | z, z', s)
     beta: np.ndarray  # (S,) discount factor from now to next period
-    income: np.ndarray  # (Z, S) share of the wage after taxes and benefits; S is read off its shape
+    labour: np.ndarray | None = None  # (Z, S) efficiency units of labour that a household supplies
+    benefit: np.ndarray | None = None  # (Z, S) share of the wage, which a tax on this period's labour income pays for
+    income: np.ndarray | None = None  # (Z, S) in place of both: share of the wage after taxes and benefits, and
     L: np.ndarray | None = None  # (Z,) labour supply; without it what households earn on average
     shares: np.ndarray | None = None  # (Z, S) stationary shares; needed only where the chain (z, s) is not ergodic
     sees_s: np.ndarray | None = None  # (S, F) what the networks see of s; without it one 0/1 input for each s
@@ -286,33 +294,41 @@ class Economy:
                 "sees": np.concatenate([np.tile(a.sees_s, (Z, 1)), np.repeat(a.sees_z, S, 0)], 1),
                 "root_weight": np.sqrt(a.weight), "shares": a.shares,
                 "of_group": members / (a.shares.sum(0) @ members),
-                "lowest": (a.income[0] == a.income[0].min()) * 1.0}
+                "lowest": (a.income[0] == a.income[0].min()) * 1.0, "labour": a.labour.reshape(-1),
+                "benefit": a.benefit.reshape(-1), "usual": a.usual, "L_std": a.L_std, "benefit_law": a.benefit_law}
         tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
                    for name, x in rows.items()}
         numbers = (a.alpha, a.delta, a.gamma, a.k_min, self.K_ss, self.c_ss, a.players)
-        return Tables(self.equilibrium, *map(float, numbers), **tensors)
+        return Tables(self.equilibrium, *map(float, numbers), labour_moves=a.labour_moves, Pi=torch.tensor(
+            a.Pi, device=device), **tensors)
 
 
 def checked_tables(given: Economy) -> types.SimpleNamespace:
     """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
     interval, where NaN and infinity never are."""
     try:
-        Z, S = len(np.atleast_1d(np.asarray(given.TFP, dtype=float))), np.asarray(given.income, dtype=float).shape[-1]
+        earned = given.labour if given.income is None else given.income
+        Z, S = len(np.atleast_1d(np.asarray(given.TFP, dtype=float))), np.asarray(earned, dtype=float).shape[-1]
     except (IndexError, TypeError, ValueError):
-        raise UserError("income: give a table (Z, S) of numbers, and TFP (Z,)") from None
+        raise UserError("labour: give a table (Z, S) of numbers (or income in its place), and TFP (Z,)") from None
+    require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
+            "benefit; leave it out, or these")
+    require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")
     inf, chance = math.inf, (-ROUNDING, 1 + ROUNDING)
     parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
              "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
              "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
              "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
+             "labour": ((Z, S), (-1e-12, inf)), "benefit": ((Z, S), (-1e-12, inf)),
              "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
              "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
-    defaults = {"sees_s": np.eye(S), "sees_z": np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0))}
-    full = types.SimpleNamespace(L=None, shares=None)
+    defaults = {"sees_s": np.eye(S), "sees_z": np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0)),
+                "benefit": 0.0}
+    full = types.SimpleNamespace(L=None, shares=None, income=None, labour=None)
     for name, (shape, (low, high)) in parts.items():
         x = getattr(given, name)
         x = defaults.get(name) if x is None else x
-        if x is None and name in ("L", "shares"):
+        if x is None and name in vars(full):
             continue
         try:
             x = np.asarray(x, dtype=float)
@@ -322,9 +338,10 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
                     f"(z, s); give P_z, Pi = dk.from_joint(P, {Z}, {S})")
             x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
         except (IndexError, TypeError, ValueError):
-            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by income") from None
+            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by "
+                            f"{'labour' if given.income is None else 'income'}") from None
         outside = x[~((low < x) & (x < high))]
-        hint = "; logs? take exp of them" if name in ("income", "TFP", "L") and (x < 0).any() else ""
+        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP", "L") and (x < 0).any() else ""
         require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "
                 f"{high:g}){hint}")
         setattr(full, name, x if shape else float(x))
@@ -360,8 +377,9 @@ def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def add_chain(a: types.SimpleNamespace) -> None:
-    """Rows that sum to one; P (Z, S, Z, S) of (z, s); shares and L where they were left out. All must fit together."""
-    Z, S = a.income.shape
+    """Rows that sum to one; P (Z, S, Z, S) of (z, s); shares where they were left out; labour and income. All must fit
+    together."""
+    Z, S = len(a.TFP), len(a.beta)
     require(set(a.group) == set(range(len(set(a.group)))), "group: give groups 0, 1, 2, ... without a gap")
     for name in ("P_z", "Pi"):
         rows = getattr(a, name).clip(0)
@@ -383,18 +401,7 @@ def add_chain(a: types.SimpleNamespace) -> None:
     gone = np.flatnonzero(of_z < 1e-9)
     require(not gone.size, f"P_z: z = {gone[0] if gone.size else 0} does not recur: once left it never comes again; "
             "leave it out, or give it a way back")
-    earned = (a.shares * a.income).sum(1) / of_z
-    L = earned if a.L is None else a.L
-    require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
-    gap = earned / L - 1
-    z = np.abs(gap).argmax()
-    require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
-            "labour L; change income or L, or leave L out")
-    a.L = earned if np.abs(gap).max() > 1e-9 else L
-    low, high = goods_gap(a)
-    require(max(-low, high) <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so labour "
-            f"L by z misses what households supply: goods are off by {100 * low:.2g} to {100 * high:+.2g}% of output; "
-            "let (shares[z] / shares[z].sum()) @ Pi[z, z'] be the shares given z'")
+    supply_of_labour(a)
     seen = np.concatenate([a.sees_s, a.beta[:, None], a.income.T, a.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
     for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
         require(len(np.unique(getattr(a, name), axis=0)) == rows,
@@ -413,18 +420,70 @@ def stationary_of(P: np.ndarray, start: np.ndarray | None) -> np.ndarray:
     return found / found.sum()
 
 
-def goods_gap(a: types.SimpleNamespace) -> Tuple[float, float]:
-    """Least and largest share of output by which incomes exceed it, where shares of s follow p' = p Pi[z, z'] along a
-    path of z and labour is L(z): w (sum_s p_s income(z, s) - L(z)) / Y."""
-    given_z = a.shares / a.shares.sum(1, keepdims=True)  # (Z, S)
-    if np.abs(np.einsum("xs,xyst->xyt", given_z, a.Pi) - given_z)[a.P_z > 0].max() < 1e-9:
-        return 0.0, 0.0
-    z_path, gaps = draw_z_path(4000, a.P_z, np.random.default_rng(0)), []
-    p = given_z[z_path[0]]
+def share_path(a: types.SimpleNamespace, z_path: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Shares (periods, S) of s along a path of z, p' = p Pi[z, z'], from p (S,)."""
+    shares = [p]
     for z, z_next in zip(z_path[:-1], z_path[1:]):
-        gaps.append((1 - a.alpha) * (p @ a.income[z] / a.L[z] - 1))
         p = p @ a.Pi[z, z_next]
-    return min(gaps), max(gaps)
+        shares.append(p)
+    return np.array(shares)
+
+
+def supply_of_labour(a: types.SimpleNamespace) -> None:
+    """L (Z,) and income (Z, S) by z; whether labour moves with the history of z, and then usual (Z, 2), mean L and tau
+    given z; L_std, of L around it; L_range (Z, 2); laws L' = a + b L by (z, z') in L_law (Z, Z, 2), L_r2 its R2, and
+    sum_s p_s benefit(z, s) = a + b L by z in benefit_law (Z, 2). Both are exact where S is 2."""
+    (Z, S), of_z = a.shares.shape, a.shares.sum(1)
+    given_z = a.shares / of_z[:, None]
+    a.labour_moves, a.usual, a.L_std, a.benefit_law = False, np.zeros((Z, 0)), np.ones(()), np.zeros((Z, 2))
+    z_path = draw_z_path(20_000, a.P_z, np.random.default_rng(0))
+    paths = [(z_path, share_path(a, z_path, given_z[z_path[0]]))]
+    for z in np.flatnonzero(a.P_z.diagonal() > 0):  # and for as long as it takes in each z that may last
+        stays = np.full(1000, z)
+        paths.append((stays, share_path(a, stays, given_z[z])))
+    every_z, p = [np.concatenate(x) for x in zip(*paths)]
+    if a.income is not None:
+        earned = (given_z * a.income).sum(1)
+        L = earned if a.L is None else a.L
+        require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
+        gap = earned / L - 1
+        z = np.abs(gap).argmax()
+        require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
+                "labour L; change income or L, or leave L out")
+        a.L = earned if np.abs(gap).max() > 1e-9 else L
+        gap = (1 - a.alpha) * ((p * a.income[every_z]).sum(1) / a.L[every_z] - 1)
+        require(np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so L "
+                f"by z misses what households supply: goods are off by {100 * gap.min():.2g} to {100 * gap.max():+.2g}%"
+                " of output; give labour and benefit in place of income and L")
+        a.labour, a.benefit = a.income, np.zeros((Z, S))
+        return
+    L, paid = [(p * table[every_z]).sum(1) for table in (a.labour, a.benefit)]
+    a.L, usual_paid = [(given_z * table).sum(1) for table in (a.labour, a.benefit)]
+    require(min(L.min(), a.L.min()) > 0, "labour: nobody supplies any in some period; give somebody labour above 0")
+    tax = (paid / L).max()
+    require(tax < 1, f"benefit: takes a tax of {100 * tax:.4g}% of labour income on some path of z; lower it")
+    a.income = (1 - usual_paid / a.L)[:, None] * a.labour + a.benefit
+    if max(np.abs(L - a.L[every_z]).max() / L.max(), np.abs(paid - usual_paid[every_z]).max()) < 1e-9:
+        return
+    a.labour_moves, a.usual = True, np.stack([a.L, usual_paid / a.L], 1)
+    a.L_range = np.array([[L[every_z == z].min(), L[every_z == z].max()] for z in range(Z)])
+    n = len(z_path)
+    a.L_std = (L - a.L[every_z])[:n].std()
+    a.L_law, a.L_r2 = np.zeros((Z, Z, 2)), np.ones((Z, Z))
+    for z in range(Z):
+        here = z_path == z
+        a.benefit_law[z] = line(L[:n][here], paid[:n][here])[0]
+        for z_next in range(Z):
+            t = np.flatnonzero(here[:-1] & (z_path[1:] == z_next))
+            ahead = p[t] @ a.Pi[z, z_next] @ a.labour[z_next]
+            a.L_law[z, z_next], a.L_r2[z, z_next] = line(L[t], ahead) if len(t) else ((a.L[z_next], 0.0), 1.0)
+
+
+def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
+    """(a, b) of y = a + b x by least squares, and R2; where x does not move b is 0, where y does not R2 is 1."""
+    dx, dy = x - x.mean(), y - y.mean()
+    b = dx @ dy / (dx @ dx) if np.abs(dx).max() > 1e-9 else 0.0
+    return (y.mean() - b * x.mean(), b), 1 - ((dy - b * dx) ** 2).sum() / (dy @ dy) if np.abs(dy).max() > 1e-9 else 1.0
 
 
 def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
@@ -454,15 +513,17 @@ def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
             "c_ss": c_ss, "K_start": K_start, "Delta_start": Delta_start}
 
 
-def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray) -> None:
-    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K and z
-    (...) that a solution visits: the prices of the solution decide, and those of the steady state do not."""
-    a, K = economy.arrays, np.maximum(K, 1e-9)
-    R = 1 - a.delta + a.alpha * a.TFP[z] * (K / a.L[z]) ** (a.alpha - 1)
-    w = (1 - a.alpha) * a.TFP[z] * (K / a.L[z]) ** a.alpha
-    left = ((R - 1) * a.k_min + a.income[z].min(-1) * w).min()
-    require(left >= -1e-9 * economy.c_ss, f"k_min: at {a.k_min:g} the poorest are {-left:.3g} goods short of interest "
-            "at the prices of the solution; bring it nearer to 0")
+def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
+    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K, z (...)
+    and labour (..., 2) that a solution visits: the prices of the solution decide, and those of the steady state do
+    not."""
+    econ, K = economy.tables(), torch.from_numpy(np.maximum(K, 1e-9)).unsqueeze(-1)
+    s, k = torch.arange(len(econ.beta)).expand(*K.shape[:-1], -1), torch.full_like(K, econ.k_min)
+    at = place(k, s, K, torch.from_numpy(z).unsqueeze(-1), econ)
+    m, _ = cash_on_hand(at._replace(labour=torch.from_numpy(labour).unsqueeze(-2)), econ)
+    left = float((m - econ.k_min).min())
+    require(left >= -1e-9 * economy.c_ss, f"k_min: at {econ.k_min:g} the poorest are {-left:.3g} goods short of "
+            "interest at the prices of the solution; bring it nearer to 0")
 
 
 def as_economy(economy) -> Economy:
@@ -515,6 +576,13 @@ class Tables(NamedTuple):
     shares: Tensor  # (Z, S)
     of_group: Tensor  # (S, groups) 1 / share of the group that s is of, 0 elsewhere
     lowest: Tensor  # (S,) 1 where income is lowest
+    labour_moves: bool  # whether L and the tax depend on the history of z
+    labour: Tensor  # (Z S,)
+    benefit: Tensor  # (Z S,)
+    Pi: Tensor  # (Z, Z, S, S) float64
+    usual: Tensor  # (Z, 2) mean L and tax given z; (Z, 0) where they follow from z
+    L_std: Tensor  # () of L around that
+    benefit_law: Tensor  # (Z, 2) benefits paid are a + b L
 
 
 # ---------------------------------------------------------------------------------------------- household
@@ -522,7 +590,7 @@ class Tables(NamedTuple):
 
 class At(NamedTuple):
     """Where households are: what one has, its state, and what it sees of the economy. k, s, K, z and Delta broadcast
-    against each other; M has one dimension more."""
+    against each other; M and labour have one dimension more."""
 
     k: Tensor  # (...) capital, goods
     s: Tensor  # (...) its state
@@ -530,6 +598,7 @@ class At(NamedTuple):
     z: Tensor  # (...) aggregate state
     M: Tensor  # (..., n) moments of the cross-section beside K; n = 0 where networks see none
     Delta: Tensor  # (...) a planner's mean gain from K; zero elsewhere
+    labour: Tensor  # (..., 2) aggregate labour L and the tax; (..., 0) where both follow from z
 
 
 class Ahead(NamedTuple):
@@ -538,18 +607,19 @@ class Ahead(NamedTuple):
     K: Tensor  # (...)
     M: Tensor  # (..., Z, n)
     Delta: Tensor  # (..., Z)
+    labour: Tensor  # (..., Z, 2)
 
 
-def place(k: Tensor, s: Tensor, K: Tensor, z: Tensor) -> At:
-    """Households of whom nothing else matters."""
+def place(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> At:
+    """Households of whom nothing else matters, where labour is as usual in z."""
     zero = torch.zeros_like(K)
-    return At(k, s, K, z, zero.unsqueeze(-1)[..., :0], zero)
+    return At(k, s, K, z, zero.unsqueeze(-1)[..., :0], zero, econ.usual[z])
 
 
 def rows(at: At, first: int, last: int) -> At:
     """The first index from first to last."""
     return At(at.k[first:last], at.s[first:last], at.K[first:last], at.z[first:last], at.M[first:last],
-              at.Delta[first:last])
+              at.Delta[first:last], at.labour[first:last])
 
 
 def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
@@ -557,22 +627,31 @@ def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return z * econ.beta.shape[0] + s
 
 
-def prices(K: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """Gross return R and wage w, marginal products of Y = TFP K^alpha L^(1-alpha); any common shape."""
-    ratio = K / econ.L[z]
-    product = econ.TFP[z] * ratio ** (econ.alpha - 1)  # Y / K
+def supplied(at: At, econ: Tables) -> Tensor:
+    """Aggregate labour L."""
+    if econ.labour_moves:
+        return at.labour[..., 0]
+    return econ.L[at.z]
+
+
+def prices(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """Gross return R and wage w, marginal products of Y = TFP K^alpha L^(1-alpha)."""
+    ratio = at.K / supplied(at, econ)
+    product = econ.TFP[at.z] * ratio ** (econ.alpha - 1)  # Y / K
     return 1 - econ.delta + econ.alpha * product, (1 - econ.alpha) * product * ratio
 
 
-def output(K: Tensor, z: Tensor, econ: Tables) -> Tensor:
+def output(at: At, econ: Tables) -> Tensor:
     """Y = TFP K^alpha L^(1-alpha)."""
-    return econ.TFP[z] * K**econ.alpha * econ.L[z] ** (1 - econ.alpha)
+    return econ.TFP[at.z] * at.K**econ.alpha * supplied(at, econ) ** (1 - econ.alpha)
 
 
 def earnings(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
     """(income(z, s) w, R): what cash on hand is made of, beside k."""
-    R, w = prices(at.K, at.z, econ)
-    return econ.income[joint(at.s, at.z, econ)] * w, R
+    (R, w), row = prices(at, econ), joint(at.s, at.z, econ)
+    if econ.labour_moves:
+        return ((1 - at.labour[..., 1]) * econ.labour[row] + econ.benefit[row]) * w, R
+    return econ.income[row] * w, R
 
 
 def cash_on_hand(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -633,20 +712,28 @@ def worth_of_cash(c: Tensor, R: Tensor, at: At, econ: Tables) -> Tensor:
     return R * u_prime + Delta(u_prime, at, econ)
 
 
-def by_law(law: Tensor, ln_K: Tensor) -> Tensor:
-    """a + b ln K of coefficients law (..., 2): what is expected of ln K', or of a planner's Delta."""
-    return law[..., 0] + law[..., 1] * ln_K
+def by_law(law: Tensor, ln_K: Tensor, labour: Tensor) -> Tensor:
+    """a + b ln K of coefficients law (..., 2), or a + b ln K + c L + d L^2 of (..., 4) where labour moves: what is
+    expected of ln K', of a planner's Delta, or of a moment."""
+    value = law[..., 0] + law[..., 1] * ln_K
+    if labour.shape[-1]:
+        value = value + labour[..., 0] * (law[..., 2] + labour[..., 0] * law[..., 3])
+    return value
+
+
+def given_next_z(x: Tensor, z: Tensor) -> Tensor:
+    """Of x (..., Z, n) what belongs to each of the z' (J, ...): (J, ..., n)."""
+    x = x.expand(list(z.shape) + [x.shape[-2], x.shape[-1]])
+    return x.gather(-2, z.unsqueeze(-1).unsqueeze(-1).expand(list(z.shape) + [1, x.shape[-1]])).squeeze(-2)
 
 
 def successors(at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> At:
     """The J states that may follow, stacked in front: (J, ...)."""
     row = joint(at.s, at.z, econ)
     s, z = econ.next_s[row].movedim(-1, 0), econ.next_z[row].movedim(-1, 0)
-    n = ahead.M.shape[-1]
-    M = ahead.M.expand(list(z.shape) + [ahead.M.shape[-2], n])
-    M = M.gather(-2, z.unsqueeze(-1).unsqueeze(-1).expand(list(z.shape) + [1, n])).squeeze(-2)
-    gain = ahead.Delta.expand(list(z.shape) + [ahead.Delta.shape[-1]]).gather(-1, z.unsqueeze(-1)).squeeze(-1)
-    return At(k_next.unsqueeze(0).expand(z.shape), s, ahead.K.unsqueeze(0).expand(z.shape), z, M, gain)
+    gain = given_next_z(ahead.Delta.unsqueeze(-1), z).squeeze(-1)
+    return At(k_next.unsqueeze(0).expand(z.shape), s, ahead.K.unsqueeze(0).expand(z.shape), z, given_next_z(ahead.M, z),
+              gain, given_next_z(ahead.labour, z))
 
 
 def expected(values: Tensor, at: At, econ: Tables) -> Tensor:
@@ -723,6 +810,31 @@ class Panel(NamedTuple):
     k: Tensor  # (B, N)
     s: Tensor  # (B, N)
     z: Tensor  # (B, 1)
+    p: Tensor  # (B, S) float64: shares of s as they are along the path of z; (B, 0) where labour follows from z
+
+
+def shares_next(p: Tensor, z: Tensor, z_next: Tensor, econ: Tables) -> Tensor:
+    """p' = p Pi[z, z'], exact: p (B, S), z and z' (B, 1)."""
+    if not econ.labour_moves:
+        return p
+    p = (p.unsqueeze(-2) @ econ.Pi[z[:, 0], z_next[:, 0]]).squeeze(-2)
+    return p / p.sum(-1, keepdim=True)
+
+
+def labour_of(p: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """L = sum_s p_s labour(z, s) and the tax that pays benefits, sum_s p_s benefit(z, s) / L: p (B, S), z (B, 1) ->
+    (B, 1, 2); (B, 1, 0) where both follow from z."""
+    if not econ.labour_moves:
+        return econ.usual[z]
+    row = joint(torch.arange(p.shape[1], device=p.device), z, econ)
+    L, paid = (p * econ.labour[row]).sum(1), (p * econ.benefit[row]).sum(1)
+    return torch.stack([L, paid / L], -1).unsqueeze(1).to(econ.beta.dtype)
+
+
+def labour_ahead(p: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """The same next period, for each z': (B, 1, Z, 2)."""
+    every_z = [torch.full_like(z, z_next) for z_next in range(len(econ.TFP))]
+    return torch.stack([labour_of(shares_next(p, z, z_next, econ), z_next, econ) for z_next in every_z], 2)
 
 
 def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) -> Panel:
@@ -732,11 +844,12 @@ def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) 
     k = econ.k_min + (K - econ.k_min) * gamma_draws(shape, rng).to(device)
     of_z = econ.shares.sum(1)
     z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
-    of_s = (econ.shares / of_z.unsqueeze(1)).cumsum(1)[:, :-1]
+    given_z = econ.shares / of_z.unsqueeze(1)
     u = uniform(shape, rng, device)
     if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
         u = (torch.arange(N, device=device) + u) / N
-    return Panel(k, draw(u, of_s[z]), z)
+    p = given_z[z[:, 0]].double() if econ.labour_moves else econ.usual[z[:, 0]].double()
+    return Panel(k, draw(u, given_z.cumsum(1)[:, :-1][z]), z, p)
 
 
 AT_ONCE = 2**22  # shocks drawn at once: 32 MB, whatever N is
@@ -744,17 +857,18 @@ AT_ONCE = 2**22  # shocks drawn at once: 32 MB, whatever N is
 
 def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
              even: bool = False) -> Iterator:
-    """The N-agent economy under a policy (k, s, K, z) -> k', period by period: yields k, s (B, N), K, z (B, 1), k'
-    (B, N)."""
-    (k, s, z), chunk = panel, max(1, AT_ONCE // panel.s.numel())
+    """The N-agent economy under a policy, At -> k', period by period: yields where households are, At of k, s (B, N),
+    K, z (B, 1), labour (B, 1, 2) and no moments, the shares p (B, S), and k' (B, N)."""
+    (k, s, z, p), chunk = panel, max(1, AT_ONCE // panel.s.numel())
     for start in range(0, periods, chunk):
         n = min(chunk, periods - start)
         s_path, z_path = draw_shocks(s, z, n, econ, rng, even)
         for t in range(n):
-            K = k.mean(1, keepdim=True)
-            k_next = policy(k, s_path[t], K, z_path[t])
-            yield k, s_path[t], K, z_path[t], k_next
-            k = k_next
+            at = place(k, s_path[t], k.mean(1, keepdim=True), z_path[t], econ)
+            at = at._replace(labour=labour_of(p, z_path[t], econ))
+            k_next = policy(at)
+            yield at, p, k_next
+            k, p = k_next, shares_next(p, z_path[t], z_path[t + 1], econ)
         s, z = s_path[n], z_path[n]
 
 
@@ -789,7 +903,7 @@ def above_limit(m: Tensor, econ: Tables) -> Tensor:
 
 
 def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
-    """Inputs of the policy network, (...) -> (..., N_OWN + F + G + n)."""
+    """Inputs of the policy network, (...) -> (..., n_inputs())."""
     return with_own(at.k, m, features_of_others(at.k, at, net, econ), econ)
 
 
@@ -801,12 +915,15 @@ def with_own(k: Tensor, m: Tensor, others: Tensor, econ: Tables) -> Tensor:
 
 
 def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
-    """The inputs that a household's own capital does not move, of like's shape (...): ln K, s and z, moments. These are
-    together of order one: many of them are then held by the damping of the steps while labels are noisy."""
+    """The inputs that a household's own capital does not move, of like's shape (...): ln K, s and z, labour where it
+    moves, moments. These are together of order one: many of them are then held by the damping of the steps while labels
+    are noisy."""
     ln_K = (scale * torch.log(at.K / net.K_centre)).expand_as(like).unsqueeze(-1)
     sees = econ.sees[joint(at.s, at.z, econ)].expand(list(like.shape) + [econ.sees.shape[1]])
     M = (at.M - net.M_mean) / (max(net.M_mean.shape[0], 1) ** 0.5 * net.M_std)
-    return torch.cat([ln_K, sees, M.expand(list(like.shape) + [M.shape[-1]])], -1)
+    labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.usual[at.z][..., :1]) / econ.L_std
+    others = [x.expand(list(like.shape) + [x.shape[-1]]) for x in (labour, M)]
+    return torch.cat([ln_K, sees, others[0], others[1]], -1)
 
 
 def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables) -> Tensor:
@@ -951,12 +1068,13 @@ class State:
     rates: Tensor  # (3,) sizes of the policy step and of the steps of both laws, see set_rates()
     k: Tensor  # (B, N) the economies as they are: capital,
     s: Tensor  # (B, N) states of households
-    z: Tensor  # (B, 1) and of the economy
+    z: Tensor  # (B, 1) and of the economy,
+    p: Tensor  # (B, S) exact shares of s, see Panel
     K_centre: Tensor  # () of the input ln K
     M_mean: Tensor  # (n,) centre and
     M_std: Tensor  # (n,) unit of the moments
-    K_law: Tensor  # (Z, 2) float64: households believe ln K' = a(z) + b(z) ln K
-    Delta_law: Tensor  # (Z, 2) the planner's Delta on (1, ln K)
+    K_law: Tensor  # (Z, 2) float64: households believe ln K' = a(z) + b(z) ln K; (Z, 4) where labour moves, by_law()
+    Delta_law: Tensor  # (Z, 2 or 4) the planner's Delta on the same
     k_range: Tensor  # (2,) least and largest k, and
     K_range: Tensor  # (2,) K, of late simulations
     adam: Tensor  # (2, P + P_V) means of gradients and of their squares, for the published algorithm
@@ -1044,7 +1162,8 @@ def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
     k = econ.k_min + torch.stack([multiple * (K - econ.k_min) for multiple in WATCHED]).view(-1, 1, 1, 1)
     of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
     at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
-    k_next = network_capital(policy_net(state, econ, cfg), place(*at)._replace(M=state.M_mean), econ)  # (10, 3, Z, S)
+    at = place(*at, econ)._replace(M=state.M_mean)
+    k_next = network_capital(policy_net(state, econ, cfg), at, econ)  # (10, 3, Z, S)
     return (k_next * econ.shares).sum((2, 3)).mean(1) / K
 
 
@@ -1109,6 +1228,8 @@ class Paths(NamedTuple):
     K: Tensor  # (periods, B)
     z: Tensor  # (periods, B)
     K_next: Tensor  # (periods - 1, B) what is expected of K'
+    labour: Tensor  # (periods, B, 2) L and tax where labour moves, else (periods, B, 0), and
+    labour_next: Tensor  # (periods - 1, B, Z, 2) the same given z'
     M: Tensor  # (periods, B, n) moments, and
     M_next: Tensor  # (periods - 1, B, Z, n) what is expected of them given z'
     k: Tensor  # (periods, B, N) the cross-sections, where moments are seen; else (0, B, N)
@@ -1118,70 +1239,94 @@ class Paths(NamedTuple):
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
     net, moments = policy_net(state, econ, cfg), seen_moments(state, econ, cfg)
-    unseen, n = torch.zeros_like(state.z, dtype=state.k.dtype), len(state.M_mean)
+    n, planner = len(state.M_mean), econ.equilibrium == "planner"
 
-    def policy(k, s, K, z):
-        return fast.network_capital(net, At(k, s, K, z, moments_of(k, s, moments, econ).unsqueeze(1), unseen), econ)
+    def policy(at):
+        return fast.network_capital(net, at._replace(M=moments_of(at.k, at.s, moments, econ).unsqueeze(1)), econ)
 
     scale = 1 + cfg.K_spread * (2 * uniform((len(state.k), econ.of_group.shape[1]), rng, state.k.device) - 1)
     scale = scale.gather(1, econ.of_group.argmax(1)[state.s])  # each group's capital by a factor of its own
-    panel = Panel(econ.k_min + (state.k - econ.k_min) * scale, state.s, state.z)
-    K_path, z_path, k_path, s_path, gains = [], [], [], [], []
+    panel = Panel(econ.k_min + (state.k - econ.k_min) * scale, state.s, state.z, state.p)
+    K_path, z_path, p_path, k_path, s_path, gains = [], [], [], [], [], []
     # shocks spread evenly take sampling noise out of K, which is what moments of finite economies are about
     even = not (cfg.published or sees_who_earns(cfg))
-    for k, s, K, z, k_next in simulate(policy, panel, cfg.periods, econ, rng, even):
-        K_path.append(K[:, 0])
-        z_path.append(z[:, 0])
+    for at, p, k_next in simulate(policy, panel, cfg.periods, econ, rng, even):
+        K_path.append(at.K[:, 0])
+        z_path.append(at.z[:, 0])
+        p_path.append(p)
         if n:
-            k_path.append(k)
-            s_path.append(s)
-        if econ.equilibrium == "planner":
-            gains.append(gain_from_K(k_next, place(k, s, K, z), econ).mean(1))
-    for of_state, now in zip((state.k, state.s, state.z), (k, s, z)):
+            k_path.append(at.k)
+            s_path.append(at.s)
+        if planner:
+            gains.append(gain_from_K(k_next, at, econ).mean(1))
+    for of_state, now in zip((state.k, state.s, state.z, state.p), (at.k, at.s, at.z, p)):
         of_state.copy_(now)
     K_path, z_path = torch.stack(K_path), torch.stack(z_path)
-    every_K, every_z = gathered(K_path, 1), gathered(z_path, 1)
-    if econ.equilibrium == "planner":
-        found, _ = regress_by_z(gathered(torch.stack(gains), 1), torch.log(every_K), every_z, 0 * econ.TFP)
+    labour, labour_next = path_labour(torch.stack(p_path), z_path, econ)
+    every_K, every_z, every_labour = gathered(K_path, 1), gathered(z_path, 1), gathered(labour, 1)
+    if planner:
+        found, _ = regress_by_z(gathered(torch.stack(gains), 1), terms(every_K, every_labour), every_z, 0 * econ.TFP)
         approach(state.Delta_law, found, state.rates[2])
     if n:  # which are there to tell what the law of K cannot
         K_next = K_path[1:]
     else:
-        approach(state.K_law, law_of_motion(every_K, every_z, 0 * econ.TFP)[0], state.rates[1])
-        K_next = torch.exp(by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()))).to(K_path.dtype)
-    widen(state.k_range, gathered(torch.stack([k.min(), k.max()]), 0))
+        approach(state.K_law, law_of_motion(every_K, every_labour, every_z, 0 * econ.TFP)[0], state.rates[1])
+        ln_K_next = by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()), labour[:-1].double())
+        K_next = torch.exp(ln_K_next).to(K_path.dtype)
+    widen(state.k_range, gathered(torch.stack([at.k.min(), at.k.max()]), 0))
     widen(state.K_range, torch.stack([every_K.min(), every_K.max()]))
-    cross_sections = [torch.stack(x) if x else now.new_empty(0, *now.shape) for x, now in ((k_path, k), (s_path, s))]
+    cross_sections = [torch.stack(x) if x else now.new_empty(0, *now.shape) for x, now in
+                      ((k_path, at.k), (s_path, at.s))]
     M, M_next = path_moments(*cross_sections, z_path, moments, econ)
     recentre(state, every_K, gathered(M, 1), econ, cfg)
-    return Paths(K_path, z_path, K_next, M, M_next, *cross_sections)
+    return Paths(K_path, z_path, K_next, labour, labour_next, M, M_next, *cross_sections)
 
 
-def regress_by_z(y: Tensor, x: Tensor, z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """y = a(z) + b(z) x by least squares, float64, over (periods, B): coefficients (Z, 2) and R2 (Z,). Where x does not
-    move (one z, say) b is still(z) and R2 is NaN, and where z never comes a is NaN."""
+def path_labour(p: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+    """Labour (periods, B, 2) and what it is next period for each z' (periods - 1, B, Z, 2): p (periods, B, S), z
+    (periods, B)."""
+    (periods, B), p, z = z.shape, p.flatten(0, 1), z.flatten().unsqueeze(1)
+    ahead = labour_ahead(p[: -B], z[: -B], econ)
+    return labour_of(p, z, econ).view(periods, B, -1), ahead.view(periods - 1, B, len(econ.TFP), -1)
+
+
+def terms(K: Tensor, labour: Tensor) -> List[Tensor]:
+    """What by_law() has beside the constant: ln K and, where labour (..., 2) moves, L and L^2; float64."""
+    L = [labour[..., 0].double()] if labour.shape[-1] else []
+    return [torch.log(K.double()), *L, *[x.square() for x in L]]
+
+
+def regress_by_z(y: Tensor, x: List[Tensor], z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """y = a(z) + b(z)' x by least squares, float64, over (periods, B): coefficients (Z, 1 + len(x)) and R2 (Z,). Where
+    x[0] does not move (one z, say) b is (still(z), 0, ...) and R2 is NaN, and where z never comes a is NaN."""
     here = (z == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods, B)
-    y, x = y.double(), x.double()
 
     def mean(v):
         return (here * v).sum((1, 2)) / here.sum((1, 2))
 
-    x_mean, y_mean = mean(x), mean(y)
-    dx, dy = x - x_mean.view(-1, 1, 1), y - y_mean.view(-1, 1, 1)
-    moves = mean(dx * dx) > 1e-10
-    b = torch.where(moves, mean(dx * dy) / mean(dx * dx), still.double())
-    r2 = 1 - mean((dy - b.view(-1, 1, 1) * dx) ** 2) / torch.where(moves, mean(dy * dy), torch.nan)
-    return torch.stack([y_mean - b * x_mean, b], 1), r2
+    means = [mean(v.double()) for v in (y, *x)]
+    dy, *dx = [v.double() - of_z.view(-1, 1, 1) for v, of_z in zip((y, *x), means)]
+    moves = mean(dx[0] * dx[0]) > 1e-10
+    if len(x) == 1:
+        b = torch.where(moves, mean(dx[0] * dy) / mean(dx[0] * dx[0]), still.double()).unsqueeze(1)
+    else:
+        A = torch.stack([torch.stack([mean(v * w) for w in dx], 1) for v in dx], 1)
+        A.diagonal(dim1=1, dim2=2).mul_(1 + 1e-12).add_(1e-20)  # labour need not move in every z
+        b, _ = torch.linalg.solve_ex(A, torch.stack([mean(v * dy) for v in dx], 1))
+        b = torch.where(moves.unsqueeze(1), b, torch.stack([still.double(), *[0 * moves.double()] * (len(x) - 1)], 1))
+    left = dy - sum(of_z.view(-1, 1, 1) * v for of_z, v in zip(b.T, dx))
+    r2 = 1 - mean(left**2) / torch.where(moves, mean(dy * dy), torch.nan)
+    return torch.cat([(means[0] - (b.T * torch.stack(means[1:])).sum(0)).unsqueeze(1), b], 1), r2
 
 
-def law_of_motion(K_path: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """ln K' on (1, ln K) by z over paths (periods, B), as regress_by_z() has it."""
-    ln_K = torch.log(K_path.double())
-    return regress_by_z(ln_K[1:], ln_K[:-1], z_path[:-1], still)
+def law_of_motion(K_path: Tensor, labour: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """ln K' on terms() by z over paths K, z (periods, B), labour (periods, B, 2), as regress_by_z() has it."""
+    x = terms(K_path, labour)
+    return regress_by_z(x[0][1:], [v[:-1] for v in x], z_path[:-1], still)
 
 
 def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
-    """The law (Z, 2), in place, moves this share of the way to what was found, where z came."""
+    """The law (Z, n), in place, moves this share of the way to what was found, where z came."""
     law.add_(share * torch.where(found.isnan(), 0.0, found - law))
 
 
@@ -1267,12 +1412,14 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     s_path = follow(lambda t, s: shocks[t], s, z, econ)
     K, now = paths.K[window, economy], window[:-1]
     K_next = paths.K_next[now, economy]
+    labour, labour_next = paths.labour[window, economy], paths.labour_next[now, economy]
     Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
     if econ.equilibrium == "planner":
         law = state.Delta_law.to(K.dtype)
-        Delta, Delta_next = by_law(law[z], torch.log(K)), by_law(law, torch.log(K_next).unsqueeze(-1))
-    path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta)
-    return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next), now * B + economy
+        Delta = by_law(law[z], torch.log(K), labour)
+        Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
+    path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta, labour)
+    return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next, labour_next), now * B + economy
 
 
 def learnt_top(k_high, K):
@@ -1333,7 +1480,8 @@ def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables)
     for t in range(0, at.k.shape[0], chunk):
         now = rows(at, t, t + chunk)
         nexts = successors(now, k_next[t : t + chunk],
-                           Ahead(ahead.K[t : t + chunk], ahead.M[t : t + chunk], ahead.Delta[t : t + chunk]), econ)
+                           Ahead(ahead.K[t : t + chunk], ahead.M[t : t + chunk], ahead.Delta[t : t + chunk],
+                                 ahead.labour[t : t + chunk]), econ)
         m, R = cash_on_hand(nexts, econ)
         c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
         worth[t : t + chunk] = expected(worth_of_cash(c, R, nexts, econ), now, econ)
@@ -1680,14 +1828,19 @@ def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
     return [(H, n), (H,), (H, H), (H,), (p, H), (p,)] if p else []
 
 
+def n_inputs(econ: Tables, cfg: Config) -> int:
+    """How many inputs features() gives."""
+    return N_OWN + econ.sees.shape[1] + econ.labour_moves + n_moments(econ, cfg)
+
+
 def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
     """Layers of the policy network, without those of Q."""
-    return layer_shapes(N_OWN + econ.sees.shape[1] + n_moments(econ, cfg), cfg.hidden)
+    return layer_shapes(n_inputs(econ, cfg), cfg.hidden)
 
 
 def value_shapes(econ: Tables, cfg: Config) -> List[tuple]:
     """Layers of the value network, which has one input more: see for_value()."""
-    return layer_shapes(N_OWN + econ.sees.shape[1] + n_moments(econ, cfg) + 1, cfg.hidden)
+    return layer_shapes(n_inputs(econ, cfg) + 1, cfg.hidden)
 
 
 def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
@@ -1814,16 +1967,21 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
     policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
     value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
-    for theta, size in ((policy, inputs), (value, inputs + 1)):  # moments come in as they are needed
-        theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n :] = 0
+    for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
+        theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n - econ.labour_moves :] = 0
     value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
     k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in (panel.k, panel.k.mean(1))]
+
+    def law(a, b):
+        of_z = torch.zeros(len(econ.TFP), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
+        of_z[:, 0], of_z[:, 1] = a, b
+        return of_z
+
     return State(
         policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
         rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
         M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
-        K_law=torch.tensor([0.0, 1.0], dtype=torch.float64, device=device).repeat(len(of_z), 1),
-        Delta_law=torch.tensor([economy.Delta_start, 0.0], dtype=torch.float64, device=device).repeat(len(of_z), 1),
+        K_law=law(0.0, 1.0), Delta_law=law(economy.Delta_start, 0.0),
         k_range=torch.stack([k.min(), k.max()]), K_range=torch.stack([K_all.min(), K_all.max()]),
         adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
         adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
@@ -1861,16 +2019,17 @@ class Policy:
         """The same for long simulations, in float32 where that is faster."""
         return self
 
-    def next_capital(self, k, s, K, z, M=None) -> np.ndarray:
+    def next_capital(self, k, s, K, z, M=None, L=None) -> np.ndarray:
         """k' (goods) for numbers or arrays that broadcast: k, K in goods, s and z indices. M (..., n_m) as moments()
-        gives it, without which moments, if there are any, are as usual at K and z. ValueError outside the range of k
-        and K that was learnt or solved, and for states that do not exist."""
-        return self.on_arrays(self.policy, k, s, K, z, M)
+        gives it, without which moments, if there are any, are as usual at K and z. L is aggregate labour, in economies
+        where it depends on the history of z; without it labour is as usual in z. ValueError outside the range of k, K
+        and L that was learnt or solved, and for states that do not exist."""
+        return self.on_arrays(self.policy, k, s, K, z, M, L)
 
-    def value(self, k, s, K, z, M=None) -> np.ndarray:
+    def value(self, k, s, K, z, M=None, L=None) -> np.ndarray:
         """Expected discounted utility in utils, u(c) = c^(1 - gamma) / (1 - gamma) or ln c; the rest as in
         next_capital()."""
-        return self.on_arrays(self.utils, k, s, K, z, M)
+        return self.on_arrays(self.utils, k, s, K, z, M, L)
 
     def utils(self, at: At) -> Tensor:
         econ = self.econ
@@ -1886,21 +2045,28 @@ class Policy:
         sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
         return moments_of(*sections, self.seen, self.econ).reshape(*k.shape[:-1], -1).cpu().numpy()
 
-    def on_arrays(self, function: Callable, k, s, K, z, M=None) -> np.ndarray:
+    def on_arrays(self, function: Callable, k, s, K, z, M=None, L=None) -> np.ndarray:
         """A function of At, called with numbers or arrays."""
-        k, s, K, z = np.broadcast_arrays(k, s, K, z)
+        if L is not None and not self.econ.labour_moves:
+            raise ValueError("L follows from z in this economy; leave it out")
+        k, s, K, z, L = np.broadcast_arrays(k, s, K, z, np.nan if L is None else L)
         for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
             wrong = index[~np.isin(index, np.arange(n))]
             if wrong.size:
                 raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
-        for name, x, (low, high) in zip(("k", "K"), (k, K), self.reach()):
+        for name, x, (low, high) in zip(("k", "K", "L"), (k, K, L), (*self.reach(), self.reach_of_L(z))):
             slack = 1e-6 * (high - low)  # of float32
-            wrong = x[~((x >= low - slack) & (x <= high + slack))]
-            if wrong.size:
-                raise ValueError(f"{name} = {wrong.flat[0]:g} is outside [{low:.6g}, {high:.6g}], where this solution "
-                                 "was found")
+            wrong = np.isnan(x) if name != "L" else np.zeros(x.shape, bool)
+            wrong |= (x < low - slack) | (x > high + slack)
+            if wrong.any():
+                raise ValueError(f"{name} = {x[wrong][0]:g} is outside [{np.min(low):.6g}, {np.max(high):.6g}], where "
+                                 "this solution was found")
         dtypes = torch.float64, torch.int64, torch.float64, torch.int64
-        at = place(*[torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), dtypes)])
+        at = place(*[torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), dtypes)],
+                   self.econ)
+        if self.econ.labour_moves and not np.isnan(L).all():
+            L = torch.tensor(L, dtype=torch.float64, device=self.device)
+            at = at._replace(labour=labour_at(L, at.z, self.econ))
         if M is None:
             return function(self.usual(at)).cpu().numpy()
         n = len(self.net.M_mean) if isinstance(self, Solution) else 0
@@ -1909,9 +2075,25 @@ class Policy:
         M = np.broadcast_to(M, (*k.shape, n))
         return function(at._replace(M=torch.tensor(M, dtype=torch.float64, device=self.device))).cpu().numpy()
 
+    def reach_of_L(self, z: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """Least and largest aggregate labour at z, where it moves."""
+        if not self.econ.labour_moves:
+            return -np.inf, np.inf
+        low, high = self.economy.arrays.L_range[z].T
+        return low.T, high.T
+
     @property
     def device(self):
         return self.econ.TFP.device
+
+
+def labour_at(L: Tensor, z: Tensor, econ: Tables) -> Tensor:
+    """(L, tax) (..., 2) of L (...), the tax by the law of the benefits that are paid; (..., 0) where both follow from
+    z."""
+    if not econ.labour_moves:
+        return econ.usual[z]
+    law = econ.benefit_law[z]
+    return torch.stack([L, (law[..., 0] + law[..., 1] * L) / L], -1)
 
 
 LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
@@ -1942,7 +2124,7 @@ class Solution(Policy):
         return value_of(g, at, self.econ)[0]
 
     def usual(self, at: At) -> At:
-        return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1)))
+        return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1), at.labour.unsqueeze(-2)))
 
     def single(self) -> "Solution":
         return Solution(self.weights, self.device, torch.float32)
@@ -1958,21 +2140,23 @@ class Solution(Policy):
 
 def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict:
     """Everything needed to use the networks: layers, tables, configuration, what inputs are centred on, mean capital,
-    the range that was learnt, and what is usual of the moments at (1, ln K) in each z: M_law (Z, n_m, 2)."""
+    the range that was learnt, and what is usual of the moments by by_law() in each z: M_law (Z, n_m, 2 or 4)."""
     econ = economy.tables(state.policy.device, torch.float32)
     with torch.no_grad():  # the economies a while longer, as they are
         rng = generator(state.policy.device.type, seed + state.iteration + 1)
         paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
-    K, z, M = [gathered(x, 1) for x in (paths.K, paths.z, paths.M)]
-    require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy())
-    laws = [regress_by_z(M[..., i], torch.log(K), z, 0 * econ.TFP)[0].nan_to_num().cpu() for i in range(M.shape[-1])]
+    K, z, M, labour = [gathered(x, 1) for x in (paths.K, paths.z, paths.M, paths.labour)]
+    require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy(), labour.double().cpu().numpy())
+    laws = [regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num().cpu()
+            for i in range(M.shape[-1])]
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
     layers = {"policy": [*policy_net(state, econ, cfg).layers, *learnt_layers(state.policy, econ, cfg)],
               "value": value_net(state, econ, cfg).layers}
     networks = {name: dict(zip(LAYERS, (layer.cpu().clone() for layer in of))) for name, of in layers.items()}
     units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
     return {**networks, **units, "K_mean": float(K.double().mean()), "K_of_z": torch.stack(of_z).double().cpu(),
-            "M_law": torch.stack(laws, 1) if laws else torch.zeros(len(econ.TFP), 0, 2, dtype=torch.float64),
+            "M_law": torch.stack(laws, 1) if laws else torch.zeros(
+                len(econ.TFP), 0, state.K_law.shape[1], dtype=torch.float64),
             "economy": economy_dict(economy), "config": dataclasses.asdict(cfg), "seed": seed, "settled": state.settled,
             "history": {name: list(x) for name, x in state.history.items()}}
 
@@ -1983,21 +2167,23 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
 class Section(NamedTuple):
     """Cross-sections at D dates. A panel is a histogram of equal weights."""
 
-    at: At  # k, s (D, n); K, z, Delta (D, 1); M (D, 1, n_m)
-    ahead: Ahead  # K (D, 1), M (D, 1, Z, n_m), Delta (D, 1, Z)
+    at: At  # k, s (D, n); K, z, Delta (D, 1); M (D, 1, n_m), labour (D, 1, 2)
+    ahead: Ahead  # K (D, 1), M (D, 1, Z, n_m), Delta (D, 1, Z), labour (D, 1, Z, 2)
     k_next: Tensor  # (D, n)
     weight: Tensor  # (D, n), whose mean over n is one
 
 
-def cross_section(solution: Policy, k: Tensor, s: Tensor, z: Tensor, k_next: Tensor, weight: Tensor) -> Section:
-    """What households k, s, k' (D, n) of the economies z (D, 1) see, and what is expected of their economies: K' is
-    what they save, moments and a planner's Delta are in expectation over everybody's s', for each z'."""
-    econ, K, K_next = solution.econ, (weight * k).mean(1, keepdim=True), (weight * k_next).mean(1, keepdim=True)
-    M = moments_of(k, s, solution.seen, econ, weight).unsqueeze(1)
-    M_next = next_moments(k_next, s, z, solution.seen, econ, weight).unsqueeze(1)
+def cross_section(solution: Policy, at: At, p: Tensor, k_next: Tensor, weight: Tensor) -> Section:
+    """What households k, s, k' (D, n) of the economies z (D, 1) with shares p (D, S) see, and what is expected of their
+    economies: K' is what they save, labour is known for each z', moments and a planner's Delta are in expectation over
+    everybody's s', for each z'."""
+    econ, K, K_next = solution.econ, (weight * at.k).mean(1, keepdim=True), (weight * k_next).mean(1, keepdim=True)
+    M = moments_of(at.k, at.s, solution.seen, econ, weight).unsqueeze(1)
+    M_next = next_moments(k_next, at.s, at.z, solution.seen, econ, weight).unsqueeze(1)
     zero = torch.zeros_like(K)
-    section = Section(At(k, s, K, z, M, zero), Ahead(K_next, M_next, zero.unsqueeze(-1).expand(-1, -1, len(econ.TFP))),
-                      k_next, weight)
+    at = at._replace(K=K, M=M, Delta=zero, labour=labour_of(p, at.z, econ))
+    ahead = Ahead(K_next, M_next, zero.unsqueeze(-1).expand(-1, -1, len(econ.TFP)), labour_ahead(p, at.z, econ))
+    section = Section(at, ahead, k_next, weight)
     return with_planner_Delta(solution, section) if econ.equilibrium == "planner" else section
 
 
@@ -2020,7 +2206,7 @@ def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
     chosen = torch.searchsorted(mass, at).clamp(max=len(mass) - 1)
     date = chosen // section.weight.shape[1]
     here = section.at._replace(k=section.at.k.flatten()[chosen], s=section.at.s.flatten()[chosen])
-    of_all = {name: getattr(here, name)[date, 0] for name in ("K", "z", "M", "Delta")}
+    of_all = {name: getattr(here, name)[date, 0] for name in ("K", "z", "M", "Delta", "labour")}
     return here._replace(**of_all), pick(section.ahead, (date, 0))
 
 
@@ -2099,16 +2285,18 @@ def inequality(x: np.ndarray, weight: np.ndarray) -> dict:
     }
 
 
-def law_of_motion_figures(K_path: np.ndarray, z_path: np.ndarray, Z: int) -> dict:
-    """ln K' = a(z) + b(z) ln K by regression over (periods, B), and Den Haan's (2010) dynamic error: the largest
+def law_of_motion_figures(K_path: np.ndarray, labour: np.ndarray, z_path: np.ndarray, Z: int) -> dict:
+    """The law of ln K' by regression over (periods, B), see by_law(), and Den Haan's (2010) dynamic error: the largest
     distance in percent between K and the path that the law of motion draws by itself from the same z."""
-    alm, r2 = [x.numpy() for x in law_of_motion(*map(torch.from_numpy, (K_path, z_path, np.full(Z, np.nan))))]
+    K, labour, z, still = map(torch.from_numpy, (K_path, labour, z_path, np.full(Z, np.nan)))
+    alm, r2 = law_of_motion(K, labour, z, still)
     ln_K = np.log(K_path)
     forecast = ln_K.copy()
     for t in range(len(ln_K) - 1):
-        forecast[t + 1] = alm[z_path[t], 0] + alm[z_path[t], 1] * forecast[t]
+        forecast[t + 1] = by_law(alm[z[t]], torch.from_numpy(forecast[t]), labour[t]).numpy()
     error = 100 * np.abs(forecast - ln_K)
-    return {"coefficients": alm, "r2": r2, "den_haan_max_percent": error.max(), "den_haan_mean_percent": error.mean()}
+    return {"coefficients": alm.numpy(), "r2": r2.numpy(), "den_haan_max_percent": error.max(),
+            "den_haan_mean_percent": error.mean()}
 
 
 def euler_sizes(error: Tensor) -> dict:
@@ -2117,8 +2305,10 @@ def euler_sizes(error: Tensor) -> dict:
     return {"mean": np.log10(error.mean()), "p99": np.log10(np.percentile(error, 99)), "max": np.log10(error.max())}
 
 
-def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path: np.ndarray) -> Tuple[dict, dict]:
-    """All figures of a solution on pooled cross-sections and paths (periods, B), and the arrays behind them."""
+def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path: np.ndarray,
+           labour: np.ndarray) -> Tuple[dict, dict]:
+    """All figures of a solution on pooled cross-sections and paths (periods, B), labour (periods, B, 2), and the arrays
+    behind them."""
     econ, each = solution.econ, max(1, ERROR_STATES // len(sections))
     of_section = [states_of(section, min(each, section.weight.numel())) for section in sections]
     at, ahead = [stacked([states[i] for states in of_section]) for i in (0, 1)]
@@ -2136,7 +2326,8 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
     every_c = torch.cat([(cash_on_hand(x.at, econ)[0] - x.k_next).flatten() for x in sections]).cpu().numpy()
     k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in
                  ([x.at.k for x in sections], [x.weight / x.weight.shape[1] for x in sections])]
-    R, _ = prices(*[torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path)], econ)
+    K, z, of_path = [torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path, labour)]
+    R, _ = prices(place(K, z, K, z, econ)._replace(labour=of_path), econ)
     u = utility(torch.from_numpy(every_c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
     figures = {
         "periods": len(K_path), "states": n, "bellman_own_c": sizes(utils * own), "bellman_best_c": sizes(utils * best),
@@ -2144,7 +2335,7 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
         "euler_log10": euler_sizes(euler_errors(solution, at, ahead)), "capital": inequality(k, weight),
         "consumption": inequality(every_c, weight), "interest_rate_percent": 100 * (float(R.mean()) - 1),
         "welfare": float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ)),
-        "law_of_motion": law_of_motion_figures(K_path, z_path, len(econ.TFP))}
+        "law_of_motion": law_of_motion_figures(K_path, labour, z_path, len(econ.TFP))}
     if econ.equilibrium == "planner":
         figures["Delta"] = float(at.Delta.mean())
     return figures, {"k": k, "weight": weight, "K_path": K_path, "z_path": z_path, "sample_k": at.k.cpu().numpy(),
@@ -2160,13 +2351,13 @@ def stacked(parts: list):
 
 
 def panel_policy(solution: Policy) -> Callable:
-    """(k, s, K, z) -> k' of whole cross-sections k, s (B, N), K, z (B, 1)."""
+    """At -> k' of whole cross-sections, in the precision that is fast."""
     single = solution.single()
+    dtype = single.econ.beta.dtype
 
-    def policy(k, s, K, z):
-        k, K = k.to(single.econ.beta.dtype), K.to(single.econ.beta.dtype)
-        M = moments_of(k, s, single.seen, single.econ).unsqueeze(1)
-        return single.policy(At(k, s, K, z, M, torch.zeros_like(K)))
+    def policy(at):
+        M = moments_of(at.k.to(dtype), at.s, single.seen, single.econ).unsqueeze(1)
+        return single.policy(at._replace(k=at.k.to(dtype), K=at.K.to(dtype), M=M, labour=at.labour.to(dtype)))
     return policy
 
 
@@ -2185,16 +2376,17 @@ def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) 
     the same whatever the solution and the device."""
     econ, rng = solution.econ, torch.Generator().manual_seed(JUDGE_SEED)
     panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
-    sections, K_path, z_path = [], [], []
+    sections, K_path, z_path, labour = [], [], [], []
     periods = simulate(panel_policy(solution), panel, cfg.eval_periods, econ, rng)
-    for t, (k, s, K, z, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
+    for t, (at, p, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
         if t >= dropped(cfg):
-            K_path.append(K[:, 0])
-            z_path.append(z[:, 0])
+            for path, now in zip((K_path, z_path, labour), (at.K, at.z, at.labour)):
+                path.append(now[:, 0])
             if (t - dropped(cfg)) % POOLED_EVERY == 0:
-                sections.append(cross_section(solution, k.double(), s, z, k_next.double(), torch.ones_like(k).double()))
-    K_path, z_path = torch.stack(K_path).double().cpu().numpy(), torch.stack(z_path).cpu().numpy()
-    figures, arrays = judged(solution, sections, K_path, z_path)
+                weight = torch.ones_like(at.k).double()
+                sections.append(cross_section(solution, at._replace(k=at.k.double()), p, k_next.double(), weight))
+    K_path, z_path, labour = [torch.stack(x).cpu().numpy() for x in (K_path, z_path, labour)]
+    figures, arrays = judged(solution, sections, K_path.astype(float), z_path, labour.astype(float))
     if solution.seen.Q:
         figures["moments"] = meaning(sections, econ, len(solution.seen.Q[-1]))
     return {"n_agents": cfg.eval_agents, "n_economies": cfg.eval_economies} | figures, arrays
@@ -2232,35 +2424,72 @@ def lottery(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
                                    2 * np.arange(low.size + 1)), (S * n, low.size))
 
 
-def simulate_histogram(table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, z_path: np.ndarray, Pi: np.ndarray,
+class Axes(NamedTuple):
+    """Nodes of a table (z, s, n_L n_K, n): of k (n,), K (n_K,) and, by z, of aggregate labour L (Z, n_L), which is one
+    where it follows from z."""
+
+    k: np.ndarray
+    K: np.ndarray
+    L: np.ndarray
+
+
+def labour_nodes(economy: Economy, n: int) -> np.ndarray:
+    """(Z, n) over the range of L in each z; (Z, 1) where labour follows from z."""
+    a = economy.arrays
+    return np.linspace(*a.L_range.T, n).T if a.labour_moves else a.L[:, None]
+
+
+def corners(axes: Axes, z: int, K: float, L: float) -> Tuple[Tuple[int, ...], np.ndarray]:
+    """The nodes of (L, K) around a point, and their weights, which are below 0 beyond the ends."""
+    def cell(x, nodes):
+        position = (x - nodes[0]) / (nodes[1] - nodes[0])
+        j = min(max(int(position), 0), len(nodes) - 2)
+        return j, np.array([j + 1 - position, position - j])
+
+    j, weight = cell(K, axes.K)
+    if axes.L.shape[1] == 1:
+        return (j, j + 1), weight
+    (i, of_L), n_K = cell(L, axes.L[z]), len(axes.K)
+    return (i * n_K + j, i * n_K + j + 1, (i + 1) * n_K + j, (i + 1) * n_K + j + 1), np.outer(of_L, weight).ravel()
+
+
+def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, economy: Economy,
                        keep: Callable | None = None):
     """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
-    two neighbours of k', which keeps the mean. table (z, s, n_K, n) of k', linear in K (n_K,), or a function of (mass,
-    K, z). Between two nodes of K each moves its share of the mass, which is the same but for households whose k' passes
-    a node of k there. Returns K (periods,) and the mass after it, at the first z again; keep(t, mass, k') sees every
-    period."""
-    K_path, k_of_all = np.empty(len(z_path)), np.tile(k, len(mass))
+    two neighbours of k', which keeps the mean. table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, or a
+    function of (mass, K, z). Between nodes of K and L each moves its share of the mass, which is the same but for
+    households whose k' passes a node of k there. Returns K (periods,) and the mass after it, at the first z again;
+    keep(t, mass, k') sees every period."""
+    K_path, k_of_all, (Pi, of_s) = np.empty(len(z_path)), np.tile(axes.k, len(mass)), (
+        economy.arrays.Pi, economy.arrays.labour)
 
     @functools.cache
-    def between_nodes(z, j):
-        return lottery(table[z][:, j : j + 2], k)
+    def between_nodes(z, index):
+        return lottery(table[z][:, list(index)], axes.k)
 
     for t, z in enumerate(z_path):
         K_path[t] = mass.ravel() @ k_of_all
         if callable(table):
             k_next, weight = table(mass, K_path[t], z)[:, None], np.ones(1)  # (s, 1, n)
         else:
-            position = (K_path[t] - K[0]) / (K[1] - K[0])
-            j = min(max(int(position), 0), len(K) - 2)
-            k_next, weight = table[z][:, j : j + 2], np.array([j + 1 - position, position - j])
-        if weight.min() < 0:  # beyond the nodes of K
+            index, weight = corners(axes, z, K_path[t], mass.sum(1) @ of_s[z])
+            k_next = table[z][:, list(index)]
+        if weight.min() < -1e-12:  # beyond the nodes
             k_next, weight = (weight @ k_next)[:, None], np.ones(1)
         if keep:
             keep(t, mass, weight @ k_next)
-        move = between_nodes(z, j) if len(weight) == 2 else lottery(k_next, k)
+        move = between_nodes(z, index) if len(weight) > 1 else lottery(k_next, axes.k)
         moved = move @ (mass[:, None] * weight[:, None]).ravel()
         mass = Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)
     return K_path, mass
+
+
+def labour_along(economy: Economy, z_path: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Labour (periods, 2) along a path of z from the histogram mass (s, n), see labour_of()."""
+    if not economy.arrays.labour_moves:
+        return np.zeros((len(z_path), 0))
+    p = torch.from_numpy(share_path(economy.arrays, z_path, mass.sum(1)))
+    return labour_of(p, torch.from_numpy(z_path)[:, None], economy.tables())[:, 0].numpy()
 
 
 def dispersed_mass(k: np.ndarray, K: float, z: int, economy: Economy) -> np.ndarray:
@@ -2282,7 +2511,8 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
         K = torch.tensor(solution.K_of_z * math.exp(level), device=solution.device)
         z, s, nodes = [torch.from_numpy(x).to(solution.device) for x in np.meshgrid(
             np.arange(Z), np.arange(S), k, indexing="ij")]
-        k_next = solution.policy(solution.usual(place(nodes, s, K[z], z))).cpu().numpy().reshape(Z * S, n)
+        at = solution.usual(place(nodes, s, K[z], z, solution.econ))
+        k_next = solution.policy(at).cpu().numpy().reshape(Z * S, n)
         low, share = between(k_next, k)
         come, go = economy.arrays.P.reshape(Z * S, Z * S).nonzero()
         P = economy.arrays.P.reshape(Z * S, Z * S)[come, go][:, None]
@@ -2348,21 +2578,21 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     from its stationary distribution, over one path of z again and again, so that no transition is judged: until mean
     and std of capital have less than MOVES to go. A pass that moves them by d, the last one by d / r, leaves them
     d r / (1 - r) to go."""
-    economy, Pi = solution.economy, solution.economy.arrays.Pi
+    economy = solution.economy
     k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
-    K = np.linspace(min(ends), max(ends), GridConfig.n_K_fine)
-    table, last, change = histogram_policy(solution, k, K), np.inf, np.inf
+    axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
+    table, last, change = histogram_policy(solution, axes), np.inf, np.inf
     mass = mass[z_path[0]] / mass[z_path[0]].sum()
     for _ in range(PASSES):
-        pooled = []
+        pooled, start = [], mass
 
         def keep(t, mass, k_next, pooled=pooled):
             if t >= dropped(cfg) and (t - dropped(cfg)) % POOLED_EVERY == 0:
                 pooled.append((mass, k_next, z_path[t]))
 
-        K_path, mass = simulate_histogram(table, k, K, mass, z_path, Pi, keep)
+        K_path, mass = simulate_histogram(table, axes, mass, z_path, economy, keep)
         mean_mass = np.mean([mass for mass, *_ in pooled], 0)
         people = mean_mass.sum(0)
         now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
@@ -2378,32 +2608,34 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
         require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
                 f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
     sections = [histogram_section(solution, k, *of) for of in pooled]
-    kept = K_path[dropped(cfg) :, None], z_path[dropped(cfg) :, None]
+    kept = [x[dropped(cfg) :, None] for x in (K_path, z_path, labour_along(economy, z_path, start))]
     figures, arrays = judged(solution, sections, *kept)
-    figures["risky_steady_state"] = risky_steady_state(solution, table, k, K, mass, cfg) | {
-        "by_law_of_motion": np.exp(np.divide(*(figures["law_of_motion"]["coefficients"] * [1, -1] + [0, 1]).T))}
+    figures["risky_steady_state"] = risky_steady_state(
+        solution, table, axes, mass, figures["law_of_motion"]["coefficients"], cfg)
     return {"n_agents": None, "moves": moves, "nodes": len(k), "spread_by_nodes": spread} | figures, arrays | {
         "k": k, "weight": people, "mass": mean_mass}
 
 
-def histogram_policy(solution: Policy, k: np.ndarray, K: np.ndarray):
-    """The policy as simulate_histogram() takes it: a table (Z, S, n_K, n), or where moments are seen a function."""
+def histogram_policy(solution: Policy, axes: Axes):
+    """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen a function."""
     (Z, S), device = solution.economy.arrays.shares.shape, solution.device
     if not solution.seen.given and not solution.seen.Q:
-        s, K_at, k_at = [torch.tensor(x, device=device) for x in np.meshgrid(np.arange(S), K, k, indexing="ij")]
-        return np.array([solution.policy(place(k_at, s, K_at, torch.full_like(s, z))).cpu().numpy() for z in range(Z)])
+        at = on_grid(axes, solution.econ)
+        return np.concatenate([solution.policy(rows(at, z, z + 1)).cpu().numpy() for z in range(Z)])
     if device.type == "cuda":  # so little work a period that launching it takes longer
-        return histogram_policy(Solution(solution.weights), k, K)
-    nodes = np.append(k[:-1:5], k[-1])  # k' is interpolated in between
+        return histogram_policy(Solution(solution.weights), axes)
+    nodes = np.append(axes.k[:-1:5], axes.k[-1])  # k' is interpolated in between
     s = torch.arange(S).unsqueeze(1)
-    of_all = torch.from_numpy(k).expand(S, -1)
+    of_all = torch.from_numpy(axes.k).expand(S, -1)
     q = contributions(of_all, s.expand_as(of_all), solution.seen, solution.econ).flatten(0, 1)
     some = torch.from_numpy(nodes).expand(S, -1)
 
     def rule(mass, K, z):
-        M = torch.tensordot(torch.from_numpy(mass / mass.sum()).flatten(), q, 1)
-        at = place(some, s.expand_as(some), torch.full_like(some, K), torch.full_like(s, z))
-        return np.array([np.interp(k, nodes, row) for row in solution.policy(at._replace(M=M)).numpy()])
+        mass = torch.from_numpy(mass / mass.sum())
+        at = place(some, s.expand_as(some), torch.full_like(some, K), torch.full_like(s, z), solution.econ)
+        labour = labour_of(mass.sum(1).unsqueeze(0), torch.tensor([[z]]), solution.econ)
+        at = at._replace(M=torch.tensordot(mass.flatten(), q, 1), labour=labour)
+        return np.array([np.interp(axes.k, nodes, row) for row in solution.policy(at).numpy()])
 
     return rule
 
@@ -2412,23 +2644,28 @@ def histogram_section(solution: Policy, k: np.ndarray, mass: np.ndarray, k_next:
     """A period of the histogram, mass (S, n), where anybody is."""
     somebody, s = mass > 1e-16, np.indices(mass.shape)[0]
     rows = np.broadcast_to(k, mass.shape), s, k_next, mass * somebody.sum() / mass[somebody].sum()
+    p = torch.tensor(mass.sum(1) / mass.sum(), device=solution.device).unsqueeze(0)
     k, s, k_next, weight = [torch.tensor(x[somebody], device=solution.device).unsqueeze(0) for x in rows]
-    return cross_section(solution, k, s, torch.tensor([[z]], device=solution.device), k_next, weight)
+    at = place(k, s, k.mean(1, keepdim=True), torch.tensor([[z]], device=solution.device), solution.econ)
+    return cross_section(solution, at, p, k_next, weight)
 
 
-def risky_steady_state(solution: Policy, table, k: np.ndarray, K: np.ndarray, mass: np.ndarray, cfg: Config) -> dict:
+def risky_steady_state(solution: Policy, table, axes: Axes, mass: np.ndarray, law: np.ndarray, cfg: Config) -> dict:
     """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
-    distribution followed for as many periods as are judged, how much K still moved in the last tenth of them, and the
-    mean Euler error there."""
-    periods, found = cfg.eval_periods - dropped(cfg), {"K": [], "still_moves": [], "euler_log10": []}
+    distribution followed for as many periods as are judged, how much K still moved in the last tenth of them, the mean
+    Euler error there, and where the law of motion (Z, n) would rest."""
+    periods, economy = cfg.eval_periods - dropped(cfg), solution.economy
+    found = {"K": [], "still_moves": [], "euler_log10": [], "by_law_of_motion": []}
     for z in range(len(solution.economy.arrays.TFP)):
         last = {}
 
         def keep(t, mass, k_next, last=last):
             last.update(mass=mass, k_next=k_next)
 
-        path, _ = simulate_histogram(table, k, K, mass, np.full(periods, z), solution.economy.arrays.Pi, keep)
-        section = histogram_section(solution, k, z=z, **last)
+        path, _ = simulate_histogram(table, axes, mass, np.full(periods, z), economy, keep)
+        section = histogram_section(solution, axes.k, z=z, **last)
+        a_with_L = float(by_law(torch.from_numpy(law[z]), torch.zeros(()), section.at.labour[0, 0].cpu()))
+        found["by_law_of_motion"].append(math.exp(a_with_L / (1 - law[z, 1])))
         error = euler_errors(solution, *states_of(section, ERROR_STATES // 10))
         found["K"].append(path[-1])
         found["still_moves"].append(np.ptp(path[-max(periods // 10, 2) :]))
@@ -2442,7 +2679,7 @@ def policy_distance(network: Policy, grid: Policy, K_path: np.ndarray) -> dict:
     K, a, k_min = np.percentile(K_path, (2, 50, 98)), network.economy.arrays, network.econ.k_min
     k = k_min + (4.07 * K[1] - k_min) * np.linspace(1 / 320, 1, 640)
     k, s, K, z = np.meshgrid(k, np.arange(len(a.beta)), K, np.arange(len(a.TFP)), indexing="ij")
-    at = place(*[torch.tensor(x, device=network.device) for x in (k, s, K, z)])
+    at = place(*[torch.tensor(x, device=network.device) for x in (k, s, K, z)], network.econ)
     gap = (network.policy(network.usual(at)) - grid.policy(at)).abs()
     return {"mean": float(gap.mean()), "max": float(gap.max())}
 
@@ -2485,50 +2722,72 @@ def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
 C_MAX = 1e4  # of c_ss: keeps c finite where saving is worth nothing
 
 
-def on_grid(k: np.ndarray, K: np.ndarray, econ: Tables) -> At:
-    """Households at every (z, s, K, k), in this order of axes."""
-    s, z = np.arange(len(econ.beta)), np.arange(len(econ.TFP))
-    z, s, K, k = [torch.from_numpy(x) for x in np.meshgrid(z, s, K, k, indexing="ij")]
-    return place(k, s, K, z)
+def on_grid(axes: Axes, econ: Tables) -> At:
+    """Households at every (z, s, (L, K), k), in this order of axes."""
+    (Z, n_L), n_K = axes.L.shape, len(axes.K)
+    z, s, j, k = [torch.from_numpy(x).to(econ.TFP.device) for x in np.meshgrid(
+        np.arange(Z), np.arange(len(econ.beta)), np.arange(n_L * n_K), axes.k, indexing="ij")]
+    at = place(k, s, torch.from_numpy(axes.K).to(k.device)[j % n_K], z, econ)
+    return at._replace(labour=labour_at(torch.from_numpy(axes.L).to(k.device)[z, j // n_K], z, econ))
 
 
 class Nodes(NamedTuple):
-    """The household problem at k (n_k,), K (n_K,)."""
+    """The household problem on the axes, A = n_L n_K."""
 
-    k: np.ndarray
-    K: np.ndarray
-    R: np.ndarray  # (z, n_K)
-    y: np.ndarray  # (z, s, n_K) income
-    m: np.ndarray  # (z, s, n_K, n_k) cash on hand
+    axes: Axes
+    at: At  # everywhere on the axes
+    R: np.ndarray  # (z, A)
+    y: np.ndarray  # (z, s, A) income
+    m: np.ndarray  # (z, s, A, n_k) cash on hand
     slope: np.ndarray  # (n_k, n_k): values at k -> derivatives at k of the cubic spline through them
 
 
-def household_nodes(k: np.ndarray, K: np.ndarray, econ: Tables) -> Nodes:
-    m, R = [x.numpy() for x in cash_on_hand(on_grid(k, K, econ), econ)]
+def household_nodes(axes: Axes, econ: Tables) -> Nodes:
+    at, k = on_grid(axes, econ), axes.k
+    m, R = [x.numpy() for x in cash_on_hand(at, econ)]
     slope = scipy.interpolate.CubicSpline(k, np.eye(len(k))).derivative()(k)
-    return Nodes(k, K, R[:, 0, :, 0], m[..., 0] - R[..., 0] * k[0], m, slope)
+    return Nodes(axes, at, R[:, 0, :, 0], m[..., 0] - R[..., 0] * k[0], m, slope)
+
+
+def refined(x: np.ndarray, axes: Axes, finer: Axes) -> np.ndarray:
+    """Values (z, s, n_L n_K, n) on the axes -> on finer ones, by cubic splines in K and L."""
+    x = x.reshape(*x.shape[:2], axes.L.shape[1], len(axes.K), -1)
+    x = scipy.interpolate.CubicSpline(axes.K, x, axis=3)(finer.K)
+    if axes.L.shape[1] > 1:  # even between the ends of L in each z
+        at, to = [np.linspace(0, 1, of.L.shape[1]) for of in (axes, finer)]
+        x = scipy.interpolate.CubicSpline(at, x, axis=2)(to)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
     and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
-    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.k))])
+    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.axes.k))])
     i, t = [np.array(x).reshape(*k_endo.shape[:-1], len(k)) for x in found]
-    rise, run = nodes.k[i + 1] - nodes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
+    rise, run = nodes.axes.k[i + 1] - nodes.axes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
     dk_next = 1 / (k_endo @ nodes.slope.T)
     d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
-    k_next = nodes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
-    return np.where(k > k_endo[..., :1], k_next.clip(nodes.k[0]), nodes.k[0])
+    k_next = nodes.axes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
+    return np.where(k > k_endo[..., :1], k_next.clip(nodes.axes.k[0]), nodes.axes.k[0])
 
 
-def forecast(law: np.ndarray, K: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """K' (z, n_K) by the law of motion (Z, 2), and (z, n_K, n_K) values at K -> values at K' of their cubic spline."""
-    K_next = np.exp(law[:, :1] + law[:, 1:] * np.log(K))
-    return K_next, scipy.interpolate.CubicSpline(K, np.eye(len(K)))(K_next)
+def forecast(law: np.ndarray, axes: Axes, economy: Economy) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """K' (z, A) by the law of motion (Z, 2 or 4), L' (z, z', A), and (z, z', A, A) values at (L, K) -> values at
+    (L', K') of their cubic splines; where labour follows from z there is one z' for all."""
+    econ, (Z, n_L), a = economy.tables(), axes.L.shape, economy.arrays
+    K, L = np.tile(axes.K, n_L), np.repeat(axes.L, len(axes.K), 1)  # (A,), (z, A)
+    labour = labour_at(torch.from_numpy(L), torch.arange(Z).unsqueeze(1), econ)
+    K_next = np.exp(by_law(torch.from_numpy(law).unsqueeze(1), torch.from_numpy(np.log(K)), labour).numpy())
+    in_K = scipy.interpolate.CubicSpline(axes.K, np.eye(len(axes.K)))(K_next)
+    if n_L == 1:
+        return K_next, np.tile(a.L[:, None], (Z, 1, len(K))), in_K[:, None]
+    L_next = (a.L_law[..., :1] + a.L_law[..., 1:] * L[:, None]).clip(axes.L[:, :1], axes.L[:, -1:])
+    in_L = [[scipy.interpolate.CubicSpline(nodes, np.eye(n_L))(x) for nodes, x in zip(axes.L, of_z)] for of_z in L_next]
+    return K_next, L_next, np.einsum("xyal,xak->xyalk", in_L, in_K).reshape(Z, Z, len(K), len(K))
 
 
 def expected_on_grid(values: np.ndarray, economy: Economy) -> np.ndarray:
-    """beta(s) E[values | z, s]: (z, z', s', n_K, n_k) -> (z, s, n_K, n_k)."""
+    """beta(s) E[values | z, s]: (z, z', s', A, n_k) -> (z, s, A, n_k)."""
     (Z, S), a = economy.arrays.shares.shape, economy.arrays
     out = [scipy.sparse.csr_array(P * a.beta[:, None]) @ v.reshape(Z * S, -1) for P, v in
            zip(a.P.reshape(Z, S, Z * S), values)]
@@ -2536,22 +2795,23 @@ def expected_on_grid(values: np.ndarray, economy: Economy) -> np.ndarray:
 
 
 def solve_household(c: np.ndarray, laws: list, nodes: Nodes, economy: Economy, config: GridConfig):
-    """Sweeps of Carroll (2006) backwards from c (z, s, n_K, n_k), given the laws of motion ln K' = a(z) + b(z) ln K and
-    Delta' = a(z') + b(z') ln K', coefficients (Z, 2) each: the new c, the k_endo at which each k' of the grid is
+    """Sweeps of Carroll (2006) backwards from c (z, s, A, n_k), given the laws of motion of K and of the planner's
+    Delta, coefficients (Z, 2 or 4) each, see by_law(): the new c, the k_endo at which each k' of the grid is
     optimal, the last change of c, and the share of nodes at which saving is worth nothing, so that c was bounded."""
     econ = economy.tables()
-    K_next, spline = forecast(laws[0], nodes.K)
-    nexts = [on_grid(nodes.k, K, econ) for K in K_next]  # by z now: (z', s', n_K, n_k)
-    at = At(*[torch.stack(x) for x in zip(*nexts)])
-    at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K)))
-    R, _ = prices(at.K, at.z, econ)
+    K_next, L_next, spline = forecast(laws[0], nodes.axes, economy)
+    K, L = [torch.from_numpy(x)[..., None] for x in (K_next[:, None, None], L_next[:, :, None])]
+    here = nodes.at._replace(K=K.expand(len(K), *nodes.m.shape))  # by z now: (z, z', s', A, n_k)
+    at = here._replace(labour=labour_at(L.expand(here.K.shape), here.z, econ))
+    at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
+    R, _ = prices(at, econ)
     least = float(marginal_utility(torch.tensor(C_MAX * econ.c_ss), econ))
     for _ in range(SWEEPS):
-        c_next = np.maximum(spline[:, None, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', n_K, n_k)
+        c_next = np.maximum(spline[:, :, None] @ c, C_MIN * econ.c_ss)  # (z, z', s', A, n_k)
         worth = expected_on_grid(worth_of_cash(torch.from_numpy(c_next), R, at, econ).numpy(), economy)
         c_endo = inverse_marginal_utility(np.maximum(worth, least), econ)
-        k_endo = (c_endo + nodes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
-        c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.k)
+        k_endo = (c_endo + nodes.axes.k - nodes.y[..., None]) / nodes.R[:, None, :, None]
+        c_last, c = c, nodes.m - invert(k_endo, nodes, nodes.axes.k)
         change = np.max(np.abs(c - c_last) / np.maximum(c, C_MIN * econ.c_ss))
         if change < config.tolerance:
             break
@@ -2563,20 +2823,21 @@ BURN_IN = 200  # first periods that the regressions leave out
 VALUE_SWEEPS = 4000  # most sweeps for V of the policy
 
 
-def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, laws: list, economy: Economy):
-    """V = u(c) + Delta k + beta E V' (z, s, n_K, n) of a policy k' at nodes k, K, by sweeps, and what the last one
+def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: list, economy: Economy):
+    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps, and what the last one
     still changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
     bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
     econ = economy.tables()
-    at = on_grid(k, nodes.K, econ)
-    at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K)))
+    at = on_grid(axes, econ)
+    at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
     c = (cash_on_hand(at, econ)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, econ) + Delta(marginal_utility(c, econ), at, econ) * at.k).numpy()
-    at_k_next, (_, spline) = lottery(k_next.reshape(-1, 1, len(k)), k).T, forecast(laws[0], nodes.K)
+    at_k_next = lottery(k_next.reshape(-1, 1, len(axes.k)), axes.k).T
+    _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
     V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
     for sweep in range(VALUE_SWEEPS):
-        EV = expected_on_grid(spline[:, None, None] @ V, economy)
+        EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
             EV = inverse_utility(torch.from_numpy(EV / D), econ).numpy()
         EV = (at_k_next @ EV.ravel()).reshape(EV.shape)
@@ -2593,21 +2854,22 @@ def evaluate_grid(k_next: np.ndarray, nodes: Nodes, k: np.ndarray, laws: list, e
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GridSolution(Policy):
-    """Policy table on power-spaced k and uniform K; law of motion ln K' = a(z) + b(z) ln K behind it."""
+    """Policy table on power-spaced k, uniform K and, where labour moves, uniform L; the law of motion behind it."""
 
     economy: Economy
     econ: Tables
-    table: Tensor  # (z, s, n_K_fine, n_fine) k', float64
-    value_table: Tensor  # (z, s, n_K_fine, n_fine) V of this policy in the units of utility()
+    table: Tensor  # (z, s, n_L n_K, n_fine) k', float64
+    value_table: Tensor  # (z, s, n_L n_K, n_fine) V of this policy in the units of utility()
     k_max: float
     exponent: float
     K_low: float
     K_high: float
+    L: Tensor  # (Z, n_L) nodes of aggregate labour
     K_mean: float  # over the path behind the law of motion
     K_of_z: np.ndarray  # (Z,) its mean given z
-    alm_coefficients: np.ndarray  # (z, 2) intercept and slope
+    alm_coefficients: np.ndarray  # (z, 2) intercept and slope, (z, 4) where labour moves: see by_law()
     alm_r2: np.ndarray  # (z,)
-    Delta_law: np.ndarray  # (z, 2) the planner's Delta on (1, ln K)
+    Delta_law: np.ndarray  # (z, 2 or 4) the planner's Delta on the same
     Delta_r2: np.ndarray  # (z,)
     notes: tuple  # what a user should know of it
 
@@ -2618,18 +2880,30 @@ class GridSolution(Policy):
         return torch.from_numpy(nodes).to(self.device)
 
     def interpolate(self, table: Tensor, at: At) -> Tensor:
-        """A table at states: bilinear in (k, K), linear beyond the ends; the spacing saves a search."""
-        n_K, n_k = table.shape[2:]
+        """A table at states: linear in k, K and L, and beyond their ends; the spacing saves a search."""
+        n_A, n_k = table.shape[2:]
+        n_L = self.L.shape[1]
+        n_K = n_A // n_L
         low, width = self.econ.k_min, self.k_max - self.econ.k_min
         i = (((at.k - low).clamp(min=0.0) / width) ** (1 / self.exponent) * (n_k - 1)).long().clamp(max=n_k - 2)
         left, right = self.nodes[i], self.nodes[i + 1]
         position = (at.K - self.K_low) / (self.K_high - self.K_low) * (n_K - 1)
         j = position.floor().clamp(0, n_K - 2)
         along_k, along_K, flat = (at.k - left) / (right - left), position - j, table.reshape(-1)
-        corner = (joint(at.s, at.z, self.econ) * n_K + j.long()) * n_k + i
-        low, low1, high, high1 = [flat[corner + step] for step in (0, 1, n_k, n_k + 1)]
-        below = low + along_k * (low1 - low)
-        return below + along_K * (high + along_k * (high1 - high) - below)
+
+        def at_node(L):
+            corner = ((joint(at.s, at.z, self.econ) * n_L + L) * n_K + j.long()) * n_k + i
+            low, low1, high, high1 = [flat[corner + step] for step in (0, 1, n_k, n_k + 1)]
+            below = low + along_k * (low1 - low)
+            return below + along_K * (high + along_k * (high1 - high) - below)
+
+        if n_L == 1:
+            return at_node(0)
+        first, last = self.L[at.z, 0], self.L[at.z, -1]
+        position = (at.labour[..., 0] - first) / (last - first) * (n_L - 1)
+        L = position.floor().clamp(0, n_L - 2)
+        below = at_node(L.long())
+        return below + (position - L) * (at_node(L.long() + 1) - below)
 
     def policy(self, at: At) -> Tensor:
         return self.interpolate(self.table, at).clamp(min=self.econ.k_min)
@@ -2642,7 +2916,7 @@ class GridSolution(Policy):
 
     def to(self, device) -> "GridSolution":
         return dataclasses.replace(self, econ=self.economy.tables(device), table=self.table.to(device),
-                                   value_table=self.value_table.to(device))
+                                   value_table=self.value_table.to(device), L=self.L.to(device))
 
 
 def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool = False) -> GridSolution:
@@ -2665,22 +2939,21 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
 
 
-def simulated_laws(table: np.ndarray, nodes: tuple, mass: np.ndarray, z_path: np.ndarray, laws: list, economy: Economy):
-    """The policy table at nodes (k, K) through the histogram: K (periods,), the last mass, and the laws [of ln K', of
-    the planner's Delta] that come out, each (coefficients (Z, 2), R2); where z never comes coefficients stay."""
+def simulated_laws(table: np.ndarray, axes: Axes, mass: np.ndarray, z_path: np.ndarray, laws: list, economy: Economy):
+    """The policy table on the axes through the histogram: K (periods,), the last mass, and the laws [of ln K', of the
+    planner's Delta] that come out, each (coefficients (Z, 2 or 4), R2); where z never comes coefficients stay."""
     econ, s, Deltas = economy.tables(), torch.arange(len(economy.arrays.beta))[:, None], np.zeros(len(z_path))
+    labour, k = torch.from_numpy(labour_along(economy, z_path, mass)), torch.from_numpy(axes.k)
 
     def keep(t, mass, k_next):
-        k = torch.from_numpy(nodes[0])
-        gain = gain_from_K(torch.from_numpy(k_next), place(k, s, torch.tensor(mass.sum(0) @ nodes[0]),
-                                                           torch.tensor(z_path[t])), econ)
-        Deltas[t] = (mass * gain.numpy()).sum()
+        at = place(k, s, torch.tensor(mass.sum(0) @ axes.k), torch.tensor(z_path[t]), econ)._replace(labour=labour[t])
+        Deltas[t] = (mass * gain_from_K(torch.from_numpy(k_next), at, econ).numpy()).sum()
 
-    K_path, mass = simulate_histogram(table, *nodes, mass, z_path, economy.arrays.Pi,
+    K_path, mass = simulate_histogram(table, axes, mass, z_path, economy,
                                       keep if econ.equilibrium == "planner" else None)
-    kept = [torch.from_numpy(x[BURN_IN:, None]) for x in (K_path, Deltas, z_path)]
-    of_K = law_of_motion(kept[0], kept[2], torch.from_numpy(laws[0][:, 1]))
-    of_Delta = regress_by_z(kept[1], torch.log(kept[0]), kept[2], torch.zeros(len(laws[1]), dtype=torch.float64))
+    K, Delta, z, labour = [torch.as_tensor(x)[BURN_IN:, None] for x in (K_path, Deltas, z_path, labour)]
+    of_K = law_of_motion(K, labour, z, torch.from_numpy(laws[0][:, 1]))
+    of_Delta = regress_by_z(Delta, terms(K, labour), z, torch.zeros(len(laws[1]), dtype=torch.float64))
     return K_path, mass, [(np.where(found.isnan(), law, found.numpy()), r2.numpy())
                           for (found, r2), law in zip((of_K, of_Delta), laws)]
 
@@ -2690,25 +2963,29 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     leaves the nodes, the next (config, centre, k_max) to try. Few sweeps an update, so that the policy and the laws of
     motion converge together, on a short path of z; how much its luck moves the laws is measured once on a long one."""
     econ, Z, planner = economy.tables(), len(economy.arrays.TFP), economy.equilibrium == "planner"
-    nodes = household_nodes(power_grid(config.n_k, econ.k_min, k_max, config.exponent),
-                            centre * np.linspace(*config.K_range, config.n_K), econ)
-    k = power_grid(config.n_fine, econ.k_min, k_max, config.exponent)
-    K = np.linspace(nodes.K[0], nodes.K[-1], config.n_K_fine)
+    ends = centre * np.array(config.K_range)
+    coarse, axes = [Axes(power_grid(n_k, econ.k_min, k_max, config.exponent), np.linspace(*ends, n_K),
+                         labour_nodes(economy, n_L)) for n_k, n_K, n_L in
+                    ((config.n_k, config.n_K, config.n_L), (config.n_fine, config.n_K_fine, config.n_L_fine))]
+    nodes, k, K = household_nodes(coarse, econ), axes.k, axes.K
     z_path = draw_z_path(config.periods, economy.arrays.P_z, np.random.default_rng(config.seed))
     comes = [BURN_IN + np.flatnonzero(z_path[BURN_IN:] == z)[:20][-1] for z in np.unique(z_path[BURN_IN:])]
     short = max(config.periods // 20, 2 * BURN_IN, max(comes) + 2)  # every z comes 20 times
-    laws = [np.array([[0.035 * np.log(centre), 0.965]] * Z), np.tile([economy.Delta_start, 0.0], (Z, 1))]
-    wage = prices(torch.from_numpy(nodes.K), torch.arange(Z)[:, None], econ)[1].numpy()
-    above, permanent = nodes.m - econ.k_min, 0.9 * (economy.arrays.L[:, None] * wage)[:, None, :, None]
+    n, no_L = 2 + 2 * econ.labour_moves, [0.0, 0.0] * econ.labour_moves
+    laws = [np.array([[0.035 * np.log(centre), 0.965, *no_L]] * Z), np.tile([economy.Delta_start, 0.0, *no_L], (Z, 1))]
+    L_wages = (supplied(nodes.at, econ) * prices(nodes.at, econ)[1])[:, :1, :, :1].numpy()
+    above, permanent = nodes.m - econ.k_min, 0.9 * L_wages
     c = np.minimum(above, (1 - economy.mean_beta) * above + permanent).clip(C_MIN * econ.c_ss)
     mass = dispersed_mass(k, centre, z_path[0], economy)
     x = np.stack([np.ones(2), np.log(centre * np.array([0.9, 1.1]))])  # where two laws are compared
-    gap, damping, long, steps = np.inf, config.damping, None, np.zeros((2, Z, 2))
-    correction = np.zeros((2, Z, 2))  # of both laws, from those of the short path to those of the long one
+    if econ.labour_moves:
+        x = np.concatenate([np.concatenate([x, [[L, L], [L**2, L**2]]]) for L in (axes.L.min(), axes.L.max())], 1)
+    gap, damping, long, long_path, steps = np.inf, config.damping, None, None, np.zeros((2, Z, n))
+    correction = np.zeros((2, Z, n))  # of both laws, from those of the short path to those of the long one
     for update in range(config.max_updates):
         c, k_endo, change, bounded = solve_household(c, laws, nodes, economy, config)
-        table = invert(scipy.interpolate.CubicSpline(nodes.K, k_endo, axis=2)(K), nodes, k)
-        K_path, mass, new = simulated_laws(table, (k, K), mass, z_path[:short], laws, economy)
+        table = invert(refined(k_endo, coarse, axes), nodes, k)
+        K_path, mass, new = simulated_laws(table, axes, mass, z_path[:short], laws, economy)
         last, steps = steps, [found + to_long - law for (found, _), to_long, law in zip(new, correction, laws)]
         gap_last, gap = gap, max(np.abs(steps[0] @ x).max(), np.abs(steps[1] @ x).max() * econ.c_ss)
         converged = long is not None and max(gap, change) < config.tolerance
@@ -2717,9 +2994,10 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
         if elsewhere:
             return config, *elsewhere
         if long is None and gap < max(3e-5, 2 * config.tolerance):  # from here on the short path's error is the same
-            long_path, mass, long = simulated_laws(table, (k, K), mass, z_path, laws, economy)
+            start = mass
+            long_path, mass, long = simulated_laws(table, axes, mass, z_path, laws, economy)
             for _ in range(2):  # from the end of a short path, as always
-                _, mass, new = simulated_laws(table, (k, K), mass, z_path[:short], laws, economy)
+                _, mass, new = simulated_laws(table, axes, mass, z_path[:short], laws, economy)
             correction = np.array([of_long - of_short for (of_long, _), (of_short, _) in zip(long, new)])
             gap = gap_last = math.inf
         bar.update()
@@ -2728,17 +3006,20 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
             kept, z_kept = long_path[BURN_IN:], z_path[BURN_IN:]
             if not K[0] < kept.min() <= kept.max() < K[-1]:
                 return widened(config, kept / centre), centre, k_max
-            require_payable(economy, kept, z_kept)
-            V, left = evaluate_grid(invert(k_endo, nodes, k), nodes, k, laws, economy)
+            require_payable(economy, kept, z_kept, labour_along(economy, z_path, start)[BURN_IN:])
+            V, left = evaluate_grid(invert(k_endo, nodes, k), coarse._replace(k=k), laws, economy)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * economy.K_start else []
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
             if bounded:
                 notes.append(f"grid: at {100 * bounded:.2g}% of the nodes saving is worth nothing; c is bounded there")
-            values = scipy.interpolate.CubicSpline(nodes.K, V, axis=2)(K)
+            if econ.labour_moves and len(econ.beta) > 2:
+                notes.append(f"grid: R2 of the law of labour is {economy.arrays.L_r2.min():.6f}")
+            values = refined(V, coarse._replace(k=k), axes)
             return GridSolution(
                 economy=economy, econ=econ, table=torch.from_numpy(table), value_table=torch.from_numpy(values),
-                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1], K_mean=kept.mean(),
+                k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1], L=torch.from_numpy(axes.L),
+                K_mean=kept.mean(),
                 K_of_z=np.array([kept[z_kept == z].mean() if (z_kept == z).any() else kept.mean() for z in range(Z)]),
                 alm_coefficients=laws[0], alm_r2=long[0][1], Delta_law=laws[1], Delta_r2=long[1][1],
                 notes=tuple(notes))
@@ -2780,19 +3061,22 @@ def impulse_responses(solution: Policy, cfg: Config, k: np.ndarray, mass: np.nda
     Every random number is the same whatever the solution and the state at 0."""
     econ, policy, rng = solution.econ, panel_policy(solution), torch.Generator().manual_seed(JUDGE_SEED)
     panel = settled_panel(k, mass, cfg.irf_paths, cfg.irf_agents, econ, rng)
-    for _, s, _, z, k in simulate(policy, panel, IRF_BURN, econ, rng):
+    for at, p, k in simulate(policy, panel, IRF_BURN, econ, rng):
         pass
+    s, z = at.s, at.z
     usual = torch.full_like(z, len(econ.TFP) // 2)
     draws, out = uniform((2, *s.shape), rng, s.device), {series: [] for series in SERIES}
     s, after = follow(lambda t, s: draws[0], s, torch.stack([z, usual]), econ)[1], rng.get_state()
-    k = policy(k, s, k.mean(1, keepdim=True), usual)
+    p = shares_next(p, z, usual, econ)
+    k = policy(place(k, s, k.mean(1, keepdim=True), usual, econ)._replace(labour=labour_of(p, usual, econ)))
     for z_0 in (usual, (usual - 1).clamp(min=0)):
         s_0, columns = follow(lambda t, s: draws[1], s, torch.stack([usual, z_0]), econ)[1], []
         rng.set_state(after)
-        for k_t, s_t, K, z_t, k_next in simulate(policy, Panel(k, s_0, z_0), cfg.irf_periods, econ, rng):
-            m, R = cash_on_hand(place(k_t, s_t, K, z_t), econ)
+        now = Panel(k, s_0, z_0, shares_next(p, usual, z_0, econ))
+        for at, _, k_next in simulate(policy, now, cfg.irf_periods, econ, rng):
+            m, R = cash_on_hand(at, econ)
             C = (m - k_next).mean(1)
-            columns.append([x.double() for x in (K[:, 0], output(K, z_t, econ)[:, 0], C, R[:, 0], z_t[:, 0])])
+            columns.append([x.double() for x in (at.K[:, 0], output(at, econ)[:, 0], C, R[:, 0], at.z[:, 0])])
         for series, values in zip(SERIES, zip(*columns)):
             out[series].append(torch.stack(values, 1).cpu().numpy())
     return out
@@ -3059,7 +3343,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
 RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
                for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
-SHARED = ("k", "s", "z")  # tensors of the state of which each rank has a part
+SHARED = ("k", "s", "z", "p")  # tensors of the state of which each rank has a part
 
 
 def join_ranks(device: str, task: str) -> None:
@@ -3224,8 +3508,9 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     k, s, z = (gathered(x, 0) for x in (state.k, state.s, state.z))
     K = k.mean(1, keepdim=True)
     M = moments_of(k, s, seen_moments(state, econ, cfg), econ).unsqueeze(1)
-    at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K)).to(k.dtype))
-    c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(K, z, econ)[0]
+    labour = labour_of(gathered(state.p, 0), z, econ)
+    at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
+    c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(at, econ)[0]
     richest, R = k.argmax(), float(R.mean())
     u_prime, beta = marginal_utility(c.flatten()[richest], econ), econ.beta[s.flatten()[richest]]
     gain = float(beta * (at.Delta.mean() + R * u_prime) / u_prime)
@@ -3279,7 +3564,7 @@ def generator(device: str, seed: int) -> torch.Generator:
 
 # ---------------------------------------------------------------------------------------------- files
 
-FORMAT = 11  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 12  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 WEIGHTS, CHECKPOINT = "NN_weights_biases.pth", "checkpoint.pt"
 PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
 
