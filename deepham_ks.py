@@ -295,7 +295,8 @@ class Economy:
                 "root_weight": np.sqrt(a.weight), "shares": a.shares,
                 "of_group": members / (a.shares.sum(0) @ members),
                 "lowest": (a.income[0] == a.income[0].min()) * 1.0, "labour": a.labour.reshape(-1),
-                "benefit": a.benefit.reshape(-1), "usual": a.usual, "L_std": a.L_std, "benefit_law": a.benefit_law}
+                "benefit": a.benefit.reshape(-1), "usual": a.usual, "L_mean": a.L_mean, "L_std": a.L_std,
+                "benefit_law": a.benefit_law}
         tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
                    for name, x in rows.items()}
         numbers = (a.alpha, a.delta, a.gamma, a.k_min, self.K_ss, self.c_ss, a.players)
@@ -435,7 +436,8 @@ def supply_of_labour(a: types.SimpleNamespace) -> None:
     sum_s p_s benefit(z, s) = a + b L by z in benefit_law (Z, 2). Both are exact where S is 2."""
     (Z, S), of_z = a.shares.shape, a.shares.sum(1)
     given_z = a.shares / of_z[:, None]
-    a.labour_moves, a.usual, a.L_std, a.benefit_law = False, np.zeros((Z, 0)), np.ones(()), np.zeros((Z, 2))
+    a.labour_moves, a.usual, a.benefit_law = False, np.zeros((Z, 0)), np.zeros((Z, 2))
+    a.L_mean, a.L_std = np.zeros(()), np.ones(())
     z_path = draw_z_path(20_000, a.P_z, np.random.default_rng(0))
     paths = [(z_path, share_path(a, z_path, given_z[z_path[0]]))]
     for z in np.flatnonzero(a.P_z.diagonal() > 0):  # and for as long as it takes in each z that may last
@@ -468,7 +470,7 @@ def supply_of_labour(a: types.SimpleNamespace) -> None:
     a.labour_moves, a.usual = True, np.stack([a.L, usual_paid / a.L], 1)
     a.L_range = np.array([[L[every_z == z].min(), L[every_z == z].max()] for z in range(Z)])
     n = len(z_path)
-    a.L_std = (L - a.L[every_z])[:n].std()
+    a.L_mean, a.L_std = L[:n].mean(), L[:n].std()
     a.L_law, a.L_r2 = np.zeros((Z, Z, 2)), np.ones((Z, Z))
     for z in range(Z):
         here = z_path == z
@@ -581,7 +583,8 @@ class Tables(NamedTuple):
     benefit: Tensor  # (Z S,)
     Pi: Tensor  # (Z, Z, S, S) float64
     usual: Tensor  # (Z, 2) mean L and tax given z; (Z, 0) where they follow from z
-    L_std: Tensor  # () of L around that
+    L_mean: Tensor  # () and std of L, its units as an input
+    L_std: Tensor
     benefit_law: Tensor  # (Z, 2) benefits paid are a + b L
 
 
@@ -921,7 +924,7 @@ def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: floa
     ln_K = (scale * torch.log(at.K / net.K_centre)).expand_as(like).unsqueeze(-1)
     sees = econ.sees[joint(at.s, at.z, econ)].expand(list(like.shape) + [econ.sees.shape[1]])
     M = (at.M - net.M_mean) / (max(net.M_mean.shape[0], 1) ** 0.5 * net.M_std)
-    labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.usual[at.z][..., :1]) / econ.L_std
+    labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean) / econ.L_std
     others = [x.expand(list(like.shape) + [x.shape[-1]]) for x in (labour, M)]
     return torch.cat([ln_K, sees, others[0], others[1]], -1)
 
