@@ -3142,39 +3142,36 @@ def is_default(economy: Economy) -> bool:
     return not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
 
 
-def found_at(figures: dict, path: str):
-    """The number at keys joined by blanks."""
-    return functools.reduce(lambda x, key: x[key if isinstance(x, dict) else int(key)], path.split(), figures)
-
-
-COLUMNS = ("figure", "network", "grid", "published", "tolerance", "passed")
-
-
-def verdict(figures: dict, economy: Economy, cfg: Config) -> list:
-    """Rows of COLUMNS. In the default economy tolerances are absolute, in any other a figure is measured by the grid's
+def verdict(figures: dict, economy: Economy, cfg: Config) -> List[dict]:
+    """A row a figure. In the default economy tolerances are absolute, in any other a figure is measured by the grid's
     of the same economy. Without a grid, or where a distribution still moves, nothing passes or fails."""
     grid, default, rows = figures.get("grid"), is_default(economy), []
     judged = grid and max(figures[name]["limit"]["moves"] for name in ("network", "grid")) < MOVES
+
+    def found_at(path):
+        return functools.reduce(lambda x, key: x[key if isinstance(x, dict) else int(key)], path.split(), figures)
+
     for row in figure_list(economy, cfg):
-        if not grid and "{}" not in row.path:
+        compares = "{}" not in row.path
+        if compares and not grid:
             continue
-        ours = found_at(figures, row.path.format("network"))
-        theirs = (found_at(figures, row.path.format("grid")) if "{}" in row.path else 0.0) if grid else None
-        passed, tolerance = None, None
+        ours, theirs, tolerance = found_at(row.path.format("network")), None, None
+        if grid:
+            theirs = 0.0 if compares else found_at(row.path.format("grid"))
         if judged and default:
             tolerance = row.tolerance
         elif judged and row.elsewhere:
             tolerance = row.elsewhere(theirs, grid["limit"]["capital"]["mean"])
-        if tolerance is not None:
-            passed = bool((ours if row.name.startswith("Euler") else abs(ours)) <= tolerance)
-        rows.append((row.name, ours, theirs, row.published, tolerance, passed))
+        size = ours if row.name.startswith("Euler") else abs(ours)
+        rows.append({"figure": row.name, "network": ours, "grid": theirs, "published": row.published,
+                     "tolerance": tolerance, "passed": None if tolerance is None else bool(size <= tolerance)})
     return rows
 
 
-def print_verdict(rows: list) -> None:
+def print_verdict(rows: List[dict]) -> None:
     line = "{:<52}{:>10}{:>10}{:>11}{:>11}  {}"
-    print("\n" + line.format(*COLUMNS[:-1], "verdict"))
-    for name, *numbers, passed in rows:
+    print("\n" + line.format("figure", "network", "grid", "published", "tolerance", "verdict"))
+    for name, *numbers, passed in (row.values() for row in rows):
         shown = ["-" if x is None else f"{x:.4g}" for x in numbers]
         print(line.format(name, *shown, {True: "pass", False: "FAIL", None: "-"}[passed]))
 
@@ -3753,11 +3750,9 @@ def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) 
 # ---------------------------------------------------------------------------------------------- from Python
 
 
-NO_CUDA = "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto"
-
-
 def choose_device(device: str) -> str:
-    require(device != "cuda" or torch.cuda.is_available(), NO_CUDA)
+    require(device != "cuda" or torch.cuda.is_available(),
+            "--device cuda: torch finds no CUDA device here; use --device cpu or --device auto")
     if device == "auto" and not torch.cuda.is_available():
         driver, hidden = Path("/proc/driver/nvidia/version"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         require(hidden or not (torch.version.cuda and driver.exists()), "the NVIDIA driver here is too old for torch "
@@ -3968,7 +3963,6 @@ def check_run(run: Run, cfg: Config, given: set) -> None:
     require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
     require(not (run.evaluate and run.resume),
             "--evaluate trains nothing and --resume goes on training; give one of the two")
-    require(run.device != "cuda" or torch.cuda.is_available(), NO_CUDA)
     if RANKS > 1:
         gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
         require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
@@ -4018,79 +4012,58 @@ def again(first: str, *more: str) -> str:
     return f"{python} {shlex.quote(Interrupted.script)} {shlex.join([first, *same, *more])}"
 
 
-def ending(error: BaseException, argv: list) -> Tuple[str, int]:
-    """One line for stderr and the exit status of a run that did not get through; anything unforeseen is raised."""
-    if isinstance(error, UserError):
-        return f"error: {error}", 2
-    if isinstance(error, Interrupted):
-        saved = error.iteration or "--resume" in argv
-        cure = f"continue with: {again('--resume')}" if saved else "nothing was saved yet"
-        cure = "; results are as they were" if "--evaluate" in argv else f" after iteration {error.iteration}; {cure}"
-        return f"stopped by {signal.Signals(error.args[0]).name}{cure}", 128 + error.args[0]
-    if isinstance(error, OSError):  # standard output is a closed pipe or on a full disk
-        return f"error: {error}; results and checkpoint are as they were", 2
-    if isinstance(error, (MemoryError, RuntimeError, ValueError)) and is_out_of_memory(error):
-        return ("error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the training "
-                "--eval-agents, --eval-economies, --irf-agents or --irf-paths"), 2
-    raise error
-
-
 # ---------------------------------------------------------------------------------------------- one run
-
-
-@contextlib.contextmanager
-def stage(seconds: dict, name: str):
-    """Wall time of a stage into seconds[name]."""
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
-
-
-def grid_or_why(settings: Settings, seconds: dict) -> Tuple[GridSolution | None, str]:
-    """The grid solution, or why there is none: that costs the comparison and not the run."""
-    try:
-        with stage(seconds, "grid"):
-            return settings.grid and solve_grid(settings.economy, settings.grid, progress=True), ""
-    except UserError as error:
-        return None, str(error)
 
 
 def work(settings: Settings) -> int:
     """Train or read, judge, write and print; the exit status."""
     economy, _, cfg, _, run = settings
-    folder, seconds, beside = Path(run.output_dir), {}, []
+    folder, device, seconds, found = Path(run.output_dir), choose_device(run.device), {}, []
+
+    def find_grid():
+        """The grid solution, or why there is none: that costs the comparison and not the run."""
+        start = time.perf_counter()
+        try:
+            found.append((settings.grid and solve_grid(economy, settings.grid, progress=True), ""))
+            seconds["grid"] = time.perf_counter() - start
+        except UserError as error:
+            found.append((None, str(error)))
+
     with held(folder) if RANK == 0 else contextlib.nullcontext():
-        thread = threading.Thread(target=lambda: beside.append(grid_or_why(settings, seconds)), daemon=True)
-        if torch.cuda.is_available() and run.device != "cpu" and RANK == 0:
-            thread.start()  # on a GPU the processor has nothing to do until the networks are judged
+        beside = threading.Thread(target=find_grid, daemon=True)
+        if device == "cuda" and RANK == 0:
+            beside.start()  # on a GPU the processor has nothing to do until the networks are judged
+        published = folder / WEIGHTS
         if run.evaluate:
-            network = load(folder / WEIGHTS, run.device, run.compile, settings)
+            network = load(published, device, run.compile, settings)
             judging = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(JUDGING)}
             network.config = dataclasses.replace(network.config, **judging)
         else:
-            network = solve(economy, cfg, seed=run.seed, device=run.device, compile=run.compile, resume=run.resume,
+            network = solve(economy, cfg, seed=run.seed, device=device, compile=run.compile, resume=run.resume,
                             cuda_graphs=run.cuda_graphs, output_dir=folder)
             if RANK > 0:
                 return 0
-            if not previous(folder / WEIGHTS).exists():  # or it is of a run whose results are still there
-                set_aside(folder / WEIGHTS)
-            network.save(folder / WEIGHTS)
-        if thread.ident:
-            thread.join()
-        grid, why = beside[0] if beside else grid_or_why(settings, seconds)
+            if not previous(published).exists():  # or it is of a run whose results are still there
+                set_aside(published)
+            network.save(published)
+        if beside.ident:
+            beside.join()
+        if not found:
+            find_grid()
+        (grid, why), start = found[0], time.perf_counter()
         solutions = {"network": network} | ({"grid": grid.to(network.device)} if grid else {})
-        with stage(seconds, "accuracy"), torch.no_grad():
+        with torch.no_grad():
             figures, arrays = compare(solutions, network.config)
+        seconds |= {"accuracy": time.perf_counter() - start, "training": network.weights["seconds"]}
         rows, moving = verdict(figures, economy, network.config), what_moves(network, figures)
         with staged(folder) as staging:
             write_results(staging, network, figures, arrays)
             draw_pictures(staging, solutions, figures, arrays)
-            metrics = figures | run_metrics(settings, network, seconds, moving) | {
-                "verdict": [dict(zip(COLUMNS, row)) for row in rows]}
+            metrics = figures | run_metrics(settings, network, seconds, moving) | {"verdict": rows}
             text = json.dumps(metrics, default=lambda array: array.tolist())
             finite = json.loads(text, parse_constant=lambda infinite: None)
             (staging / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
-        previous(folder / WEIGHTS).unlink(missing_ok=True)
+        previous(published).unlink(missing_ok=True)
     for note in grid.notes if grid else ():
         print(note)
     moves = ", ".join(f"{name} {100 * figures[name]['limit']['moves']:.2g}%" for name in solutions)
@@ -4120,12 +4093,11 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
     import matplotlib
 
     weights, history, config = network.weights, network.weights["history"], network.config
-    seconds["training"] = weights["seconds"]
     versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
-    on_gpu, derived = network.device.type == "cuda", ("L", "shares")
+    on_gpu, arrays = network.device.type == "cuda", network.economy.arrays
     return {
         "calibration": settings.calibration, "config": dataclasses.asdict(config), "seed": weights["seed"],
-        "economy": weights["economy"] | {name: getattr(network.economy.arrays, name) for name in derived},
+        "economy": weights["economy"] | {"L": arrays.L, "shares": arrays.shares},
         "grid_config": settings.grid and dataclasses.asdict(settings.grid),
         "convergence": {"converged": None if config.published else not moving, "still_moving": moving,
                         "settled": weights["settled"], "iterations": len(history["seconds"]),
@@ -4136,7 +4108,8 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
 
 def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
     """The last line of a run and its exit status."""
-    failed, judged = [row[0] for row in rows if row[-1] is False], sum(row[-1] is not None for row in rows)
+    judged = [row for row in rows if row["passed"] is not None]
+    failed = [row["figure"] for row in judged if not row["passed"]]
     folder = "--output-dir", settings.run.output_dir
     if why:
         return f"no comparison: {why}; then: {again('--evaluate', *folder)}", 1
@@ -4146,7 +4119,7 @@ def outcome(settings: Settings, network: Solution, rows: list, why: str, moving:
         twice = str(2 * len(network.weights["history"]["seconds"]))
         return f"not converged: {moving}; go on with: {again('--resume', *folder, '--iterations', twice)}", 1
     if failed:
-        return f"{len(failed)} of {judged} rows FAIL: {'; '.join(failed)}", 1
+        return f"{len(failed)} of {len(judged)} rows FAIL: {'; '.join(failed)}", 1
     if network.config.published:
         return "whether adam has converged is not known: look at figures/training_history.png", 0
     passes = "every row passes" if judged else "no grid solution judged it"
@@ -4160,11 +4133,27 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
     argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
+    status = 2
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
             return work(parse(argv, economy, calibration))
-        except (Exception, Interrupted) as error:
-            line, status = ending(error, argv)
+        except UserError as error:
+            line = f"error: {error}"
+        except Interrupted as stop:
+            line, status = f"stopped by {signal.Signals(stop.args[0]).name}", 128 + stop.args[0]
+            if "--evaluate" in argv:
+                line += "; results are as they were"
+            elif stop.iteration or "--resume" in argv:
+                line += f" after iteration {stop.iteration}; continue with: {again('--resume')}"
+            else:
+                line += " after iteration 0; nothing was saved yet"
+        except OSError as error:  # standard output is a closed pipe or on a full disk
+            line = f"error: {error}; results and checkpoint are as they were"
+        except (MemoryError, RuntimeError, ValueError) as error:
+            if not is_out_of_memory(error):
+                raise
+            line = ("error: out of memory; lower --n-agents, --n-economies, --batch or --horizon, after the training "
+                    "--eval-agents, --eval-economies, --irf-agents or --irf-paths")
     if RANK > 0 and status == 2:
         time.sleep(10)  # what the first rank has to say ends this one; alone with a trouble it speaks
     if RANK == 0 or status == 2:

@@ -622,7 +622,7 @@ def check_rows(rows):
 
 
 def rows_of(compared, economy):
-    return {row[0]: row for row in dk.verdict(compared[0], economy, CFG)}
+    return {row["figure"]: tuple(row.values()) for row in dk.verdict(compared[0], economy, CFG)}
 
 
 def test_verdict(itself, poor):

@@ -195,11 +195,11 @@ def test_any_command_line_parses_or_is_refused(argv):
         assert all(math.isfinite(x) for x in asked.calibration.values())
 
 
-def test_device_cuda_without_cuda(monkeypatch):
+def test_device_cuda_without_cuda(tmp_path, monkeypatch):
+    """Refused before there is a folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cpu" in refused("--device", "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    dk.parse(["--device", "cuda"])
+    status, _, err = main(tmp_path / "run", "--device", "cuda")
+    assert status == 2 and "--device cpu" in one_line(err) and not list(tmp_path.iterdir())
 
 
 def test_too_old_a_driver_is_named(monkeypatch, capsys):
