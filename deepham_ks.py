@@ -3214,34 +3214,74 @@ def plot_lines(ax, gap, x, of, label):
     gap.set_ylabel("difference")
 
 
-def plot_distribution(path, arrays, title, note):
-    """Density and left tail of individual capital k (n,) in a panel."""
-    k_of = {name: of["k"] for name, of in arrays.items()}
+def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) -> None:
+    """Every picture of the output directory."""
+    network, of, draw = solutions["network"], figures["network"], folder / "figures"
+    cfg, a = network.config, network.economy.arrays
+    draw.mkdir()
+    small = f"N = {cfg.eval_agents}, {cfg.eval_economies} economies, {of['small']['periods']} periods"
+    limit = f"N = infinity, {of['limit']['periods']} periods"
+
+    # density and left tail of individual capital in the panel
+    judged = f": W1 distance {figures['comparison']['small']['w1']:.3f} goods" if "grid" in figures else ""
+    k_of = {name: x["k"] for name, x in arrays["small"].items()}
     low = min(k.min() for k in k_of.values())
     top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
     poor = np.linspace(low, low + (top - low) / 15, 201)
-    with picture(path, 3.6, note) as fig:
+    with picture(folder / "distribution_validation.png", 3.6, small) as fig:
         density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
         for name, k in k_of.items():
             label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
             density.stairs(*np.histogram(k, 80, (low, top), density=True), label=label, **LINES[name])
             tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
-        density.set(title=title, xlabel="individual capital k (goods)", ylabel="density (per good)", xlim=(low, top))
+        density.set(title="distribution" + judged, xlabel="individual capital k (goods)", ylabel="density (per good)",
+                    xlim=(low, top))
         tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)")
 
-
-def plot_history(path, history):
-    """Training over outer iterations, name -> (iterations,)."""
+    # training over outer iterations
+    history = network.weights["history"]
     panels = {"mean_K": "mean capital K (goods)", "policy_residual": "policy residual (rms of ln c~ / c)",
               "euler": "Euler error (mean)", "movement": "movement of savings (share of K)"}
-    with picture(path, 4.6, f"By outer iteration; {sum(history['seconds']):.0f} s in all.") as fig:
+    seconds = f"By outer iteration; {sum(history['seconds']):.0f} s in all."
+    with picture(draw / "training_history.png", 4.6, seconds) as fig:
         for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
             ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
             ax.set(title=title, yscale="linear" if name == "mean_K" else "log")
 
+    # |Bellman error| at the states that a solution visits, in groups of equally many by k
+    with picture(draw / "bellman_errors.png", 4.2, f"{limit}; a point is a fortieth of the states.") as fig:
+        ax = fig.subplots()
+        for name, x in arrays["limit"].items():
+            groups = np.array_split(np.argsort(x["sample_k"]), min(40, len(x["sample_k"])))
+            k, errors = [x["sample_k"][i].mean() for i in groups], [np.abs(x["bellman"][i]) for i in groups]
+            ax.plot(k, [error.mean() for error in errors], label=f"{name}, mean", **LINES[name])
+            ax.plot(k, [np.percentile(error, 95) for error in errors], ".", label=f"{name}, 95th percentile",
+                    color=LINES[name]["color"])
+        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
+               ylabel="|Bellman error|, policy's own c (utils)")
 
-def plot_policies(path, solutions, K, k_max, a):
-    """k' - k at aggregate capital K for the first and the last s, in z around the middle; a: tables of the economy."""
+    # mean capital on the first periods of the judged path of z; the lower states are shaded
+    z, lower = arrays["limit"]["network"]["z_path"][:400, 0], len(a.z_names) // 2
+    with picture(draw / "capital_path.png", 4.0, limit) as fig:
+        ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
+        ax.fill_between(range(len(z)), z < lower, step="mid", color="0.9", linewidth=0, zorder=0.5,
+                        transform=ax.get_xaxis_transform(), label=" / ".join(a.z_names[:lower]))
+        paths = {name: x["K_path"][:400, 0] for name, x in arrays["limit"].items()}
+        plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
+        gap.set_xlabel("period")
+
+    top = max(np.quantile(k_of["network"], 0.9999), a.k_min + 1)
+    top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
+    K = np.clip(of["limit"]["capital"]["mean"], *network.reach()[1])
+    plot_policies(draw / "policy_functions.png", solutions, K, top)
+    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], cfg)
+    if network.seen.Q:
+        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
+
+
+def plot_policies(path, solutions, K, k_max):
+    """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
+    a = solutions["network"].economy.arrays
     k, (Z, S) = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(k_max), 400)).clip(a.k_min, k_max), a.income.shape
     of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
     with picture(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
@@ -3254,24 +3294,10 @@ def plot_policies(path, solutions, K, k_max, a):
             gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
 
 
-def plot_bellman_errors(path, arrays, note):
-    """Mean and 95th percentile of |error| at the states that a solution visits, in groups of equally many by k."""
-    with picture(path, 4.2, f"{note}; a point is a fortieth of the states.") as fig:
-        ax = fig.subplots()
-        for name, of in arrays.items():
-            groups = np.array_split(np.argsort(of["sample_k"]), min(40, len(of["sample_k"])))
-            k, error = [[of[part][group] for group in groups] for part in ("sample_k", "bellman")]
-            k, error = [x.mean() for x in k], [np.abs(x) for x in error]
-            ax.plot(k, [x.mean() for x in error], label=f"{name}, mean", **LINES[name])
-            ax.plot(k, [np.percentile(x, 95) for x in error], ".", label=f"{name}, 95th percentile",
-                    color=LINES[name]["color"])
-        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
-               ylabel="|Bellman error|, policy's own c (utils)")
-
-
-def plot_impulse_responses(path, responses, note):
+def plot_impulse_responses(path, responses, cfg):
     """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
-    with picture(path, 4.6, f"{note}; periods after the shock.") as fig:
+    note = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}; periods after the shock."
+    with picture(path, 4.6, note) as fig:
         for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
             points = series == "interest_rate"
             for name, solution in responses.items():
@@ -3282,18 +3308,6 @@ def plot_impulse_responses(path, responses, note):
                 ax.plot(mean, label=f"{name}, mean", **LINES[name])
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
             ax.set_title(f"{series.replace('_', ' ')} ({'percentage points' if points else 'percent'})")
-
-
-def plot_capital_paths(path, arrays, z_names, note):
-    """Mean capital K on the first periods of the judged path of z; the lower states are shaded."""
-    z, low = arrays["network"]["z_path"][:400, 0], len(z_names) // 2
-    with picture(path, 4.0, note) as fig:
-        ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        ax.fill_between(range(len(z)), z < low, step="mid", color="0.9", linewidth=0, zorder=0.5,
-                        transform=ax.get_xaxis_transform(), label=" / ".join(z_names[:low]))
-        paths = {name: of["K_path"][:400, 0] for name, of in arrays.items()}
-        plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
-        gap.set_xlabel("period")
 
 
 def plot_moments(path, network, meaning, k_max):
@@ -3309,28 +3323,6 @@ def plot_moments(path, network, meaning, k_max):
             r = [float(meaning[of][row]) for of in ("K", "unemployment")]
             ax.set(title=f"correlation {r[0]:+.2f} with K, {r[1]:+.2f} with the share in the lowest income",
                    xlabel="individual capital k (goods)", ylabel="Q(k, s)")
-
-
-def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) -> None:
-    """Every picture of the output directory."""
-    draw, network, of = folder / "figures", solutions["network"], figures["network"]
-    cfg, a = network.config, network.economy.arrays
-    draw.mkdir()
-    small, limit = [f"{N}, {of[size]['periods']} periods" for size, N in
-                    (("small", f"N = {cfg.eval_agents}, {cfg.eval_economies} economies"), ("limit", "N = infinity"))]
-    judged = f": W1 distance {figures['comparison']['small']['w1']:.3f} goods" if "grid" in figures else ""
-    plot_distribution(folder / "distribution_validation.png", arrays["small"], "distribution" + judged, small)
-    plot_history(draw / "training_history.png", network.weights["history"])
-    top = max(np.quantile(arrays["small"]["network"]["k"], 0.9999), a.k_min + 1)
-    top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
-    K = float(np.clip(of["limit"]["capital"]["mean"], *network.reach()[1]))
-    plot_policies(draw / "policy_functions.png", solutions, K, top, a)
-    plot_bellman_errors(draw / "bellman_errors.png", arrays["limit"], limit)
-    if network.seen.Q:
-        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
-    paths = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
-    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], paths)
-    plot_capital_paths(draw / "capital_path.png", arrays["limit"], a.z_names, limit)
 
 
 # ============================================================================================== the machine
@@ -3359,32 +3351,32 @@ def join_ranks(device: str, task: str) -> None:
             raise UserError(f"torchrun: the processes do not find each other: {str(error).splitlines()[0]}") from error
         atexit.register(dist.destroy_process_group)
     tasks = [None] * RANKS
-    together(lambda: dist.all_gather_object(tasks, task))
+    with together():
+        dist.all_gather_object(tasks, task)
     require(len(set(tasks)) == 1, "torchrun: the processes do not solve the same economy with the same flags; start "
             "them with one command, and draw nothing at random before dk.solve()")
 
 
-def together(work: Callable) -> None:
-    """work(), which waits for every rank. UserError where one of them is gone."""
+@contextlib.contextmanager
+def together():
+    """What waits for every rank. UserError where one of them is gone."""
     try:
-        work()
+        yield
     except RuntimeError as error:
         raise UserError(f"a rank was lost after iteration {Interrupted.iteration}; the checkpoint of that iteration "
                         "stays, go on with the same command and --resume") from error
 
 
-def heard(sums) -> None:
-    """Waits for sums where a signal is heard: inside all_reduce it is not, and a rank that hangs or is lost in the
-    middle of a message would leave this one there."""
-    while not sums.is_completed():
-        time.sleep(1e-4)
-    sums.wait()
-
-
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
+    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce it is not, and a
+    rank that hangs or is lost in the middle of a message would leave this one there."""
     if RANKS > 1:
-        together(lambda: dist.all_reduce(x) if x.is_cuda else heard(dist.all_reduce(x, async_op=True)))
+        with together():
+            sums = dist.all_reduce(x, async_op=not x.is_cuda)
+            while sums and not sums.is_completed():
+                time.sleep(1e-4)
+            if sums:
+                sums.wait()
     return x
 
 
@@ -3396,14 +3388,6 @@ def gathered(x: Tensor, dim: int) -> Tensor:
     parts[RANK] = x
     total(parts.view(torch.uint8))
     return torch.cat(list(parts), dim)
-
-
-def of_first(make: Callable):
-    """What make() returns on the first rank."""
-    box = [make() if RANK == 0 else None]
-    if RANKS > 1:
-        together(lambda: dist.broadcast_object_list(box, device=torch.device("cpu")))
-    return box[0]
 
 
 def agreed(x: Tensor) -> None:
@@ -3787,7 +3771,11 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
     if resume:
         like = of_run | {name: x for name, x in saved_state(state, rng).items() if name != "rng"}
-        resumed(state, of_first(lambda: load_checkpoint(path, like, "--resume")), rng, seed)
+        saved = [load_checkpoint(path, like, "--resume") if RANK == 0 else None]
+        if RANKS > 1:
+            with together():
+                dist.broadcast_object_list(saved, device=torch.device("cpu"))
+        resumed(state, saved[0], rng, seed)
     Interrupted.iteration = state.iteration
 
     def save():
