@@ -3103,15 +3103,15 @@ class Figure(NamedTuple):
 
     name: str
     path: str  # keys joined by blanks
-    tolerance: float | None = None  # in the default economy
-    elsewhere: Callable | None = None  # in any other: (the grid's figure, its mean K) -> tolerance
+    tolerance: float | Callable | None = None  # a number in the default economy
+    elsewhere: Callable | None = None  # what it is in any other: (the grid's figure, its mean K) -> number
     published: float | None = None  # Maliar, Maliar & Valli (2010); Bellman errors Han, Yang & E (2021), at N = 50
 
 
 def figure_list(economy: Economy, cfg: Config) -> List[Figure]:
     """Every figure that is judged, in the order in which it is shown. Networks that see who is unemployed have tighter
     tolerances at small N; those that know more than K rest elsewhere than the grid."""
-    sees, N, own = sees_who_earns(cfg), f"N={cfg.eval_agents}", is_default(economy) and cfg.eval_agents == 50
+    sees, N = sees_who_earns(cfg), f"N={cfg.eval_agents}"
     near = None if cfg.moments or cfg.learnt_moments else 0.001
     rows = [
         Figure(f"W1 of capital, {N}", "comparison small w1", 0.15, lambda x, K: 0.004 * K, 0.16),
@@ -3135,17 +3135,15 @@ def figure_list(economy: Economy, cfg: Config) -> List[Figure]:
                lambda x, K: max(x + 0.1, -3.6)),
         Figure("response of output, gap (p.p.)", "comparison impulse_response_gap output", 0.02, lambda x, K: 0.02),
         Figure("response of capital, gap (p.p.)", "comparison impulse_response_gap capital", 0.02, lambda x, K: 0.02)]
-    return rows if own else [row._replace(published=None) for row in rows]
-
-
-def is_default(economy: Economy) -> bool:
-    return not difference(economy_dict(economy), economy_dict(krusell_smith()), "economy")
+    if difference(economy_dict(economy), economy_dict(krusell_smith()), "economy"):
+        return [row._replace(published=None, tolerance=row.elsewhere) for row in rows]
+    return rows if cfg.eval_agents == 50 else [row._replace(published=None) for row in rows]
 
 
 def verdict(figures: dict, economy: Economy, cfg: Config) -> List[dict]:
     """A row a figure. In the default economy tolerances are absolute, in any other a figure is measured by the grid's
     of the same economy. Without a grid, or where a distribution still moves, nothing passes or fails."""
-    grid, default, rows = figures.get("grid"), is_default(economy), []
+    grid, rows = figures.get("grid"), []
     judged = grid and max(figures[name]["limit"]["moves"] for name in ("network", "grid")) < MOVES
 
     def found_at(path):
@@ -3155,13 +3153,12 @@ def verdict(figures: dict, economy: Economy, cfg: Config) -> List[dict]:
         compares = "{}" not in row.path
         if compares and not grid:
             continue
-        ours, theirs, tolerance = found_at(row.path.format("network")), None, None
+        ours, theirs = found_at(row.path.format("network")), None
         if grid:
             theirs = 0.0 if compares else found_at(row.path.format("grid"))
-        if judged and default:
-            tolerance = row.tolerance
-        elif judged and row.elsewhere:
-            tolerance = row.elsewhere(theirs, grid["limit"]["capital"]["mean"])
+        tolerance = row.tolerance if judged else None
+        if callable(tolerance):
+            tolerance = tolerance(theirs, grid["limit"]["capital"]["mean"])
         size = ours if row.name.startswith("Euler") else abs(ours)
         rows.append({"figure": row.name, "network": ours, "grid": theirs, "published": row.published,
                      "tolerance": tolerance, "passed": None if tolerance is None else bool(size <= tolerance)})
@@ -3549,7 +3546,7 @@ def generator(device: str, seed: int) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------- files
 
 FORMAT = 12  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
-WEIGHTS, CHECKPOINT = "NN_weights_biases.pth", "checkpoint.pt"
+WEIGHTS, PREVIOUS, CHECKPOINT = "NN_weights_biases.pth", "NN_weights_biases.previous.pth", "checkpoint.pt"
 PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
 
 
@@ -3571,8 +3568,8 @@ def held(output_dir: Path):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / LOCK, "a+")
     with lock:
+        lock.seek(0)
         try:
-            lock.seek(0)
             if os.name == "nt":
                 import msvcrt
 
@@ -3582,7 +3579,6 @@ def held(output_dir: Path):
 
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.seek(0)
             raise UserError(f"--output-dir {output_dir}: {lock.read().strip() or 'another process'} is at work there; "
                             "wait for it, or name another directory") from None
         with disk_errors(output_dir):
@@ -3628,16 +3624,16 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
     """What save_checkpoint wrote, if like in kind, or a refusal. asked: the flag or function that wants the file."""
+    content = None
     try:
         data = path.read_bytes()
+        if data == sealed(data[:-34]):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{asked}: {path}: {error.strerror}; give the file that a run wrote, in its --output-dir") \
-            from error
-    try:
-        intact = data == sealed(data[:-34])
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if intact else None
+        told = f"{asked}: {path}: {error.strerror}; give the file that a run wrote, in its --output-dir"
+        raise UserError(told) from error
     except Exception:  # sealed by someone, but of another make: code in it, say
-        content = None
+        pass
     if not isinstance(content, dict) or type(content.get("format")) is not int:
         told = f"is damaged or no file of this script; move it away and run without {asked}"
     elif content["format"] != FORMAT:
@@ -3699,29 +3695,26 @@ def finish_publishing(output_dir: Path) -> None:
     shutil.rmtree(new)
 
 
-def previous(path: Path) -> Path:
-    """What an earlier run's file is called once a new one takes its place."""
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
-
-
-def set_aside(path: Path) -> None:
-    """Give an earlier run's file that name."""
-    with disk_errors(path.parent), contextlib.suppress(FileNotFoundError):
-        os.replace(path, previous(path))
+def set_aside(path: Path, keep: bool = False) -> None:
+    """An earlier run's file becomes NAME.previous.SUFFIX; keep: unless there is one."""
+    previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+    with disk_errors(path.parent):
+        if path.exists() and not (keep and previous.exists()):
+            os.replace(path, previous)
 
 
 def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) -> None:
     """The numbers of the output directory but metrics.json, into folder."""
     save_checkpoint(folder / WEIGHTS, network.weights)
     small, cfg, history = figures["network"]["small"], network.config, network.weights["history"]
-    header = [f"ergodic distribution of individual capital k (goods), policy network, N = {cfg.eval_agents}, "
+    header = (f"ergodic distribution of individual capital k (goods), policy network, N = {cfg.eval_agents}, "
               f"{cfg.eval_economies} economies, {small['periods']} periods, every {POOLED_EVERY}th pooled, "
-              f"seed {network.weights['seed']}"]
+              f"seed {network.weights['seed']}")
     for kind in ("bellman_own_c", "bellman_best_c"):
-        header.append(f"{kind} (utils), N = {cfg.eval_agents}: mean {small[kind]['mean']:.6f} "
-                      f"rmse {small[kind]['rmse']:.6f} max {small[kind]['max']:.6f}")
+        sizes = " ".join(f"{name} {size:.6f}" for name, size in small[kind].items())
+        header += f"\n{kind} (utils), N = {cfg.eval_agents}: {sizes}"
     k = np.sort(arrays["small"]["network"]["k"])
-    np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header="\n".join(header))
+    np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header=header)
     np.savetxt(folder / "training.csv", np.array(list(history.values())).T, delimiter=",", fmt="%.6g",
                header=",".join(history), comments="")
     (folder / "irf").mkdir()
@@ -3769,8 +3762,14 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     compile_kernels(compile)
     cfg, econ, rng = own_share(config), economy.tables(device, torch.float32), generator(device, seed)
     state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
+
+    def everything():
+        """The state of all ranks, on the CPU, and their random numbers."""
+        tensors = {name: gathered(x, 0).cpu() if name in SHARED else x.cpu() for name, x in state.tensors().items()}
+        return {**of_run, **vars(state), **tensors, "rng": gathered(rng.get_state(), 0)}
+
     if resume:
-        like = of_run | {name: x for name, x in saved_state(state, rng).items() if name != "rng"}
+        like = {name: x for name, x in everything().items() if name != "rng"}
         saved = [load_checkpoint(path, like, "--resume") if RANK == 0 else None]
         if RANKS > 1:
             with together():
@@ -3779,12 +3778,11 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     Interrupted.iteration = state.iteration
 
     def save():
-        if path:
-            everything = of_run | saved_state(state, rng)
-            if RANK == 0:
-                if state.iteration == 1:
-                    set_aside(path)
-                save_checkpoint(path, everything)
+        content = everything() if path else None
+        if content and RANK == 0:
+            if state.iteration == 1:
+                set_aside(path)
+            save_checkpoint(path, content)
 
     guard, start = Guard(state, econ, cfg, rng, cuda_graphs and device == "cuda", save), time.perf_counter()
     earlier = sum(state.history["seconds"])
@@ -3795,12 +3793,6 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
 
 
 JUDGING = ("eval_", "irf_")  # how fields of Config begin that say how a solution is judged, not how it is found
-
-
-def saved_state(state: State, rng: torch.Generator) -> dict:
-    """The state of all ranks, on the CPU, and their random numbers."""
-    tensors = {name: gathered(x, 0).cpu() if name in SHARED else x.cpu() for name, x in state.tensors().items()}
-    return {**vars(state), **tensors, "rng": gathered(rng.get_state(), 0)}
 
 
 def resumed(state: State, saved: dict, rng: torch.Generator, seed: int) -> None:
@@ -3879,7 +3871,8 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
             if isinstance(item.default, bool):
                 how = {"action": argparse.BooleanOptionalAction}
             section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
-    given, changed = vars(parser.parse_args(argv)), []
+    given = vars(parser.parse_args(argv))
+    changed = [name for name in [given.get("preset", "default")] if name != "default"]  # names the folder
 
     def filled(base):
         """base with the flags given."""
@@ -3896,22 +3889,38 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     cfg, small = filled(PRESETS[run.preset]), run.preset == "smoke" and run.grid == "converged"
     grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
     check(cfg)
-    check_run(run, cfg, set(given))
-    decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
+
+    # no flag may be without effect here and now
+    idle = {"settle", "averaging"} if cfg.published else {"value_rate", "policy_steps", "value_steps"}
+    if run.grid == "none":
+        idle |= {name for name in given if name.startswith("grid_")}
+    idle = ", ".join(map(flag, sorted(idle & set(given))))
+    require(not idle, f"{idle}: without effect here; leave it out")
+    require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
+    require(not (run.evaluate and run.resume),
+            "--evaluate trains nothing and --resume goes on training; give one of the two")
+    if RANKS > 1:
+        gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
+        require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
+                f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
+
     made = economy if fixed else economy(cal)
-    made = dataclasses.replace(made, **decided) if decided else made
+    decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
+    if decided:
+        made = dataclasses.replace(made, **decided)
     for name, who in (("players", "game"), ("start", "planner")):
         require(name not in given or made.equilibrium == who, f"{flag(name)}: without effect where --equilibrium is "
                 f"{made.equilibrium}; leave it out")
     n_moments(made.tables(), cfg)
+
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
-    parts = [Path(Interrupted.script).stem] * (economy is not krusell_smith) + [run.preset] * (
-        run.preset != "default") + changed
+    parts = changed if economy is krusell_smith else [Path(Interrupted.script).stem, *changed]
     name = "_".join(parts).replace("/", "-")
-    name = name if len(name) < 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    usual = f"runs/{name}" if parts else "."
-    return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid,
-                    dataclasses.replace(run, output_dir=run.output_dir or usual))
+    if len(name) >= 100:
+        name = f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    run = dataclasses.replace(run, output_dir=run.output_dir or (f"runs/{name}" if parts else "."))
+    return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid, run)
 
 
 MACHINE = ("preset", "device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume")  # name no folder
@@ -3939,23 +3948,6 @@ def check(cfg: Config) -> None:
     require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
             f"give --periods {cfg.horizon + 1} or more")
     own_share(cfg)
-
-
-def check_run(run: Run, cfg: Config, given: set) -> None:
-    """The same here and now; given: names of the flags, of which none may be without effect."""
-    idle = {"settle", "averaging"} if cfg.published else {"value_rate", "policy_steps", "value_steps"}
-    if run.grid == "none":
-        idle |= {name for name in given if name.startswith("grid_")}
-    idle = ", ".join(map(flag, sorted(idle & given)))
-    require(not idle, f"{idle}: without effect here; leave it out")
-    require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
-    require(not (run.evaluate and run.resume),
-            "--evaluate trains nothing and --resume goes on training; give one of the two")
-    if RANKS > 1:
-        gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
-        require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
-                f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
 
 
 # ---------------------------------------------------------------------------------------------- how a run ends
@@ -4021,9 +4013,8 @@ def work(settings: Settings) -> int:
         beside = threading.Thread(target=find_grid, daemon=True)
         if device == "cuda" and RANK == 0:
             beside.start()  # on a GPU the processor has nothing to do until the networks are judged
-        published = folder / WEIGHTS
         if run.evaluate:
-            network = load(published, device, run.compile, settings)
+            network = load(folder / WEIGHTS, device, run.compile, settings)
             judging = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(JUDGING)}
             network.config = dataclasses.replace(network.config, **judging)
         else:
@@ -4031,9 +4022,8 @@ def work(settings: Settings) -> int:
                             cuda_graphs=run.cuda_graphs, output_dir=folder)
             if RANK > 0:
                 return 0
-            if not previous(published).exists():  # or it is of a run whose results are still there
-                set_aside(published)
-            network.save(published)
+            set_aside(folder / WEIGHTS, keep=True)  # an earlier .previous is of a run whose results are still there
+            network.save(folder / WEIGHTS)
         if beside.ident:
             beside.join()
         if not found:
@@ -4051,7 +4041,7 @@ def work(settings: Settings) -> int:
             text = json.dumps(metrics, default=lambda array: array.tolist())
             finite = json.loads(text, parse_constant=lambda infinite: None)
             (staging / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
-        previous(published).unlink(missing_ok=True)
+        (folder / PREVIOUS).unlink(missing_ok=True)
     for note in grid.notes if grid else ():
         print(note)
     moves = ", ".join(f"{name} {100 * figures[name]['limit']['moves']:.2g}%" for name in solutions)
