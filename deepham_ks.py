@@ -3413,7 +3413,7 @@ class Guard:
 
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
-        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []
+        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []  # of cores, with their times
         self.mind_the_machine()
         hidden = True if RANK else None  # None: on a terminal only
         self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
@@ -3657,7 +3657,7 @@ def difference(found, like, name: str = "") -> str:
     def described(value):
         if isinstance(value, torch.Tensor):
             return f"{value.dtype} {tuple(value.shape)} {value.layout}"
-        return repr(value) if name.startswith(("calibration.", "config.", "economy.")) else type(value).__name__
+        return repr(value) if name.startswith(("config.", "economy.")) else type(value).__name__
 
     here, there = described(like), described(found)
     if here == there and name.startswith("economy.") and isinstance(like, Tensor) and not torch.equal(like, found):
@@ -3804,11 +3804,10 @@ def resumed(state: State, saved: dict, rng: torch.Generator, seed: int) -> None:
         print("the checkpoint is of another number of ranks or another kind of device: economies are shared anew and "
               "random numbers start anew, so not bit for bit")
         rng.manual_seed(seed + RANK * 10**10 + saved["iteration"])
-    for name, now in vars(state).items():
-        if isinstance(now, Tensor):
-            now.copy_(saved[name].chunk(RANKS)[RANK] if name in SHARED else saved[name])
-        else:
-            setattr(state, name, saved[name])
+    tensors = state.tensors()
+    for name, x in tensors.items():
+        x.copy_(saved[name].chunk(RANKS)[RANK] if name in SHARED else saved[name])
+    vars(state).update((name, saved[name]) for name in vars(state).keys() - tensors.keys())
 
 
 def load(path=WEIGHTS, device="cpu", compile="none", settings: "Settings | None" = None) -> Solution:
@@ -3865,7 +3864,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
         for item in options_of(kind):
             of = PRESETS if kind is Config else {"default": kind()}
             values = {name: getattr(preset, item.name) for name, preset in of.items()}
-            shown = [f"{n} {v!r}" for n, v in values.items() if n == "default" or v != values["default"]]
+            shown = [f"{name} {x!r}" for name, x in values.items() if name == "default" or x != values["default"]]
             told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
             how = {"type": type(item.default), "choices": item.metadata["choices"]}
             if isinstance(item.default, bool):
@@ -3878,11 +3877,10 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
         """base with the flags given."""
         prefix = PREFIX.get(type(base), "")
         values = {item.name: given.get(prefix + item.name, getattr(base, item.name)) for item in options_of(type(base))}
-        for name, value in values.items():
-            differs = value != getattr(base, name) and name not in MACHINE
-            changed.extend([f"{flag(prefix + name)[2:]}-{value}"] * differs)
+        changed.extend(f"{flag(prefix + name)[2:]}-{value}" for name, value in values.items()
+                       if value != getattr(base, name) and name not in MACHINE)
         base = dataclasses.replace(base, **values)
-        check_options(base, lambda x, name: flag(PREFIX.get(type(x), "") + name))
+        check_options(base, lambda name: flag(prefix + name))
         return base
 
     run, cal = filled(Run()), None if fixed else filled(calibration())
@@ -3926,11 +3924,11 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
 MACHINE = ("preset", "device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume")  # name no folder
 
 
-def check_options(x, name_of: Callable = lambda x, name: name) -> None:
+def check_options(x, name_of: Callable = lambda name: name) -> None:
     """Every field of a dataclass of options: its type, interval and choices. NaN and infinity lie in no interval that
     has an open end there."""
     for item in options_of(type(x)):
-        value, within, name = getattr(x, item.name), item.metadata["within"], name_of(x, item.name)
+        value, within, name = getattr(x, item.name), item.metadata["within"], name_of(item.name)
         kind, choices = type(item.default), item.metadata["choices"]
         fits = isinstance(value, (int, float, np.number)) if kind is float else isinstance(value, (kind, np.integer))
         require(fits and isinstance(value, bool) == (kind is bool),
@@ -4033,7 +4031,11 @@ def work(settings: Settings) -> int:
         with torch.no_grad():
             figures, arrays = compare(solutions, network.config)
         seconds |= {"accuracy": time.perf_counter() - start, "training": network.weights["seconds"]}
-        rows, moving = verdict(figures, economy, network.config), what_moves(network, figures)
+        rows, weights = verdict(figures, economy, network.config), network.weights
+        moves = {name: figures[name]["limit"]["moves"] for name in solutions}
+        moving = still_moving(weights["history"], weights["settled"], network.config) or next(
+            (f"the {name}'s distribution of capital moves by {100 * x:.2g}% over what is judged"
+             for name, x in moves.items() if x >= MOVES), "")
         with staged(folder) as staging:
             write_results(staging, network, figures, arrays)
             draw_pictures(staging, solutions, figures, arrays)
@@ -4044,8 +4046,8 @@ def work(settings: Settings) -> int:
         (folder / PREVIOUS).unlink(missing_ok=True)
     for note in grid.notes if grid else ():
         print(note)
-    moves = ", ".join(f"{name} {100 * figures[name]['limit']['moves']:.2g}%" for name in solutions)
-    print(f"mean and std of capital still move over what is judged by: {moves}")
+    told = ", ".join(f"{name} {100 * x:.2g}%" for name, x in moves.items())
+    print(f"mean and std of capital still move over what is judged by: {told}")
     if run.preset != "smoke":
         print_verdict(rows)
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
@@ -4053,17 +4055,6 @@ def work(settings: Settings) -> int:
     last_line, status = outcome(settings, network, rows, why, moving)
     print(last_line)
     return status
-
-
-def what_moves(network: Solution, figures: dict) -> str:
-    """What still moved at the end: in the training, or in the distribution that is judged."""
-    weights = network.weights
-    moving = still_moving(weights["history"], weights["settled"], network.config)
-    for name in ("network", "grid"):
-        moves = figures[name]["limit"]["moves"] if name in figures else 0.0
-        if moves >= MOVES and not moving:
-            moving = f"the {name}'s distribution of capital moves by {100 * moves:.2g}% over what is judged"
-    return moving
 
 
 def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: str) -> dict:

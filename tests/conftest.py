@@ -3,6 +3,9 @@
 DEEPHAM_ROOT names another folder with a deepham_ks.py: how the tests are tried on a broken copy.
 """
 
+import contextlib
+import copy
+import io
 import os
 import subprocess
 import sys
@@ -108,3 +111,56 @@ def smoke_run(deepham, tmp_path_factory):
     """(output directory, finished process) of one smoke run."""
     folder = tmp_path_factory.mktemp("smoke")
     return folder / "run", deepham("--preset", "smoke", "--output-dir", "run", cwd=folder)
+
+
+SMOKE = ["--preset", "smoke", "--device", "cpu", "--compile", "none"]
+
+
+def main(folder, *flags):
+    """Exit status, stdout, stderr of a smoke run without a grid; a traceback is the test's failure."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = dk.main([*SMOKE, "--grid", "none", "--output-dir", str(folder), *map(str, flags)])
+    return status, out.getvalue(), err.getvalue()
+
+
+CANNED = {}
+
+
+def make_quick(patch):
+    """The first judging of a session's default economy stands for all, and pictures are 100 kB of noise: for tests of
+    files and endings. Should compare() get another name, they only take longer."""
+    import matplotlib.figure
+
+    judge = getattr(dk, "compare", None)
+
+    def canned(*args):
+        given = [x for of in args for x in (of.values() if isinstance(of, dict) else [of])]
+        network, kinds = next(x for x in given if isinstance(x, dk.Solution)), tuple(type(x).__name__ for x in given)
+        if network.economy.gamma != 1 or len(network.econ.beta) != 2:
+            return judge(*args)
+        if kinds not in CANNED:
+            CANNED[kinds] = judge(*args)
+        figures, arrays = copy.deepcopy(CANNED[kinds])
+        figures["network"]["limit"]["capital"]["mean"] = network.K_mean  # pictures are drawn there
+        return figures, arrays
+
+    patch.setattr(dk, "compare", canned, raising=False)
+    patch.setattr(matplotlib.figure.Figure, "savefig",
+                  lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_quick(monkeypatch)
+    return monkeypatch
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a run that has finished, for tests that copy from it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        assert main(folder)[0] == 0
+    return folder

@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_nothing_lost import main, make_quick, one_line, tree
+from conftest import ROOT, main, make_quick
+from test_nothing_lost import one_line, tree
 
 import deepham_ks as dk
 
@@ -45,12 +45,6 @@ def leaves(found, name=""):
             yield from leaves(value, f"{name}.{key}")
     else:
         yield name, found
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    make_quick(monkeypatch)
-    return monkeypatch
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Nothing trained is lost: stops, failures, numerical trouble, full disks, too little memory, as a user meets them."""
 
 import contextlib
-import copy
 import dataclasses
 import io
 import json
@@ -23,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE, main, make_quick
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import deepham_ks as dk
 
-SMOKE = ["--preset", "smoke", "--device", "cpu", "--compile", "none"]
 ADAM = ["--optimizer", "adam", "--policy-rate", "1e-3", "--policy-steps", "3", "--value-steps", "3"]
 PUBLISHED = ("results.txt", "metrics.json", "training.csv", "distribution_validation.png",
              "irf/agg_capital_shocked.csv", "figures/training_history.png")
@@ -70,59 +69,9 @@ def same(a, b):
     return a == b
 
 
-def main(folder, *flags):
-    """Exit status, stdout, stderr of a smoke run without a grid; a traceback is the test's failure."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = dk.main([*SMOKE, "--grid", "none", "--output-dir", str(folder), *map(str, flags)])
-    return status, out.getvalue(), err.getvalue()
-
-
 def one_line(err):
     assert err.startswith("deepham_ks: ") and err.count("\n") == 1 and err.endswith("\n"), err
     return err
-
-
-CANNED = {}
-
-
-def make_quick(patch):
-    """The first judging of a session's default economy stands for all, and pictures are 100 kB of noise: for tests of
-    files and endings. Should compare() get another name, they only take longer."""
-    import matplotlib.figure
-
-    judge = getattr(dk, "compare", None)
-
-    def canned(*args):
-        given = [x for of in args for x in (of.values() if isinstance(of, dict) else [of])]
-        network, kinds = next(x for x in given if isinstance(x, dk.Solution)), tuple(type(x).__name__ for x in given)
-        if network.economy.gamma != 1 or len(network.econ.beta) != 2:
-            return judge(*args)
-        if kinds not in CANNED:
-            CANNED[kinds] = judge(*args)
-        figures, arrays = copy.deepcopy(CANNED[kinds])
-        figures["network"]["limit"]["capital"]["mean"] = network.K_mean  # pictures are drawn there
-        return figures, arrays
-
-    patch.setattr(dk, "compare", canned, raising=False)
-    patch.setattr(matplotlib.figure.Figure, "savefig",
-                  lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    make_quick(monkeypatch)
-    return monkeypatch
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run that has finished."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
-        assert main(folder)[0] == 0
-    return folder
 
 
 def after_checkpoint(patch, number, then):

@@ -20,18 +20,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_nothing_lost import (
-    SMOKE,
     Code,
     after_checkpoint,
     checkpoint,
     command_line,
     ended,
     forked,
-    main,
-    make_quick,
     one_line,
     same,
     send,
@@ -47,22 +45,6 @@ def refused(*argv, **economy):
         dk.parse(list(argv), **economy)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    make_quick(monkeypatch)
-    return monkeypatch
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run that has finished."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
-        assert main(folder)[0] == 0
-    return folder
 
 
 # ---- flags
