@@ -3413,7 +3413,7 @@ class Guard:
 
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
-        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []  # of cores, with their times
+        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []
         self.mind_the_machine()
         hidden = True if RANK else None  # None: on a terminal only
         self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
