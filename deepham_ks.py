@@ -116,8 +116,8 @@ class Calibration:
 class Config:
     """The method; the defaults are the preset `default`. What is no flag stands as a named constant beside its use."""
 
-    n_agents: int = option(125, "N, households an economy", "[1, 1e7]")
-    n_economies: int = option(96, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
+    n_agents: int = option(0, "N, households an economy; 0: infinitely many", "[0, 1e7]")
+    n_economies: int = option(48, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
     periods: int = option(100, "periods that each outer iteration simulates on from the last cross-section", "[3, 1e6]")
     horizon: int = option(75, "T, periods of a roll-out", "[2, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
@@ -789,29 +789,12 @@ def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
     return torch.diff(torch.cat([ends[0], cumulative, ends[1]], -1))
 
 
-def spread_uniform(s: Tensor, start: Tensor) -> Tensor:
-    """Uniform numbers (B, N) from start (B, 1), independent over time for a household but evenly spread over the
-    households of an economy in the same s (golden-ratio steps): as many leave as in a far larger economy."""
-    order = s.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(s.shape[1], device=s.device).expand_as(order))
-    return (rank.double() * 0.6180339887498949 + start).frac()
-
-
-def draw_shocks(s: Tensor, z: Tensor, periods: int, econ: Tables, rng: torch.Generator, even: bool = False):
-    """Paths s (periods + 1, B, N) and z (periods + 1, B, 1) from s (B, N), z (B, 1); even: spread_uniform()."""
-    z_path = [z]
-    for u in uniform((periods, *z.shape), rng, z.device):
-        z_path.append(draw(u, econ.cum_z[z_path[-1]]))
-    u = uniform((periods, *(z if even else s).shape), rng, s.device)
-    z_path = torch.stack(z_path)
-    return follow(lambda t, s: spread_uniform(s, u[t]) if even else u[t], s, z_path, econ), z_path
-
-
 class Panel(NamedTuple):
-    """The cross-section of B economies at one date."""
+    """The cross-section of B economies at one date: N households, or N nodes (s, k) of infinitely many."""
 
     k: Tensor  # (B, N)
     s: Tensor  # (B, N)
+    weight: Tensor  # (B, N) of the nodes, with mean one; (B, 0) for households, who count the same
     z: Tensor  # (B, 1)
     p: Tensor  # (B, S) float64: shares of s as they are along the path of z; (B, 0) where labour follows from z
 
@@ -840,39 +823,82 @@ def labour_ahead(p: Tensor, z: Tensor, econ: Tables) -> Tensor:
     return torch.stack([labour_of(shares_next(p, z, z_next, econ), z_next, econ) for z_next in every_z], 2)
 
 
+def mean_over(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of x (B, N, ...) over a cross-section of this weight, see Panel."""
+    if not weight.numel():
+        return x.mean(1)
+    return (x * (weight.unsqueeze(-1) if x.dim() > weight.dim() else weight)).mean(1)
+
+
 def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) -> Panel:
     """A dispersed cross-section (from a point mass it would need 2,000 periods to spread): k - k_min is gamma with mean
-    K - k_min and half of that as standard deviation, (z, s) at the stationary shares."""
+    K - k_min and half of that as standard deviation, (z, s) at the stationary shares. N = 0: infinitely many."""
     device, shape = econ.TFP.device, (B, N)
-    k = econ.k_min + (K - econ.k_min) * gamma_draws(shape, rng).to(device)
     of_z = econ.shares.sum(1)
     z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
     given_z = econ.shares / of_z.unsqueeze(1)
+    p = given_z[z[:, 0]].double() if econ.labour_moves else econ.usual[z[:, 0]].double()
+    if N == 0:
+        quantiles = scipy.stats.gamma.ppf((np.arange(500) + 0.5) / 500, 4, scale=0.25)
+        k = (econ.k_min + (K - econ.k_min) * torch.from_numpy(quantiles)).to(given_z)
+        nodes = k_nodes(torch.linspace(0, 1, NODES, device=device), 5 * k.mean(), econ)
+        mass = spread(torch.full_like(k, NODES / 500)[None], k[None], nodes)
+        weight = given_z[z[:, 0]].unsqueeze(2) * len(econ.beta) * mass
+        s = torch.arange(len(econ.beta), device=device).repeat_interleave(NODES)
+        return Panel(nodes.repeat(B, len(econ.beta)), s.repeat(B, 1), weight.flatten(1), z, p)
+    k = econ.k_min + (K - econ.k_min) * gamma_draws(shape, rng).to(device)
     u = uniform(shape, rng, device)
     if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
         u = (torch.arange(N, device=device) + u) / N
-    p = given_z[z[:, 0]].double() if econ.labour_moves else econ.usual[z[:, 0]].double()
-    return Panel(k, draw(u, given_z.cumsum(1)[:, :-1][z]), z, p)
+    return Panel(k, draw(u, given_z.cumsum(1)[:, :-1][z]), k[:, :0], z, p)
 
 
-AT_ONCE = 2**22  # shocks drawn at once: 32 MB, whatever N is
+NODES = 80  # of k, in each s, of a cross-section of infinitely many households
 
 
-def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator,
-             even: bool = False) -> Iterator:
-    """The N-agent economy under a policy, At -> k', period by period: yields where households are, At of k, s (B, N),
-    K, z (B, 1), labour (B, 1, 2) and no moments, the shares p (B, S), and k' (B, N)."""
-    (k, s, z, p), chunk = panel, max(1, AT_ONCE // panel.s.numel())
-    for start in range(0, periods, chunk):
-        n = min(chunk, periods - start)
-        s_path, z_path = draw_shocks(s, z, n, econ, rng, even)
-        for t in range(n):
-            at = place(k, s_path[t], k.mean(1, keepdim=True), z_path[t], econ)
-            at = at._replace(labour=labour_of(p, z_path[t], econ))
-            k_next = policy(at)
-            yield at, p, k_next
-            k, p = k_next, shares_next(p, z_path[t], z_path[t + 1], econ)
-        s, z = s_path[n], z_path[n]
+def k_nodes(x: Tensor, top: Tensor, econ: Tables) -> Tensor:
+    """k from k_min to top at x in [0, 1], log-uniform: dense where c bends most."""
+    unit = 0.1 * econ.c_ss
+    return econ.k_min + unit * ((1 + (top - econ.k_min) / unit) ** x - 1)
+
+
+def spread(weight: Tensor, k: Tensor, nodes: Tensor) -> Tensor:
+    """The weight (..., m) of households at k (..., m) goes to the four nodes (n,) around each, so that their cubic
+    interpolation keeps its mean over households: mean and variance of k are exact. To the two neighbours, as Young
+    (2010) has it, k would spread by itself. Some nodes get a little less than nothing."""
+    first = (torch.searchsorted(nodes, k.contiguous(), right=True) - 2).clamp(0, len(nodes) - 4)
+    near = nodes[first.unsqueeze(-1) + torch.arange(4, device=k.device)]  # (..., m, 4)
+    k, out = k.clamp(max=nodes[-1]), torch.zeros_like(weight[..., :1]).repeat_interleave(len(nodes), -1)
+    for i in range(4):
+        share = weight
+        for j in [j for j in range(4) if j != i]:
+            share = share * (k - near[..., j]) / (near[..., i] - near[..., j])
+        out.scatter_add_(-1, first + i, share)
+    return out
+
+
+def next_panel(panel: Panel, k_next: Tensor, z_next: Tensor, econ: Tables, rng: torch.Generator) -> Panel:
+    """The cross-section a period on, where k' (B, N) was saved and z' (B, 1) came."""
+    k, s, weight, z, p = panel
+    p = shares_next(p, z, z_next, econ)
+    if weight.numel():
+        B, S, n = len(k), len(econ.beta), k.shape[1] // len(econ.beta)
+        moved = spread(weight.view(B, S, n), k_next.view(B, S, n), k[0, :n])
+        weight = (econ.Pi[z[:, 0], z_next[:, 0]].to(moved).mT @ moved).flatten(1)
+        return Panel(k, s, weight / weight.mean(1, keepdim=True), z_next, p)
+    u = uniform(s.shape, rng, s.device)
+    return Panel(k_next, follow(lambda t, s: u, s, torch.stack([z, z_next]), econ)[1], weight, z_next, p)
+
+
+def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator) -> Iterator:
+    """The economies under a policy, (At, weight) -> k', period by period: yields the Panel; where its households are,
+    At of k, s (B, N), K, z (B, 1), labour (B, 1, 2) and no moments; and k' (B, N)."""
+    for u in uniform((periods, *panel.z.shape), rng, panel.z.device):
+        at = place(panel.k, panel.s, mean_over(panel.k, panel.weight).unsqueeze(1), panel.z, econ)
+        at = at._replace(labour=labour_of(panel.p, panel.z, econ))
+        k_next = policy(at, panel.weight)
+        yield panel, at, k_next
+        panel = next_panel(panel, k_next, draw(u, econ.cum_z[panel.z]), econ, rng)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -1071,6 +1097,7 @@ class State:
     rates: Tensor  # (3,) sizes of the policy step and of the steps of both laws, see set_rates()
     k: Tensor  # (B, N) the economies as they are: capital,
     s: Tensor  # (B, N) states of households
+    weight: Tensor  # (B, N or 0) how many they are, see Panel,
     z: Tensor  # (B, 1) and of the economy,
     p: Tensor  # (B, S) exact shares of s, see Panel
     K_centre: Tensor  # () of the input ln K
@@ -1190,7 +1217,8 @@ def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables,
     missed = torch.where(free, policy_residual(batch, econ), 0.0).square().mean()
     error = 1 - inverse_marginal_utility((econ.beta[at.s] * batch.expected).clamp(min=1e-30), econ) / batch.c
     euler, n = torch.where(free, error.abs(), 0.0).sum(), free.sum()
-    mean_K, missed, at_limit, euler, n = total(torch.stack([state.k.mean(), missed, 1 - free.float().mean(), euler,
+    mean_K = mean_over(state.k, state.weight).mean()
+    mean_K, missed, at_limit, euler, n = total(torch.stack([mean_K, missed, 1 - free.float().mean(), euler,
                                                             n.float()])) / RANKS
     figures = torch.stack([mean_K, missed.sqrt(), euler / n, at_limit, taken, state.damping])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
@@ -1237,33 +1265,27 @@ class Paths(NamedTuple):
     M_next: Tensor  # (periods - 1, B, Z, n) what is expected of them given z'
     k: Tensor  # (periods, B, N) the cross-sections, where moments are seen; else (0, B, N)
     s: Tensor
+    weight: Tensor  # (periods, B, N or 0)
 
 
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
     net, moments = policy_net(state, econ, cfg), seen_moments(state, econ, cfg)
     n, planner = len(state.M_mean), econ.equilibrium == "planner"
+    K_path, z_path, p_path, held, gains = [], [], [], [], []
 
-    def policy(at):
-        return fast.network_capital(net, at._replace(M=moments_of(at.k, at.s, moments, econ).unsqueeze(1)), econ)
+    def policy(at, weight):
+        M = moments_of(at.k, at.s, moments, econ, weight).unsqueeze(1)
+        return fast.network_capital(net, at._replace(M=M), econ)
 
-    scale = 1 + cfg.K_spread * (2 * uniform((len(state.k), econ.of_group.shape[1]), rng, state.k.device) - 1)
-    scale = scale.gather(1, econ.of_group.argmax(1)[state.s])  # each group's capital by a factor of its own
-    panel = Panel(econ.k_min + (state.k - econ.k_min) * scale, state.s, state.z, state.p)
-    K_path, z_path, p_path, k_path, s_path, gains = [], [], [], [], [], []
-    # shocks spread evenly take sampling noise out of K, which is what moments of finite economies are about
-    even = not (cfg.published or sees_who_earns(cfg))
-    for at, p, k_next in simulate(policy, panel, cfg.periods, econ, rng, even):
+    for panel, at, k_next in simulate(policy, scaled(state, econ, cfg, rng), cfg.periods, econ, rng):
         K_path.append(at.K[:, 0])
         z_path.append(at.z[:, 0])
-        p_path.append(p)
+        p_path.append(panel.p)
         if n:
-            k_path.append(at.k)
-            s_path.append(at.s)
+            held.append((*panel[:3], k_next))
         if planner:
-            gains.append(gain_from_K(k_next, at, econ).mean(1))
-    for of_state, now in zip((state.k, state.s, state.z, state.p), (at.k, at.s, at.z, p)):
-        of_state.copy_(now)
+            gains.append(mean_over(gain_from_K(k_next, at, econ), panel.weight))
     K_path, z_path = torch.stack(K_path), torch.stack(z_path)
     labour, labour_next = path_labour(torch.stack(p_path), z_path, econ)
     every_K, every_z, every_labour = gathered(K_path, 1), gathered(z_path, 1), gathered(labour, 1)
@@ -1276,13 +1298,42 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
         approach(state.K_law, law_of_motion(every_K, every_labour, every_z, 0 * econ.TFP)[0], state.rates[1])
         ln_K_next = by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()), labour[:-1].double())
         K_next = torch.exp(ln_K_next).to(K_path.dtype)
-    widen(state.k_range, gathered(torch.stack([at.k.min(), at.k.max()]), 0))
+    widen(state.k_range, gathered(torch.stack(ends_of(panel)), 0))
     widen(state.K_range, torch.stack([every_K.min(), every_K.max()]))
-    cross_sections = [torch.stack(x) if x else now.new_empty(0, *now.shape) for x, now in
-                      ((k_path, at.k), (s_path, at.s))]
-    M, M_next = path_moments(*cross_sections, z_path, moments, econ)
+    *held, k_next = [torch.stack(x) for x in zip(*held)] or [x.unsqueeze(0)[:0] for x in (*panel[:3], k_next)]
+    M, M_next = path_moments(*held, k_next, z_path, moments, econ)
+    for name, now in panel._asdict().items():  # only here: the first date of the paths was the state itself
+        getattr(state, name).copy_(now)
     recentre(state, every_K, gathered(M, 1), econ, cfg)
-    return Paths(K_path, z_path, K_next, labour, labour_next, M, M_next, *cross_sections)
+    return Paths(K_path, z_path, K_next, labour, labour_next, M, M_next, *held)
+
+
+def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Panel:
+    """The economies with each group's capital scaled by a factor of its own, up to cfg.K_spread off: K off its usual
+    path. Nodes of infinitely many households reach a good deal further than any of them."""
+    k, s, weight, z, p = (getattr(state, name) for name in Panel._fields)
+    scale = 1 + cfg.K_spread * (2 * uniform((len(k), econ.of_group.shape[1]), rng, k.device) - 1)
+    k = econ.k_min + (k - econ.k_min) * scale.gather(1, econ.of_group.argmax(1)[s])
+    if weight.numel():
+        B, S, n = len(k), len(econ.beta), k.shape[1] // len(econ.beta)
+        nodes = k_nodes(torch.linspace(0, 1, n, device=k.device), learnt_top(state.k_range[1], state.K_centre), econ)
+        weight, k = spread(weight.view(B, S, n), k.view(B, S, n), nodes).flatten(1), nodes.repeat(B, S)
+    return Panel(k, s, weight, z, p)
+
+
+RARE = 1e-6  # a share of infinitely many households that does not count as any
+
+
+def ends_of(panel: Panel) -> List[Tensor]:
+    """Least and largest k that households hold."""
+    if not panel.weight.numel():
+        return [panel.k.min(), panel.k.max()]
+    k, order = panel.k[0].sort(stable=True)
+    below = panel.weight.clamp(min=0)[:, order].double().cumsum(1)
+    share = below / below[:, -1:]
+    reached = (share > RARE) & (share.roll(1, 1) < 1 - RARE)
+    reached[:, 0] = share[:, 0] > RARE
+    return [torch.where(reached, k, torch.inf).min(), torch.where(reached, k, -torch.inf).max()]
 
 
 def path_labour(p: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -1403,13 +1454,12 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
     window = start + torch.arange(cfg.horizon + 1, device=device).unsqueeze(1)
     start_wide, drawn = uniform((2, M), rng, device)
-    household = torch.randint(state.k.numel(), (M,), generator=rng, device=device)
-    low, unit = (state.k_range[0] - econ.k_min) / 10, 0.1 * econ.c_ss
-    high = learnt_top(state.k_range[1], state.K_centre) - econ.k_min
-    wide = econ.k_min + low + unit * ((1 + (high - low) / unit) ** drawn - 1)  # log-uniform: dense where c bends most
-    k = torch.where(start_wide < wide_share, wide, state.k.flatten()[household])
+    top, low = learnt_top(state.k_range[1], state.K_centre), (state.k_range[0] - econ.k_min) / 10
+    wide = low + k_nodes(drawn, top - low, econ)
+    k, s = some_households(state, M, econ, rng)
+    k = torch.where(start_wide < wide_share, wide, k)
     any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
-    s = state.s.flatten()[household] if cfg.published else any_s
+    s = s if cfg.published else any_s
     z = paths.z[window, economy]
     shocks = uniform(z.shape, rng, device)
     s_path = follow(lambda t, s: shocks[t], s, z, econ)
@@ -1423,6 +1473,18 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
         Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
     path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta, labour)
     return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next, labour_next), now * B + economy
+
+
+def some_households(state: State, M: int, econ: Tables, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
+    """k, s (M,) of households drawn from the economies."""
+    if not state.weight.numel():
+        household = torch.randint(state.k.numel(), (M,), generator=rng, device=state.k.device)
+        return state.k.flatten()[household], state.s.flatten()[household]
+    held, n = state.weight.clamp(min=0).flatten().double().cumsum(0), state.k.shape[1] // len(econ.beta)
+    drawn, off = uniform((2, M), rng, state.k.device)
+    node = torch.searchsorted(held, drawn * held[-1]).clamp(max=len(held) - 1)
+    x = (node % n + off - 0.5).clamp(0, n - 1) / (n - 1)
+    return k_nodes(x, state.k.max(), econ), state.s.flatten()[node]
 
 
 def learnt_top(k_high, K):
@@ -1816,7 +1878,7 @@ def n_moments(econ: Tables, cfg: Config) -> int:
     """How many the networks see; UserError where households are too few to tell them apart."""
     anybody = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device)
     n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
-    require(2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
+    require(not cfg.n_agents or 2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
             "--n-agents or take fewer")
     return n
 
@@ -1876,16 +1938,18 @@ def learnt_inputs(k: Tensor, s: Tensor, econ: Tables) -> Tensor:
     return torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[s]], -1)
 
 
-def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
-    """d (mean of Q over the households of a cross-section) / d its parameters: k, s (n, N) -> (n, p, parameters)."""
+def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, weight: Tensor, econ: Tables) -> Tensor:
+    """d (mean of Q over a cross-section) / d its parameters: k, s, weight (n, N or 0) -> (n, p, parameters)."""
     x, N = learnt_inputs(k, s, econ), k.shape[1]
     h = torch.tanh(linear(x, layers[0], layers[1]))
     h2 = torch.tanh(linear(h, layers[2], layers[3]))
     one_of_p, columns = torch.eye(len(layers[5]), dtype=k.dtype, device=k.device), []
     for of_output, row in zip(one_of_p, layers[4]):
         d2 = (1 - h2 * h2) * row / N
+        if weight.numel():
+            d2 = d2 * weight.unsqueeze(2)
         d1 = (1 - h * h) * torch.matmul(d2, layers[2])
-        V3 = of_output.unsqueeze(1) * h2.mean(1).unsqueeze(1)
+        V3 = of_output.unsqueeze(1) * mean_over(h2, weight).unsqueeze(1)
         parts = (d1.mT @ x, d1.sum(1), d2.mT @ h, d2.sum(1), V3, of_output.expand(len(k), -1))
         columns.append(torch.cat([part.flatten(1) for part in parts], 1))
     return torch.stack(columns, 1)
@@ -1897,46 +1961,42 @@ def contributions(k: Tensor, s: Tensor, moments: Moments, econ: Tables) -> Tenso
     return torch.cat([*given, Q(moments.Q, k, s, econ)] if moments.Q else given or [k.unsqueeze(-1)[..., :0]], -1)
 
 
-def moments_of(k: Tensor, s: Tensor, moments: Moments, econ: Tables, weight: Tensor | float = 1.0) -> Tensor:
-    """Moments of cross-sections k, s (B, N) -> (B, n); weight (B, N) of households, whose mean is one."""
-    q = contributions(k, s, moments, econ)
-    return (q if isinstance(weight, float) else weight.unsqueeze(-1) * q).mean(1)
+def moments_of(k: Tensor, s: Tensor, moments: Moments, econ: Tables, weight: Tensor) -> Tensor:
+    """Moments (B, n) of cross-sections k, s, weight (B, N or 0), see Panel."""
+    return mean_over(contributions(k, s, moments, econ), weight)
 
 
-def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: Tables,
-                 weight: Tensor | float = 1.0) -> Tensor:
+def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: Tables, weight: Tensor) -> Tensor:
     """E[M' | z'] for each z', everybody's s' in expectation, an exact sum: k', s (B, N), z (B, 1) -> (B, Z, n)."""
     if not moments.given and not moments.Q:
         return k_next.new_zeros(len(k_next), len(econ.TFP), 0)
     s_next = econ.reach[s]  # (B, N, reachable)
     q = contributions(k_next.unsqueeze(-1).expand(s_next.shape), s_next, moments, econ)
-    of_z = []
-    for z_next in range(len(econ.TFP)):
-        p = own_transition(s, z, z_next, econ) * (weight if isinstance(weight, float) else weight.unsqueeze(-1))
-        of_z.append(torch.einsum("bni,bnim->bm", p, q) / k_next.shape[1])
-    return torch.stack(of_z, 1)
+    p = [own_transition(s, z, z_next, econ).unsqueeze(-1) for z_next in range(len(econ.TFP))]
+    return torch.stack([mean_over((of_z * q).sum(2), weight) for of_z in p], 1)
 
 
-def path_moments(k: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """M (periods, B, n) and E[M' | z'] (periods - 1, B, Z, n) of simulated economies k, s (periods, B, N), z (periods,
-    B); without moments n is 0, and so are the periods of k."""
-    periods, B = z.shape
-    if not len(k):
+def path_moments(k: Tensor, s: Tensor, weight: Tensor, k_next: Tensor, z: Tensor, moments: Moments,
+                 econ: Tables) -> Tuple[Tensor, Tensor]:
+    """M (periods, B, n) and E[M' | z'] (periods - 1, B, Z, n) of simulated economies k, s, weight, k' (periods, B, N),
+    z (periods, B); without moments n is 0, and so are the periods of k."""
+    (periods, B), n = z.shape, len(k)
+    if not n:
         return k.new_zeros(periods, B, 0), k.new_zeros(periods - 1, B, len(econ.TFP), 0)
-    chunk, M, M_next = max(1, 2**16 // k[0].numel()), [], []
-    for t in range(0, periods, chunk):
-        last = min(t + chunk, periods - 1)
-        M.append(moments_of(k[t : t + chunk].flatten(0, 1), s[t : t + chunk].flatten(0, 1), moments, econ))
-        M_next.append(next_moments(k[t + 1 : last + 1].flatten(0, 1), s[t:last].flatten(0, 1),
-                                   z[t:last].flatten().unsqueeze(1), moments, econ))
-    return torch.cat(M).view(periods, B, -1), torch.cat(M_next).view(periods - 1, B, len(econ.TFP), -1)
+    of_dates = [x.flatten(0, 1).split(max(1, 2**16 // k.shape[2])) for x in (k, s, weight, k_next, z.unsqueeze(2))]
+    M, M_next = [], []
+    for k, s, weight, k_next, z in zip(*of_dates):
+        M.append(moments_of(k, s, moments, econ, weight))
+        M_next.append(next_moments(k_next, s, z, moments, econ, weight))
+    return torch.cat(M).view(periods, B, -1), torch.cat(M_next).view(periods, B, len(econ.TFP), -1)[:-1]
 
 
-def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> Tuple[Tensor, Tensor] | None:
-    """k, s (n, N) of the cross-sections that the states of a batch see, where moments of them are learnt."""
+def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> Tuple[Tensor, Tensor, Tensor] | None:
+    """k, s, weight (n, N or 0) of the cross-sections that the states of a batch see, where moments of them are
+    learnt."""
     if not cfg.learnt_moments:
         return None
-    return paths.k.flatten(0, 1)[batch.date], paths.s.flatten(0, 1)[batch.date]
+    return tuple(x.flatten(0, 1)[batch.date] for x in (paths.k, paths.s, paths.weight))
 
 
 def learnt_units(net: Net, p: int) -> Tuple[Tensor, Tensor]:
@@ -1947,14 +2007,14 @@ def learnt_units(net: Net, p: int) -> Tuple[Tensor, Tensor]:
 def with_learnt(x: Tensor, layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
     """Inputs x (n, inputs) with the learnt moments as Q of these layers has them."""
     centre, unit = learnt_units(net, len(layers[5]))
-    learnt = (Q(layers, *seen, econ).mean(-2) - centre) / unit
+    learnt = (mean_over(Q(layers, *seen[:2], econ), seen[2]) - centre) / unit
     return torch.cat([x[..., : -len(unit)], learnt], -1)
 
 
 def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
     """d learnt moments / d parameters of Q as inputs at the states, (n, p, parameters)."""
     size, (_, unit) = max(1, 2**18 // seen[0].shape[1]), learnt_units(net, len(layers[5]))
-    parts = [Q_jacobian(layers, k, s, econ) for k, s in zip(seen[0].split(size), seen[1].split(size))]
+    parts = [Q_jacobian(layers, *part, econ) for part in zip(*[x.split(size) for x in seen])]
     return torch.cat(parts) / unit.unsqueeze(1)
 
 
@@ -1973,7 +2033,8 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
         theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n - econ.labour_moves :] = 0
     value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
-    k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in (panel.k, panel.k.mean(1))]
+    k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in
+                (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
 
     def law(a, b):
         of_z = torch.zeros(len(econ.TFP), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
@@ -2046,7 +2107,7 @@ class Policy:
             raise ValueError("this solution sees nothing but K of the cross-section")
         k, s = np.broadcast_arrays(k, s)
         sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
-        return moments_of(*sections, self.seen, self.econ).reshape(*k.shape[:-1], -1).cpu().numpy()
+        return moments_of(*sections, self.seen, self.econ, sections[0][:, :0]).reshape(*k.shape[:-1], -1).cpu().numpy()
 
     def on_arrays(self, function: Callable, k, s, K, z, M=None, L=None) -> np.ndarray:
         """A function of At, called with numbers or arrays."""
@@ -2358,8 +2419,8 @@ def panel_policy(solution: Policy) -> Callable:
     single = solution.single()
     dtype = single.econ.beta.dtype
 
-    def policy(at):
-        M = moments_of(at.k.to(dtype), at.s, single.seen, single.econ).unsqueeze(1)
+    def policy(at, weight):
+        M = moments_of(at.k.to(dtype), at.s, single.seen, single.econ, weight).unsqueeze(1)
         return single.policy(at._replace(k=at.k.to(dtype), K=at.K.to(dtype), M=M, labour=at.labour.to(dtype)))
     return policy
 
@@ -2381,13 +2442,13 @@ def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) 
     panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
     sections, K_path, z_path, labour = [], [], [], []
     periods = simulate(panel_policy(solution), panel, cfg.eval_periods, econ, rng)
-    for t, (at, p, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
+    for t, (now, at, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
         if t >= dropped(cfg):
-            for path, now in zip((K_path, z_path, labour), (at.K, at.z, at.labour)):
-                path.append(now[:, 0])
+            for path, x in zip((K_path, z_path, labour), (at.K, at.z, at.labour)):
+                path.append(x[:, 0])
             if (t - dropped(cfg)) % POOLED_EVERY == 0:
                 weight = torch.ones_like(at.k).double()
-                sections.append(cross_section(solution, at._replace(k=at.k.double()), p, k_next.double(), weight))
+                sections.append(cross_section(solution, at._replace(k=at.k.double()), now.p, k_next.double(), weight))
     K_path, z_path, labour = [torch.stack(x).cpu().numpy() for x in (K_path, z_path, labour)]
     figures, arrays = judged(solution, sections, K_path.astype(float), z_path, labour.astype(float))
     if solution.seen.Q:
@@ -3064,19 +3125,19 @@ def impulse_responses(solution: Policy, cfg: Config, k: np.ndarray, mass: np.nda
     Every random number is the same whatever the solution and the state at 0."""
     econ, policy, rng = solution.econ, panel_policy(solution), torch.Generator().manual_seed(JUDGE_SEED)
     panel = settled_panel(k, mass, cfg.irf_paths, cfg.irf_agents, econ, rng)
-    for at, p, k in simulate(policy, panel, IRF_BURN, econ, rng):
+    for last, _, k in simulate(policy, panel, IRF_BURN, econ, rng):
         pass
-    s, z = at.s, at.z
+    s, z, weight = last.s, last.z, last.weight
     usual = torch.full_like(z, len(econ.TFP) // 2)
     draws, out = uniform((2, *s.shape), rng, s.device), {series: [] for series in SERIES}
     s, after = follow(lambda t, s: draws[0], s, torch.stack([z, usual]), econ)[1], rng.get_state()
-    p = shares_next(p, z, usual, econ)
-    k = policy(place(k, s, k.mean(1, keepdim=True), usual, econ)._replace(labour=labour_of(p, usual, econ)))
+    p = shares_next(last.p, z, usual, econ)
+    k = policy(place(k, s, k.mean(1, keepdim=True), usual, econ)._replace(labour=labour_of(p, usual, econ)), weight)
     for z_0 in (usual, (usual - 1).clamp(min=0)):
         s_0, columns = follow(lambda t, s: draws[1], s, torch.stack([usual, z_0]), econ)[1], []
         rng.set_state(after)
-        now = Panel(k, s_0, z_0, shares_next(p, usual, z_0, econ))
-        for at, _, k_next in simulate(policy, now, cfg.irf_periods, econ, rng):
+        now = Panel(k, s_0, weight, z_0, shares_next(p, usual, z_0, econ))
+        for _, at, k_next in simulate(policy, now, cfg.irf_periods, econ, rng):
             m, R = cash_on_hand(at, econ)
             C = (m - k_next).mean(1)
             columns.append([x.double() for x in (at.K[:, 0], output(at, econ)[:, 0], C, R[:, 0], at.z[:, 0])])
@@ -3486,13 +3547,13 @@ class Guard:
 def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
     saves more and more; what bounds its wealth is R < 1 alone."""
-    k, s, z = (gathered(x, 0) for x in (state.k, state.s, state.z))
-    K = k.mean(1, keepdim=True)
-    M = moments_of(k, s, seen_moments(state, econ, cfg), econ).unsqueeze(1)
+    k, s, weight, z = (gathered(x, 0) for x in (state.k, state.s, state.weight, state.z))
+    K = mean_over(k, weight).unsqueeze(1)
+    M = moments_of(k, s, seen_moments(state, econ, cfg), econ, weight).unsqueeze(1)
     labour = labour_of(gathered(state.p, 0), z, econ)
     at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
     c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(at, econ)[0]
-    richest, R = k.argmax(), float(R.mean())
+    richest, R = torch.where(k <= state.k_range[1], k, -torch.inf).argmax(), float(R.mean())
     u_prime, beta = marginal_utility(c.flatten()[richest], econ), econ.beta[s.flatten()[richest]]
     gain = float(beta * (at.Delta.mean() + R * u_prime) / u_prime)
     if R > 1 and gain > 1:
