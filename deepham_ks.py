@@ -1878,8 +1878,8 @@ def n_moments(econ: Tables, cfg: Config) -> int:
     """How many the networks see; UserError where households are too few to tell them apart."""
     anybody = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device)
     n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
-    require(not cfg.n_agents or 2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} households; raise "
-            "--n-agents or take fewer")
+    require(not cfg.n_agents or 2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} "
+            "households; raise --n-agents or take fewer")
     return n
 
 
