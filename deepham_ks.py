@@ -49,6 +49,7 @@ import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -86,6 +87,11 @@ class UserError(RuntimeError):
 def require(holds, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def option(default, reason: str, within: str = "(-inf, inf)", choices=None):
@@ -1611,7 +1617,8 @@ fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # f
 
 def compile_kernels(mode: str) -> None:
     """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where
-    TorchScript is gone or does not compile, one line says so and the run goes on eagerly."""
+    TorchScript is gone or does not compile, one line says so and the run goes on eagerly; what it says of its end
+    where it does compile is not the user's trouble."""
     eager = {name: globals()[name] for name in KERNELS}
     vars(fast).update(eager)
     if mode != "torchscript":
@@ -1622,7 +1629,7 @@ def compile_kernels(mode: str) -> None:
             vars(fast).update({name: torch.jit.script(function) for name, function in eager.items()})
     except Exception as error:
         vars(fast).update(eager)
-        print(f"TorchScript does not compile here ({str(error).strip().splitlines()[0]}): running eagerly")
+        print(f"TorchScript does not compile here ({first_line(error)}): running eagerly")
 
 
 # ---------------------------------------------------------------------------------------------- 3. move the policy
@@ -3406,7 +3413,7 @@ def join_ranks(device: str, task: str) -> None:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"torchrun: the processes do not find each other: {str(error).splitlines()[0]}") from error
+            raise UserError(f"torchrun: the processes do not find each other: {first_line(error)}") from error
         atexit.register(dist.destroy_process_group)
     tasks = [None] * RANKS
     with together():
@@ -3563,6 +3570,10 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     return ""
 
 
+class NoGraph(UserError):
+    """A capture failed. The checkpoint is whole; the generator and the allocator of this process are of no more use."""
+
+
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
     """The whole iteration as one CUDA graph: about 10^4 small kernels without a launch from Python each."""
     before, rng_before = [tensor.clone() for tensor in tensors], rng.get_state()
@@ -3580,11 +3591,11 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
         # with several ranks NCCL's own thread looks at earlier sums meanwhile, and may
         with torch.cuda.graph(graph, capture_error_mode="global" if RANKS == 1 else "thread_local"):
             figures = step()
-    except RuntimeError as error:  # after a failed capture the generator and the allocator are of no more use
+    except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"this torch cannot capture an iteration as a CUDA graph ({str(error).splitlines()[0]}); "
-                        "continue with --resume --no-cuda-graphs") from error
+        raise NoGraph(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
+                      "go on with --resume --no-cuda-graphs") from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -3609,6 +3620,7 @@ def generator(device: str, seed: int) -> torch.Generator:
 FORMAT = 12  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 WEIGHTS, PREVIOUS, CHECKPOINT = "NN_weights_biases.pth", "NN_weights_biases.previous.pth", "checkpoint.pt"
 PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
+LOCKED_BYTE = 2**30  # what is locked on Windows nobody else can read there: not a byte of what the lock says
 
 
 @contextlib.contextmanager
@@ -3629,17 +3641,18 @@ def held(output_dir: Path):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / LOCK, "a+")
     with lock:
-        lock.seek(0)
         try:
             if os.name == "nt":
                 import msvcrt
 
+                lock.seek(LOCKED_BYTE)
                 msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.seek(0)
             raise UserError(f"--output-dir {output_dir}: {lock.read().strip() or 'another process'} is at work there; "
                             "wait for it, or name another directory") from None
         with disk_errors(output_dir):
@@ -3822,6 +3835,9 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     join_ranks(device, repr((words, config, seed)))
     compile_kernels(compile)
     cfg, econ, rng = own_share(config), economy.tables(device, torch.float32), generator(device, seed)
+    if RANKS > 1 and RANK == 0:
+        print(f"{RANKS} processes share the simulation and the roll-outs: {cfg.n_economies} of {config.n_economies} "
+              f"economies and {cfg.batch} of {config.batch} households each; the first alone judges and writes")
     state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
 
     def everything():
@@ -4041,14 +4057,30 @@ def signals_heard():
     finally:
         Interrupted.pending = 0
         for signum, handler in before.items():  # torchrun ends the others once one is lost: the first has yet to say it
+            handler = handler or signal.SIG_DFL  # none: it was not Python's
             signal.signal(signum, handler if RANKS == 1 or RANK > 0 else signal.SIG_IGN)
 
 
 def again(first: str, *more: str) -> str:
     """The command of this run with other flags."""
-    python = "python" if RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    python = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     same = [a for a in Interrupted.argv if a not in ("--resume", "--evaluate")]
-    return f"{python} {shlex.quote(Interrupted.script)} {shlex.join([first, *same, *more])}"
+    return shell_line([*python, Interrupted.script, first, *same, *more])
+
+
+def shell_line(command: list) -> str:
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+def start_again() -> int:
+    """This command from its checkpoint and without CUDA graphs, in a process of its own; its exit status."""
+    command = [sys.executable, *sys.orig_argv[1:], "--resume", "--no-cuda-graphs"]
+    print(f"deepham_ks: starting again: {shell_line(command)}", file=sys.stderr, flush=True)
+    if os.name != "nt":
+        sys.stdout.flush()
+        os.execv(sys.executable, command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no exec that a shell waits for
+    return subprocess.call(command)
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -4083,8 +4115,8 @@ def work(settings: Settings) -> int:
                 return 0
             set_aside(folder / WEIGHTS, keep=True)  # an earlier .previous is of a run whose results are still there
             network.save(folder / WEIGHTS)
-        if beside.ident:
-            beside.join()
+        while beside.is_alive():
+            beside.join(0.2)  # on Windows no signal is heard inside a wait
         if not found:
             find_grid()
         (grid, why), start = found[0], time.perf_counter()
@@ -4162,13 +4194,14 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
+    is_command = argv is None and not in_notebook and Path(sys.argv[0]).is_file() and RANKS == 1
     argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
-    status = 2
+    status, restarts = 2, False
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
             return work(parse(argv, economy, calibration))
         except UserError as error:
-            line = f"error: {error}"
+            line, restarts = f"error: {error}", is_command and isinstance(error, NoGraph)
         except Interrupted as stop:
             line, status = f"stopped by {signal.Signals(stop.args[0]).name}", 128 + stop.args[0]
             if "--evaluate" in argv:
@@ -4192,7 +4225,7 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)  # the end of Python would wait for what other ranks still owe
-    return status
+    return start_again() if restarts else status
 
 
 if __name__ == "__main__":

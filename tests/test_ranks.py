@@ -98,6 +98,8 @@ def ran(tmp_path_factory):
     out, err = ended(process)
     assert process.returncode == 0, err[-3000:]
     assert "another number of ranks" not in out
+    shared = "2 of 4 economies and 32 of 64 households each; the first alone judges and writes"
+    assert out.splitlines()[0] == f"2 processes share the simulation and the roll-outs: {shared}"
     return folder, [torch.load(folder / f"kept{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -129,7 +129,7 @@ def test_one_version_everywhere(capsys):
         dk.main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out.split()[-1] == dk.__version__
     (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    assert cited == dk.__version__ == re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert cited == dk.__version__ == re.findall(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
 
 
 def test_badge_is_that_of_the_notebook(readme):

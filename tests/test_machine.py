@@ -1,0 +1,209 @@
+"""Other releases of torch and other systems: no compiler, no private name, a graph that is not captured, Windows."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from conftest import ROOT
+
+import deepham_ks as dk
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """The weights of a smoke run that compiles nothing."""
+    return dk.solve(None, "smoke", device="cpu", compile="none").weights
+
+
+def same(ours, theirs):
+    """Bit for bit the same networks."""
+    return all(torch.equal(ours[network][name], x) for network in ("policy", "value")
+               for name, x in theirs[network].items())
+
+
+# ------------------------------------------------------------------------------------------------ TorchScript
+
+
+def gone(patch):
+    patch.delattr(torch, "jit")
+
+
+def raises(patch, *error):
+    def refuses(function):
+        raise RuntimeError(*error)
+
+    patch.setattr(torch.jit, "script", refuses)
+
+
+@pytest.mark.parametrize("broken, reason", [
+    (gone, "module 'torch' has no attribute 'jit'"), (raises, "RuntimeError"),
+    (lambda patch: raises(patch, "\nnot on this Python\nand a second line"), "not on this Python")])
+def test_without_a_compiler_a_run_goes_on_eagerly_and_one_line_says_so(monkeypatch, capsys, eager, broken, reason):
+    broken(monkeypatch)
+    assert same(dk.solve(None, "smoke", device="cpu").weights, eager)
+    out, err = capsys.readouterr()
+    (line,) = [line for line in out.splitlines() if "TorchScript" in line]
+    assert line == f"TorchScript does not compile here ({reason}): running eagerly"
+    assert "Warning" not in out + err
+
+
+def test_where_it_compiles_no_warning_reaches_the_user(monkeypatch, capsys):
+    """Of whatever class: torch has changed it once."""
+    compiles = torch.jit.script
+
+    def warns(*given, **more):
+        warnings.warn("torch.jit.script goes", FutureWarning, stacklevel=2)
+        return compiles(*given, **more)
+
+    monkeypatch.setattr(torch.jit, "script", warns)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        dk.compile_kernels("torchscript")
+    assert not heard and capsys.readouterr() == ("", "")
+    assert all(isinstance(getattr(dk.fast, name), torch.jit.ScriptFunction) for name in dk.KERNELS)
+    dk.compile_kernels("none")
+
+
+def test_no_private_name_of_torch_is_needed(monkeypatch, eager):
+    """Neither by a run nor by what only CUDA asks for."""
+    monkeypatch.delattr(torch._C, "_jit_set_texpr_fuser_enabled", raising=False)
+    monkeypatch.delattr(torch, "_standard_gamma", raising=False)
+    assert same(dk.solve(None, "smoke", device="cpu", compile="none").weights, eager)
+    one, other = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", (one,))
+    assert dk.generator("cuda", 5) is one
+    assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=other.manual_seed(5)))
+
+
+# ------------------------------------------------------------------------------------------------ no CUDA graph
+
+WITHOUT_GRAPHS = """
+import contextlib, sys, torch
+sys.path.insert(0, {source!r})
+import deepham_ks as dk
+
+class Nothing:
+    def wait_stream(self, other): pass
+
+@contextlib.contextmanager
+def failing(graph, **options):
+    yield
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+torch.cuda.Stream = torch.cuda.current_stream = torch.cuda.CUDAGraph = Nothing
+torch.cuda.stream, torch.cuda.graph = contextlib.nullcontext, failing
+start = dk.Guard.__init__
+def on_gpu(self, state, econ, cfg, rng, graphs, save):
+    start(self, state, econ, cfg, rng, "--no-cuda-graphs" not in sys.argv, save)
+dk.Guard.__init__ = on_gpu
+dk.compare = lambda *given: sys.exit(0)  # weights are on disk
+if __name__ == "__main__":
+    sys.exit(dk.main())
+"""
+FLAGS = ["--preset", "smoke", "--device", "cpu", "--compile", "none", "--grid", "none", "--output-dir"]
+
+
+def test_where_no_graph_is_captured_the_run_starts_itself_again_without(tmp_path, eager):
+    """From the checkpoint, bit for bit; one line says why and one says how."""
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_GRAPHS.format(source=str(ROOT)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-u", str(script), *FLAGS, str(tmp_path / "run")], env=environment,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    why, how = done.stderr.splitlines()
+    assert why == ("deepham_ks: error: this torch cannot capture an iteration as a CUDA graph (operation not permitted "
+                   "when stream is capturing): go on with --resume --no-cuda-graphs")
+    assert how.startswith("deepham_ks: starting again: ") and how.endswith(" --resume --no-cuda-graphs")
+    assert f" -u {script} " in how
+    iterations = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("iteration ")]
+    assert iterations == ["1", "2", "3"]
+    assert same(torch.load(tmp_path / "run" / dk.WEIGHTS, weights_only=True), eager)
+
+
+@pytest.fixture
+def no_graph(monkeypatch):
+    """work() that ends in a failed capture."""
+    def work(settings):
+        raise dk.NoGraph("no graph here: go on with --resume --no-cuda-graphs")
+
+    monkeypatch.setattr(dk, "work", work)
+    return monkeypatch
+
+
+def test_only_a_command_starts_itself_again(no_graph, capsys):
+    """A program that calls main() with flags of its own, or a notebook's kernel, is not ended."""
+    no_graph.setattr(dk, "start_again", lambda: 77)
+    for argv, start, status in (([], ROOT / "deepham_ks.py", 2), (None, ROOT / "deepham_ks.py", 77), (None, "-c", 2),
+                                (None, ROOT / "ipykernel_launcher.py", 2)):
+        no_graph.setattr(sys, "argv", [str(start)])
+        assert dk.main(argv) == status
+        assert "deepham_ks: error: no graph here: go on with --resume" in capsys.readouterr().err
+    no_graph.setattr(sys, "argv", [str(ROOT / "deepham_ks.py")])
+    no_graph.setattr(dk, "RANKS", 2)  # torchrun has met once
+    no_graph.setenv("LOCAL_WORLD_SIZE", "2")
+    assert dk.main() == 2
+
+
+# ------------------------------------------------------------------------------------------------ Windows
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """os.name as Windows has it, in the script alone, and a msvcrt that locks a byte for one file object."""
+    locks = []
+
+    def locking(file, mode, n):
+        at = os.lseek(file, 0, os.SEEK_CUR)
+        held = [where for other, where in locks if other != file and os.path.sameopenfile(other, file)]
+        if at in held:
+            raise OSError(13, "Permission denied")
+        locks.append((file, at))
+
+    monkeypatch.setattr(dk, "os", types.SimpleNamespace(**vars(os) | {"name": "nt"}))
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    return monkeypatch, locks
+
+
+def test_on_windows_a_second_run_is_told_who_is_at_work(windows, tmp_path):
+    """There nobody else reads a byte that is locked: it lies behind the text."""
+    with dk.held(tmp_path):
+        with pytest.raises(dk.UserError, match=f"process {os.getpid()} on .* is at work there"), dk.held(tmp_path):
+            pass
+        ((_, at),) = windows[1]
+        assert at > (tmp_path / dk.LOCK).stat().st_size > 0
+
+
+def test_on_windows_commands_are_quoted_for_its_shell(windows):
+    windows[0].setattr(dk.Interrupted, "script", r"C:\my runs\mine.py")
+    windows[0].setattr(dk.Interrupted, "argv", ["--gamma", "2"])
+    assert dk.again("--resume") == r'python "C:\my runs\mine.py" --resume --gamma 2'
+
+
+def test_on_windows_a_run_that_starts_again_is_waited_for(windows, capfd):
+    """os.execv would hand the shell its prompt back."""
+    script = "import sys; sys.exit(3 if sys.argv[1:] == ['a b', '--resume', '--no-cuda-graphs'] else 4)"
+    windows[0].setattr(sys, "orig_argv", ["python", "-c", script, "a b"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert dk.start_again() == 3
+        assert '"a b" --resume --no-cuda-graphs' in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_handler_that_is_not_python_s_breaks_no_run(monkeypatch):
+    set_handler, given = signal.signal, []
+    monkeypatch.setattr(signal, "signal", lambda signum, handler: given.append(handler))  # None: not Python's
+    with contextlib.suppress(StopIteration), dk.signals_heard():
+        raise StopIteration
+    assert given[2:] == [signal.SIG_DFL, signal.SIG_DFL]
+    monkeypatch.setattr(signal, "signal", set_handler)
