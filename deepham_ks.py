@@ -3670,6 +3670,15 @@ def held(output_dir: Path):
                 (output_dir / LOCK).unlink()
 
 
+def move(source: Path, target: Path) -> None:
+    """In one step; on Windows, where who reads a file holds it, a virus scanner, say, tried for a second."""
+    for wait in (0.1, 0.3, 0.6) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(wait)
+    return os.replace(source, target)
+
+
 def sealed(data) -> bytes:
     """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
     checks none: from a damaged directory entry it returned uninitialised memory."""
@@ -3687,7 +3696,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
                 file.write(sealed(buffer.getvalue()[:-2]))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            move(partial, path)
             Interrupted.iteration = content.get("iteration", Interrupted.iteration)
         finally:
             with contextlib.suppress(OSError):
@@ -3745,7 +3754,7 @@ def staged(output_dir: Path):
     with disk_errors(output_dir):
         with tempfile.TemporaryDirectory(prefix=".deepham-", dir=output_dir, ignore_cleanup_errors=True) as staging:
             yield Path(staging)
-            os.replace(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
+            move(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
             finish_publishing(output_dir)
 
 
@@ -3759,11 +3768,11 @@ def finish_publishing(output_dir: Path) -> None:
         for source, target in moves:
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_file():
-                os.replace(source, target)
+                move(source, target)
     except BaseException:
         for source, target in reversed(moves):  # which were made is read off the disk
             if target.exists() and not source.exists():
-                os.replace(target, source)
+                move(target, source)
         raise
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(new)
@@ -3774,7 +3783,7 @@ def set_aside(path: Path, keep: bool = False) -> None:
     previous = path.with_name(f"{path.stem}.previous{path.suffix}")
     with disk_errors(path.parent):
         if path.exists() and not (keep and previous.exists()):
-            os.replace(path, previous)
+            move(path, previous)
 
 
 def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) -> None:

@@ -182,6 +182,23 @@ def test_on_windows_a_second_run_is_told_who_is_at_work(windows, tmp_path):
         assert at > (tmp_path / dk.LOCK).stat().st_size > 0
 
 
+@pytest.mark.parametrize("times, kept", [(2, "new"), (9, "old")])
+def test_on_windows_a_file_that_a_reader_holds_is_waited_for(windows, tmp_path, times, kept):
+    """For a moment; where it stays held the earlier one stays whole."""
+    path, refusals = tmp_path / dk.CHECKPOINT, [PermissionError(13, "Access is denied")] * times
+
+    def replace(source, target):
+        if refusals:
+            raise refusals.pop()
+        os.replace(source, target)
+
+    dk.save_checkpoint(path, {"is": "old"})
+    windows[0].setattr(dk.os, "replace", replace)
+    with contextlib.nullcontext() if kept == "new" else pytest.raises(dk.UserError, match="Access is denied"):
+        dk.save_checkpoint(path, {"is": "new"})
+    assert torch.load(path, weights_only=True)["is"] == kept and [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
 def test_on_windows_commands_are_quoted_for_its_shell(windows):
     windows[0].setattr(dk.Interrupted, "script", r"C:\my runs\mine.py")
     windows[0].setattr(dk.Interrupted, "argv", ["--gamma", "2"])
