@@ -3651,7 +3651,7 @@ def held(output_dir: Path):
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # any other error says that nothing can be locked there
             lock.seek(0)
             raise UserError(f"--output-dir {output_dir}: {lock.read().strip() or 'another process'} is at work there; "
                             "wait for it, or name another directory") from None

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, main
 
 import deepham_ks as dk
 
@@ -151,6 +151,15 @@ def test_only_a_command_starts_itself_again(no_graph, capsys):
     no_graph.setattr(dk, "RANKS", 2)  # torchrun has met once
     no_graph.setenv("LOCAL_WORLD_SIZE", "2")
     assert dk.main() == 2
+
+
+def test_a_folder_in_which_nothing_can_be_locked_is_not_called_busy(monkeypatch, tmp_path):
+    def flock(*given):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    status, _, err = main(tmp_path)
+    assert status == 2 and "Operation not supported" in err and "at work there" not in err and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------ Windows

@@ -4,7 +4,7 @@
 # oldest: what requirements.txt asks for at least; colab: what Google Colab has; newest: what pip finds. Each has an
 # environment in .versions/ (several GB where pip finds no torch for the CPU alone), with the first of its Pythons that
 # is found. In each, on the CPU: the smoke preset, --evaluate of its weights and, with --suite, the tests. Logs are in
-# .versions/, and the table is for docs/promises.md. Exit status 1 where anything failed.
+# .versions/, which may be removed, and the table is for docs/promises.md. Exit status 1 where anything failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_VISIBLE_DEVICES=""
