@@ -2067,6 +2067,7 @@ class Policy:
 
     K_mean: float  # mean capital, goods
     K_of_z: np.ndarray  # (Z,) its mean given z
+    config = Config()  # how it is judged
     seen = Moments((), [])  # of the cross-section
     settled = True  # whether savings had, so that what is judged can be meant
 
@@ -2101,6 +2102,47 @@ class Policy:
         """Expected discounted utility in utils, u(c) = c^(1 - gamma) / (1 - gamma) or ln c; the rest as in
         next_capital()."""
         return self.on_arrays(self.utils, k, s, K, z, M, L)
+
+    def consumption(self, k, s, K, z, M=None, L=None) -> np.ndarray:
+        """c (goods a period), cash on hand less k'; the rest as in next_capital()."""
+        return self.on_arrays(lambda at: cash_on_hand(at, self.econ)[0] - self.policy(at), k, s, K, z, M, L)
+
+    def mpc(self, k, s, K, z, windfall=0.0, M=None, L=None) -> np.ndarray:
+        """Marginal propensity to consume: the share of a windfall (goods, positive or negative) that is consumed in the
+        period in which it comes, of the next unit where it is 0; the rest as in next_capital(). ValueError also where
+        k and the windfall together lie outside the range."""
+        windfall = np.where(np.equal(windfall, 0), MARGIN * self.econ.c_ss, windfall)
+        more = k + windfall / self.on_arrays(lambda at: prices(at, self.econ)[0], k, s, K, z, M, L)
+        return (self.consumption(more, s, K, z, M, L) - self.consumption(k, s, K, z, M, L)) / windfall
+
+    @functools.cached_property
+    def settled_histogram(self) -> "Histogram":
+        return settled_histogram(self, self.config)
+
+    def distribution(self) -> "Distribution":
+        """The stationary distribution of households: nodes k (n,) in goods, and mass (S, n), the share of households
+        at each node in each s, a mean over z. UserError where savings do not settle."""
+        return Distribution(self.settled_histogram.axes.k, self.settled_histogram.mean_mass)
+
+    def simulate(self, periods: int, households: int | None = None, seed: int = 0, dates=None) -> "Simulation":
+        """A path of the economy from its stationary distribution. households None: the limit of infinitely many, by
+        histogram; a number: a panel of so many. dates: periods, from 0, whose distributions are kept and stand behind
+        the statistics of households; every 20th without it. UserError for numbers of no use."""
+        dates = range(0, periods, POOLED_EVERY) if dates is None else sorted(set(dates))
+        require(periods >= 1 and (households is None or households >= 2), "simulate: give 1 period or more, and "
+                "households None or 2 or more")
+        require(all(t in range(periods) for t in dates), f"simulate: dates go from 0 to {periods - 1}")
+        simulated = simulated_limit(self, periods, seed, dates) if households is None else simulated_panel(
+            self, periods, households, seed, dates)
+        return Simulation(*simulated, list(dates), self)
+
+    def impulse_response(self, periods: int = 60, paths: int = 200, households: int = 200) -> dict:
+        """Response to a period 0 in the state below the middle one (the upper one of two) instead of in it, z drawn
+        from there on, in percent, of the interest rate in percentage points: series -> (3, periods), the response of
+        the mean and the 10th and 90th percentile over paths of panels of so many households."""
+        cfg = dataclasses.replace(self.config, irf_periods=periods, irf_paths=paths, irf_agents=households)
+        found = impulse_responses(self, cfg, *self.distribution())
+        return {series: np.stack(impulse_response(*found[series], series == "interest_rate")) for series in SERIES[:4]}
 
     def utils(self, at: At) -> Tensor:
         econ = self.econ
@@ -2165,6 +2207,40 @@ def labour_at(L: Tensor, z: Tensor, econ: Tables) -> Tensor:
         return econ.usual[z]
     law = econ.benefit_law[z]
     return torch.stack([L, (law[..., 0] + law[..., 1] * L) / L], -1)
+
+
+MARGIN = 1e-5  # of c_ss: the unit of a marginal propensity to consume
+
+
+class Distribution(NamedTuple):
+    """Households by capital and state. Of a panel each household is a node."""
+
+    k: np.ndarray  # (n,) goods
+    mass: np.ndarray  # (S, n) share of all households
+
+
+class Simulation(NamedTuple):
+    """A simulated path; goods a period where not said otherwise. Y + (1 - delta) K = C + K' in the limit, and in a
+    panel up to who is in which s there, as prices know L and not the panel."""
+
+    z: np.ndarray  # (periods,) aggregate state, an index
+    K: np.ndarray  # (periods,) mean capital, goods
+    L: np.ndarray  # (periods,) labour, efficiency units
+    Y: np.ndarray  # (periods,) output
+    C: np.ndarray  # (periods,) consumption
+    I: np.ndarray  # (periods,) K' - (1 - delta) K  # noqa: E741
+    R: np.ndarray  # (periods,) gross return
+    w: np.ndarray  # (periods,) wage, goods an efficiency unit
+    distributions: list  # Distribution at each date
+    sections: list  # and all about the households there
+    dates: list  # periods
+    solution: Policy
+
+    def statistics(self, hp: float | None = None) -> dict:
+        """Moments of the path and of the distribution, numbers by name (docs/output.md says which and their units).
+        hp: what fluctuates is filtered by Hodrick & Prescott (1997), 1,600 for quarters. NaN where nothing moves."""
+        of_path = cycle_figures(self._asdict(), self.solution.econ, hp)
+        return of_path | named_figures(household_figures(self.solution, self.sections)[0]) if self.dates else of_path
 
 
 LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
@@ -2282,15 +2358,21 @@ def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
 
 
 def euler_errors(solution: Policy, at: At, ahead: Ahead) -> Tensor:
-    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, at the states (n,)
-    where the limit does not hold c = c~ there."""
+    """Of states (n,) those errors where the limit does not hold c = c~."""
+    error, free = every_euler_error(solution, at, ahead)
+    return error[free]
+
+
+def every_euler_error(solution: Policy, at: At, ahead: Ahead) -> Tuple[Tensor, Tensor]:
+    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, and whether the
+    limit leaves c free, at the states (n,)."""
     econ, (m, _), k_next = solution.econ, cash_on_hand(at, solution.econ), solution.policy(at)
     nexts = successors(at, k_next, ahead, econ)
     m_next, R_next = cash_on_hand(nexts, econ)
     worth = expected(worth_of_cash(m_next - solution.policy(nexts), R_next, nexts, econ), at, econ)
     implied = inverse_marginal_utility((econ.beta[at.s] * worth).clamp(min=1e-30), econ)
     implied = torch.minimum(implied, m - econ.k_min)
-    return (1 - implied / (m - k_next))[(k_next > econ.k_min) | (implied < m - econ.k_min)]
+    return 1 - implied / (m - k_next), (k_next > econ.k_min) | (implied < m - econ.k_min)
 
 
 def bellman_errors(solution: Policy, at: At, ahead: Ahead) -> Tuple[Tensor, Tensor]:
@@ -2394,23 +2476,93 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
         error = error.cpu().numpy()
         return {"mean": np.abs(error).mean(), "rmse": np.sqrt(np.mean(error**2)), "max": np.abs(error).max()}
 
-    every_c = torch.cat([(cash_on_hand(x.at, econ)[0] - x.k_next).flatten() for x in sections]).cpu().numpy()
-    k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in
-                 ([x.at.k for x in sections], [x.weight / x.weight.shape[1] for x in sections])]
+    of_households, k, every_c, weight = household_figures(solution, sections)
+    error, free = every_euler_error(solution, at, ahead)
     K, z, of_path = [torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path, labour)]
     R, _ = prices(place(K, z, K, z, econ)._replace(labour=of_path), econ)
     u = utility(torch.from_numpy(every_c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
     figures = {
         "periods": len(K_path), "states": n, "bellman_own_c": sizes(utils * own), "bellman_best_c": sizes(utils * best),
         "bellman_in_consumption": sizes(own / (marginal_utility(c, econ) * c)),
-        "euler_log10": euler_sizes(euler_errors(solution, at, ahead)), "capital": inequality(k, weight),
-        "consumption": inequality(every_c, weight), "interest_rate_percent": 100 * (float(R.mean()) - 1),
+        "euler_log10": euler_sizes(error[free]), **of_households,
+        "interest_rate_percent": 100 * (float(R.mean()) - 1),
         "welfare": float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ)),
         "law_of_motion": law_of_motion_figures(K_path, labour, z_path, len(econ.TFP))}
     if econ.equilibrium == "planner":
         figures["Delta"] = float(at.Delta.mean())
-    return figures, {"k": k, "weight": weight, "K_path": K_path, "z_path": z_path, "sample_k": at.k.cpu().numpy(),
-                     "bellman": (utils * own).cpu().numpy()}
+    sample = {"sample_k": at.k, "sample_s": at.s, "sample_z": at.z, "bellman": utils * own,
+              "euler": torch.where(free, error, torch.nan)}
+    return figures, {"k": k, "weight": weight, "K_path": K_path, "z_path": z_path} | {
+        name: x.cpu().numpy() for name, x in sample.items()}
+
+
+def household_figures(solution: Policy, sections: List[Section]) -> Tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+    """Figures of the households of pooled cross-sections; their k, c and weight (n,)."""
+    econ, columns = solution.econ, []
+    for at, _, k_next, weight in sections:
+        (m, R), unit = cash_on_hand(at, econ), MARGIN * econ.c_ss
+        saved = solution.policy(at._replace(k=at.k + unit / R)) - solution.policy(at)
+        columns.append(torch.stack([x.flatten() for x in (at.k, m - k_next, m - at.k, 1 - saved / unit, k_next,
+                                                          weight / weight.shape[1])]))
+    k, c, income, mpc, k_next, weight = torch.cat(columns, 1).cpu().numpy()
+    order, share = np.argsort(k, kind="stable"), weight / weight.sum()
+    people, consumed = [np.append(0, x[order].cumsum()) for x in (share, share * mpc)]
+    deciles = 10 * np.diff(np.interp(np.linspace(0, 1, 11), people, consumed))
+    at_limit = share @ (k_next <= econ.k_min + 1e-9 * econ.c_ss)
+    return {"capital": inequality(k, weight), "consumption": inequality(c, weight),
+            "income": inequality(income, weight), "below_zero_percent": 100 * (share @ (k < 0)),
+            "at_limit_percent": 100 * at_limit, "mean_mpc": share @ mpc, "mpc_by_decile": list(deciles)}, k, c, weight
+
+
+def named_figures(found: dict) -> dict:
+    """What people quote of household_figures(), numbers by name."""
+    ginis = {f"gini_{name}": found[of]["gini"] for name, of in
+             (("wealth", "capital"), ("consumption", "consumption"), ("income", "income"))}
+    top = {f"top_{q}_percent_hold": share for q, share in found["capital"]["top_percent_hold"].items()}
+    numbers = {name: found[name] for name in ("below_zero_percent", "at_limit_percent", "mean_mpc")}
+    return ginis | top | numbers | {f"mpc_decile_{i + 1}": x for i, x in enumerate(found["mpc_by_decile"])}
+
+
+def path_series(economy: Economy, z: np.ndarray, K: np.ndarray, labour: np.ndarray) -> dict:
+    """z, K, L, Y, C, I, R, w (periods,) of a path of K (periods + 1,) and labour (periods, 2): what is produced is
+    consumed or invested."""
+    econ, (K, K_next) = economy.tables(), (K[:-1], K[1:])
+    at = place(*[torch.from_numpy(x) for x in (K, z, K, z)], econ)._replace(labour=torch.from_numpy(labour))
+    (R, w), Y, L = prices(at, econ), output(at, econ), supplied(at, econ)
+    invested = K_next - (1 - econ.delta) * K
+    return {"z": z, "K": K, "L": L.numpy(), "Y": Y.numpy(), "C": Y.numpy() - invested, "I": invested, "R": R.numpy(),
+            "w": w.numpy()}
+
+
+def hp_filtered(x: np.ndarray, smoothing: float) -> np.ndarray:
+    """x (periods, ...) less the trend of Hodrick & Prescott (1997)."""
+    n = len(x)
+    bend = scipy.sparse.diags_array([1.0, -2.0, 1.0], offsets=[0, 1, 2], shape=(max(n - 2, 0), n))
+    return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(n) + smoothing * bend.T @ bend).tocsc(), x)
+
+
+def cycle_figures(path: dict, econ: Tables, hp: float | None = None) -> dict:
+    """Moments of path_series(); logs of what fluctuates are filtered where hp is the smoothing parameter."""
+    K, z = [torch.from_numpy(path[name])[:, None] for name in ("K", "z")]
+    L = torch.from_numpy(path["L"])[:, None, None][..., : int(econ.labour_moves)]
+    r2 = float(law_of_motion(K, L, z, torch.full((len(econ.TFP),), torch.nan))[1].min())
+    with np.errstate(all="ignore"):
+        ln = {name: np.log(path[name]) for name in ("Y", "C", "I", "K", "R")}
+        if hp is not None:
+            ln = {name: hp_filtered(x, hp) for name, x in ln.items()}
+        moves = {name: x if x.std() > 1e-7 else np.full_like(x, np.nan) for name, x in ln.items()}
+
+        def correlation(x, y):
+            dx, dy = x - x.mean(), y - y.mean()
+            return (dx @ dy) / np.sqrt((dx @ dx) * (dy @ dy))
+
+        return {
+            **{f"mean_{name}": path[name].mean() for name in ("K", "L", "Y", "C", "I", "w")},
+            "interest_rate_percent": 100 * (path["R"].mean() - 1), "K_over_Y": (path["K"] / path["Y"]).mean(),
+            **{f"std_ln_{name}": ln[name].std() for name in ("Y", "C", "I")},
+            **{f"corr_{name}_Y": correlation(moves[name], moves["Y"]) for name in ("C", "I", "K", "R")},
+            **{f"autocorr_{lag}_{name}": correlation(moves[name][lag:], moves[name][:-lag]) for lag in (1, 4)
+               for name in ("Y", "C", "I")}, "r2_law_of_K": r2}
 
 
 def stacked(parts: list):
@@ -2644,11 +2796,24 @@ MOVES = 0.005  # most that mean and std of capital may still have to go when the
 PASSES = 30  # over the judged path of z, at most, until they have less to go
 
 
-def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
-    """Figures in the limit N = infinity, where sampling noise hides nothing: the policy through a histogram that starts
-    from its stationary distribution, over one path of z again and again, so that no transition is judged: until mean
+class Histogram(NamedTuple):
+    """A solution's infinitely many households, settled, and the last pass over the path of z that they settled on."""
+
+    axes: Axes
+    table: np.ndarray | Callable  # of k', see histogram_policy()
+    z_path: np.ndarray  # (periods,)
+    K: np.ndarray  # (periods + 1,) along it
+    labour: np.ndarray  # (periods, 2)
+    pooled: list  # (mass (S, n), k' (S, n), z) at some dates
+    mass: np.ndarray  # (S, n) after it, at z_path[0], and
+    mean_mass: np.ndarray  # (S, n) a mean over these dates
+    figures: dict  # how well it has settled
+
+
+def settled_histogram(solution: Policy, cfg: Config) -> Histogram:
+    """From its stationary distribution over one path of z again and again, so that no transition is seen, until mean
     and std of capital have less than MOVES to go. A pass that moves them by d, the last one by d / r, leaves them
-    d r / (1 - r) to go."""
+    d r / (1 - r) to go. UserError where that leads out of the range of the solution."""
     economy = solution.economy
     k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
@@ -2678,13 +2843,60 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     if isinstance(solution, GridSolution):
         require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
                 f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
-    sections = [histogram_section(solution, k, *of) for of in pooled]
-    kept = [x[dropped(cfg) :, None] for x in (K_path, z_path, labour_along(economy, z_path, start))]
-    figures, arrays = judged(solution, sections, *kept)
+    return Histogram(axes, table, z_path, np.append(K_path, mass.sum(0) @ k), labour_along(economy, z_path, start),
+                     pooled, mass, mean_mass, {"moves": moves, "nodes": len(k), "spread_by_nodes": spread})
+
+
+def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
+    """Figures in the limit N = infinity, where sampling noise hides nothing."""
+    axes, table, z, K, labour, pooled, mass, mean_mass, settling = settled_histogram(solution, cfg)
+    z, K, labour = [x[dropped(cfg) :] for x in (z, K, labour)]
+    sections = [histogram_section(solution, axes.k, *of) for of in pooled]
+    figures, arrays = judged(solution, sections, K[:-1, None], z[:, None], labour[:, None])
+    figures["statistics"] = cycle_figures(path_series(solution.economy, z, K, labour), solution.econ) | named_figures(
+        figures)
     figures["risky_steady_state"] = risky_steady_state(
         solution, table, axes, mass, figures["law_of_motion"]["coefficients"], cfg)
-    return {"n_agents": None, "moves": moves, "nodes": len(k), "spread_by_nodes": spread} | figures, arrays | {
-        "k": k, "weight": people, "mass": mean_mass}
+    return {"n_agents": None, **settling} | figures, arrays | {
+        "k": axes.k, "weight": mean_mass.sum(0), "mass": mean_mass}
+
+
+SIMULATED_FIRST = 100  # periods before a path begins, in which K forgets where it started
+
+
+def simulated_limit(solution: Policy, periods: int, seed: int, dates) -> list:
+    """Series, distributions and sections of a Simulation."""
+    found, economy, distributions, sections = solution.settled_histogram, solution.economy, [], []
+    z_path = draw_z_path(SIMULATED_FIRST + periods, economy.arrays.P_z, np.random.default_rng(seed))
+
+    def keep(t, mass, k_next):
+        if t - SIMULATED_FIRST in dates:
+            distributions.append(Distribution(found.axes.k, mass))
+            sections.append(histogram_section(solution, found.axes.k, mass, k_next, z_path[t]))
+
+    K, last = simulate_histogram(found.table, found.axes, found.mass, z_path, economy, keep)
+    K = np.append(K, last.sum(0) @ found.axes.k)
+    of_path = [x[SIMULATED_FIRST:] for x in (z_path, K, labour_along(economy, z_path, found.mass))]
+    return [*path_series(economy, *of_path).values(), distributions, sections]
+
+
+def simulated_panel(solution: Policy, periods: int, households: int, seed: int, dates) -> list:
+    """The same of a panel, which consumes what its own households do."""
+    econ, rng, (k, mass) = solution.econ, torch.Generator().manual_seed(seed), solution.distribution()
+    panel, rows, distributions, sections = settled_panel(k, mass, 1, households, econ, rng), [], [], []
+    states = torch.arange(len(econ.beta)).unsqueeze(1)
+    path = simulate(panel_policy(solution), panel, SIMULATED_FIRST + periods, econ, rng)
+    for t, (at, p, k_next) in enumerate(path, -SIMULATED_FIRST):
+        C = (cash_on_hand(at, econ)[0] - k_next).mean(1)
+        rows.append([at.z[0, 0], at.K[0, 0], at.labour[0, 0].double().cpu().numpy(), C[0], k_next.mean()])
+        if t in dates:
+            distributions.append(Distribution(at.k[0].double().cpu().numpy(),
+                                              (at.s.cpu() == states).double().numpy() / households))
+            at = at._replace(k=at.k.double())
+            sections.append(cross_section(solution, at, p, k_next.double(), torch.ones_like(at.k)))
+    z, K, labour, C, K_next = [np.array(x) for x in zip(*rows[SIMULATED_FIRST:])]
+    series = path_series(solution.economy, z.astype(int), np.append(K, K_next[-1]).astype(float), labour)
+    return [*(series | {"C": C.astype(float)}).values(), distributions, sections]
 
 
 def histogram_policy(solution: Policy, axes: Axes):
