@@ -2116,30 +2116,44 @@ class Policy:
         return (self.consumption(more, s, K, z, M, L) - self.consumption(k, s, K, z, M, L)) / windfall
 
     @functools.cached_property
-    def settled_histogram(self) -> "Histogram":
+    def histogram(self) -> types.SimpleNamespace:
         return settled_histogram(self, self.config)
 
-    def distribution(self) -> "Distribution":
-        """The stationary distribution of households: nodes k (n,) in goods, and mass (S, n), the share of households
-        at each node in each s, a mean over z. UserError where savings do not settle."""
-        return Distribution(self.settled_histogram.axes.k, self.settled_histogram.mean_mass)
+    def distribution(self) -> Tuple[np.ndarray, np.ndarray]:
+        """The stationary distribution, a mean over z: nodes k (n,) in goods, and mass (S, n), the share of households
+        at each node in each s. UserError where savings do not settle."""
+        return self.histogram.axes.k, self.histogram.mean_mass
 
     def simulate(self, periods: int, households: int | None = None, seed: int = 0, dates=None) -> "Simulation":
         """A path of the economy from its stationary distribution. households None: the limit of infinitely many, by
         histogram; a number: a panel of so many. dates: periods, from 0, whose distributions are kept and stand behind
         the statistics of households; every 20th without it. UserError for numbers of no use."""
         dates = range(0, periods, POOLED_EVERY) if dates is None else sorted(set(dates))
-        require(periods >= 1 and (households is None or households >= 2), "simulate: give 1 period or more, and "
-                "households None or 2 or more")
-        require(all(t in range(periods) for t in dates), f"simulate: dates go from 0 to {periods - 1}")
-        simulated = simulated_limit(self, periods, seed, dates) if households is None else simulated_panel(
-            self, periods, households, seed, dates)
-        return Simulation(*simulated, list(dates), self)
+        require(periods >= 1 and (households or 2) >= 2 and set(dates) <= set(range(periods)), "simulate: give periods "
+                "from 1, households from 2 or None, and dates from 0 to periods - 1")
+        of, economy, (k, mass), first, kept = self.histogram, self.economy, self.distribution(), SIMULATED_FIRST, []
+        if households is None:
+            z = draw_z_path(first + periods, economy.arrays.P_z, np.random.default_rng(seed))
+
+            def keep(t, mass, k_next):
+                if t - first in dates:
+                    kept.append((mass, k_next, z[t]))
+
+            K, last = simulate_histogram(of.table, of.axes, of.mass, z, economy, keep)
+            paths = [x[first:] for x in (z, np.append(K, last.sum(0) @ k), labour_along(economy, z, of.mass))]
+            sections, held = [histogram_section(self, k, *at) for at in kept], [(k, mass) for mass, *_ in kept]
+            return Simulation(self, *paths, sections, dates, held)
+        rng, states = torch.Generator().manual_seed(seed), np.arange(len(self.econ.beta))[:, None]
+        panel = settled_panel(k, mass, 1, households, self.econ, rng)
+        sections, *paths = panel_path(self, panel, periods, first, dates, rng)
+        K, z, labour, C, K_next = [x[:, 0] for x in paths]
+        held = [(x.at.k[0].cpu().numpy(), (x.at.s[0].cpu().numpy() == states) / households) for x in sections]
+        return Simulation(self, z, np.append(K, K_next[-1]), labour, sections, dates, held, C)
 
     def impulse_response(self, periods: int = 60, paths: int = 200, households: int = 200) -> dict:
-        """Response to a period 0 in the state below the middle one (the upper one of two) instead of in it, z drawn
-        from there on, in percent, of the interest rate in percentage points: series -> (3, periods), the response of
-        the mean and the 10th and 90th percentile over paths of panels of so many households."""
+        """Response to a period 0 in the state below the middle one (the upper one of two) instead of in it, in percent,
+        of the interest rate in percentage points: series -> (3, periods), of the mean over paths of panels of so many
+        households, and the 10th and 90th percentile of the paths' own."""
         cfg = dataclasses.replace(self.config, irf_periods=periods, irf_paths=paths, irf_agents=households)
         found = impulse_responses(self, cfg, *self.distribution())
         return {series: np.stack(impulse_response(*found[series], series == "interest_rate")) for series in SERIES[:4]}
@@ -2210,37 +2224,70 @@ def labour_at(L: Tensor, z: Tensor, econ: Tables) -> Tensor:
 
 
 MARGIN = 1e-5  # of c_ss: the unit of a marginal propensity to consume
+SIMULATED_FIRST = 100  # periods before a path begins, in which K forgets where it started
 
 
-class Distribution(NamedTuple):
-    """Households by capital and state. Of a panel each household is a node."""
+class Simulation:
+    """A path of an economy. Series (periods,): z, an index; mean capital K (goods); labour L (efficiency units); output
+    Y, consumption C and investment I = K' - (1 - delta) K (goods a period); gross return R, wage w (goods a unit of L).
+    Y = C + I in the limit, and in a panel up to who is in which s there, as prices know L alone. dates, and at each of
+    them distributions: k (n,), mass (S, n) as in Policy.distribution(), each household of a panel a node; sections: all
+    else about the households there."""
 
-    k: np.ndarray  # (n,) goods
-    mass: np.ndarray  # (S, n) share of all households
-
-
-class Simulation(NamedTuple):
-    """A simulated path; goods a period where not said otherwise. Y + (1 - delta) K = C + K' in the limit, and in a
-    panel up to who is in which s there, as prices know L and not the panel."""
-
-    z: np.ndarray  # (periods,) aggregate state, an index
-    K: np.ndarray  # (periods,) mean capital, goods
-    L: np.ndarray  # (periods,) labour, efficiency units
-    Y: np.ndarray  # (periods,) output
-    C: np.ndarray  # (periods,) consumption
-    I: np.ndarray  # (periods,) K' - (1 - delta) K  # noqa: E741
-    R: np.ndarray  # (periods,) gross return
-    w: np.ndarray  # (periods,) wage, goods an efficiency unit
-    distributions: list  # Distribution at each date
-    sections: list  # and all about the households there
-    dates: list  # periods
-    solution: Policy
+    def __init__(self, solution, z, K, labour, sections, dates=(), distributions=(), C=None):
+        """K (periods + 1,), labour (periods, 2)."""
+        self.solution, self.sections, self.dates, self.distributions = solution, sections, list(dates), distributions
+        econ, self.z, self.K, K_next = solution.economy.tables(), z, K[:-1], K[1:]
+        at = place(*[torch.from_numpy(x) for x in (self.K, z, self.K, z)], econ)
+        at = at._replace(labour=torch.from_numpy(labour))
+        self.R, self.w, self.Y, self.L = [x.numpy() for x in (*prices(at, econ), output(at, econ), supplied(at, econ))]
+        self.I = K_next - (1 - econ.delta) * self.K
+        self.C = self.Y - self.I if C is None else C
 
     def statistics(self, hp: float | None = None) -> dict:
-        """Moments of the path and of the distribution, numbers by name (docs/output.md says which and their units).
-        hp: what fluctuates is filtered by Hodrick & Prescott (1997), 1,600 for quarters. NaN where nothing moves."""
-        of_path = cycle_figures(self._asdict(), self.solution.econ, hp)
-        return of_path | named_figures(household_figures(self.solution, self.sections)[0]) if self.dates else of_path
+        """Moments of the path and of households at its dates, numbers by name (docs/output.md says which and their
+        units). hp: logs are filtered by Hodrick & Prescott (1997), 1,600 for quarters. NaN where nothing moves."""
+        econ, columns, unit = self.solution.econ, [], MARGIN * self.solution.econ.c_ss
+        ln = {name: np.log(np.where(x > 0, x, np.nan)) for name, x in vars(self).items() if name in tuple("YCIKR")}
+        ln = {name: x if hp is None else hp_filtered(x, hp) for name, x in ln.items()}
+
+        def correlation(x, y):
+            dx, dy = x - x.mean(), y - y.mean()
+            return dx @ dy / math.sqrt(dx @ dx * (dy @ dy)) if min(np.ptp(x), np.ptp(y)) > 1e-7 else math.nan
+
+        K, L, z = [torch.from_numpy(x)[:, None] for x in (self.K, self.L, self.z)]
+        law = law_of_motion(K, L.unsqueeze(-1)[..., : int(econ.labour_moves)], z, torch.full(econ.TFP.shape, torch.nan))
+        found = {
+            **{f"mean_{name}": getattr(self, name).mean() for name in ("K", "L", "Y", "C", "I", "w")},
+            "interest_rate_percent": 100 * (self.R.mean() - 1), "K_over_Y": (self.K / self.Y).mean(),
+            **{f"std_ln_{name}": ln[name].std() for name in ("Y", "C", "I")},
+            **{f"corr_{name}_Y": correlation(ln[name], ln["Y"]) for name in ("C", "I", "K", "R")},
+            **{f"autocorr_{lag}_{name}": correlation(ln[name][lag:], ln[name][:-lag]) for lag in (1, 4)
+               for name in ("Y", "C", "I") if len(z) > lag}, "r2_law_of_K": float(law[1].min())}
+        if not self.sections:
+            return found
+        for at, _, k_next, weight in self.sections:
+            m, R = cash_on_hand(at, econ)
+            saved = self.solution.policy(at._replace(k=at.k + unit / R)) - self.solution.policy(at)
+            columns.append(torch.stack([x.flatten() for x in (at.k, m - k_next, m - at.k, 1 - saved / unit, k_next,
+                                                              weight / weight.shape[1])]))
+        k, c, income, mpc, k_next, weight = torch.cat(columns, 1).cpu().numpy()
+        of, share, order = [inequality(x, weight) for x in (k, c, income)], weight / weight.sum(), np.argsort(k, kind="stable")
+        people, consumed = [np.append(0, x[order].cumsum()) for x in (share, share * mpc)]
+        deciles = 10 * np.diff(np.interp(np.linspace(0, 1, 11), people, consumed))
+        return found | {
+            **{f"gini_{name}": x["gini"] for name, x in zip(("wealth", "consumption", "income"), of)},
+            **{f"top_{q}_percent_hold": held for q, held in of[0]["top_percent_hold"].items()},
+            "below_zero_percent": 100 * (share @ (k < 0)),
+            "at_limit_percent": 100 * (share @ (k_next < econ.k_min + 1e-9 * econ.c_ss)), "mean_mpc": share @ mpc,
+            **{f"mpc_decile_{i + 1}": x for i, x in enumerate(deciles)}}
+
+
+def hp_filtered(x: np.ndarray, smoothing: float) -> np.ndarray:
+    """x (periods,) less the trend of Hodrick & Prescott (1997)."""
+    n = len(x)
+    bend = scipy.sparse.diags_array([1.0, -2.0, 1.0], offsets=[0, 1, 2], shape=(max(n - 2, 0), n))
+    return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(n) + smoothing * bend.T @ bend).tocsc(), x)
 
 
 LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
@@ -2357,22 +2404,17 @@ def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
     return here._replace(**of_all), pick(section.ahead, (date, 0))
 
 
-def euler_errors(solution: Policy, at: At, ahead: Ahead) -> Tensor:
-    """Of states (n,) those errors where the limit does not hold c = c~."""
-    error, free = every_euler_error(solution, at, ahead)
-    return error[free]
-
-
-def every_euler_error(solution: Policy, at: At, ahead: Ahead) -> Tuple[Tensor, Tensor]:
-    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, and whether the
-    limit leaves c free, at the states (n,)."""
+def euler_errors(solution: Policy, at: At, ahead: Ahead, everywhere: bool = False) -> Tensor:
+    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, at the states (n,)
+    where the limit does not hold c = c~ there; everywhere: at all, and NaN at the others."""
     econ, (m, _), k_next = solution.econ, cash_on_hand(at, solution.econ), solution.policy(at)
     nexts = successors(at, k_next, ahead, econ)
     m_next, R_next = cash_on_hand(nexts, econ)
     worth = expected(worth_of_cash(m_next - solution.policy(nexts), R_next, nexts, econ), at, econ)
     implied = inverse_marginal_utility((econ.beta[at.s] * worth).clamp(min=1e-30), econ)
     implied = torch.minimum(implied, m - econ.k_min)
-    return 1 - implied / (m - k_next), (k_next > econ.k_min) | (implied < m - econ.k_min)
+    error, free = 1 - implied / (m - k_next), (k_next > econ.k_min) | (implied < m - econ.k_min)
+    return torch.where(free, error, torch.nan) if everywhere else error[free]
 
 
 def bellman_errors(solution: Policy, at: At, ahead: Ahead) -> Tuple[Tensor, Tensor]:
@@ -2476,93 +2518,25 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
         error = error.cpu().numpy()
         return {"mean": np.abs(error).mean(), "rmse": np.sqrt(np.mean(error**2)), "max": np.abs(error).max()}
 
-    of_households, k, every_c, weight = household_figures(solution, sections)
-    error, free = every_euler_error(solution, at, ahead)
+    every_c = torch.cat([(cash_on_hand(x.at, econ)[0] - x.k_next).flatten() for x in sections]).cpu().numpy()
+    k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in
+                 ([x.at.k for x in sections], [x.weight / x.weight.shape[1] for x in sections])]
+    euler = euler_errors(solution, at, ahead, everywhere=True)
     K, z, of_path = [torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path, labour)]
     R, _ = prices(place(K, z, K, z, econ)._replace(labour=of_path), econ)
     u = utility(torch.from_numpy(every_c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
     figures = {
         "periods": len(K_path), "states": n, "bellman_own_c": sizes(utils * own), "bellman_best_c": sizes(utils * best),
         "bellman_in_consumption": sizes(own / (marginal_utility(c, econ) * c)),
-        "euler_log10": euler_sizes(error[free]), **of_households,
-        "interest_rate_percent": 100 * (float(R.mean()) - 1),
+        "euler_log10": euler_sizes(euler[~euler.isnan()]), "capital": inequality(k, weight),
+        "consumption": inequality(every_c, weight), "interest_rate_percent": 100 * (float(R.mean()) - 1),
         "welfare": float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ)),
         "law_of_motion": law_of_motion_figures(K_path, labour, z_path, len(econ.TFP))}
     if econ.equilibrium == "planner":
         figures["Delta"] = float(at.Delta.mean())
-    sample = {"sample_k": at.k, "sample_s": at.s, "sample_z": at.z, "bellman": utils * own,
-              "euler": torch.where(free, error, torch.nan)}
+    sample = {"sample_k": at.k, "sample_s": at.s, "sample_z": at.z, "bellman": utils * own, "euler": euler}
     return figures, {"k": k, "weight": weight, "K_path": K_path, "z_path": z_path} | {
         name: x.cpu().numpy() for name, x in sample.items()}
-
-
-def household_figures(solution: Policy, sections: List[Section]) -> Tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
-    """Figures of the households of pooled cross-sections; their k, c and weight (n,)."""
-    econ, columns = solution.econ, []
-    for at, _, k_next, weight in sections:
-        (m, R), unit = cash_on_hand(at, econ), MARGIN * econ.c_ss
-        saved = solution.policy(at._replace(k=at.k + unit / R)) - solution.policy(at)
-        columns.append(torch.stack([x.flatten() for x in (at.k, m - k_next, m - at.k, 1 - saved / unit, k_next,
-                                                          weight / weight.shape[1])]))
-    k, c, income, mpc, k_next, weight = torch.cat(columns, 1).cpu().numpy()
-    order, share = np.argsort(k, kind="stable"), weight / weight.sum()
-    people, consumed = [np.append(0, x[order].cumsum()) for x in (share, share * mpc)]
-    deciles = 10 * np.diff(np.interp(np.linspace(0, 1, 11), people, consumed))
-    at_limit = share @ (k_next <= econ.k_min + 1e-9 * econ.c_ss)
-    return {"capital": inequality(k, weight), "consumption": inequality(c, weight),
-            "income": inequality(income, weight), "below_zero_percent": 100 * (share @ (k < 0)),
-            "at_limit_percent": 100 * at_limit, "mean_mpc": share @ mpc, "mpc_by_decile": list(deciles)}, k, c, weight
-
-
-def named_figures(found: dict) -> dict:
-    """What people quote of household_figures(), numbers by name."""
-    ginis = {f"gini_{name}": found[of]["gini"] for name, of in
-             (("wealth", "capital"), ("consumption", "consumption"), ("income", "income"))}
-    top = {f"top_{q}_percent_hold": share for q, share in found["capital"]["top_percent_hold"].items()}
-    numbers = {name: found[name] for name in ("below_zero_percent", "at_limit_percent", "mean_mpc")}
-    return ginis | top | numbers | {f"mpc_decile_{i + 1}": x for i, x in enumerate(found["mpc_by_decile"])}
-
-
-def path_series(economy: Economy, z: np.ndarray, K: np.ndarray, labour: np.ndarray) -> dict:
-    """z, K, L, Y, C, I, R, w (periods,) of a path of K (periods + 1,) and labour (periods, 2): what is produced is
-    consumed or invested."""
-    econ, (K, K_next) = economy.tables(), (K[:-1], K[1:])
-    at = place(*[torch.from_numpy(x) for x in (K, z, K, z)], econ)._replace(labour=torch.from_numpy(labour))
-    (R, w), Y, L = prices(at, econ), output(at, econ), supplied(at, econ)
-    invested = K_next - (1 - econ.delta) * K
-    return {"z": z, "K": K, "L": L.numpy(), "Y": Y.numpy(), "C": Y.numpy() - invested, "I": invested, "R": R.numpy(),
-            "w": w.numpy()}
-
-
-def hp_filtered(x: np.ndarray, smoothing: float) -> np.ndarray:
-    """x (periods, ...) less the trend of Hodrick & Prescott (1997)."""
-    n = len(x)
-    bend = scipy.sparse.diags_array([1.0, -2.0, 1.0], offsets=[0, 1, 2], shape=(max(n - 2, 0), n))
-    return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(n) + smoothing * bend.T @ bend).tocsc(), x)
-
-
-def cycle_figures(path: dict, econ: Tables, hp: float | None = None) -> dict:
-    """Moments of path_series(); logs of what fluctuates are filtered where hp is the smoothing parameter."""
-    K, z = [torch.from_numpy(path[name])[:, None] for name in ("K", "z")]
-    L = torch.from_numpy(path["L"])[:, None, None][..., : int(econ.labour_moves)]
-    r2 = float(law_of_motion(K, L, z, torch.full((len(econ.TFP),), torch.nan))[1].min())
-    with np.errstate(all="ignore"):
-        ln = {name: np.log(path[name]) for name in ("Y", "C", "I", "K", "R")}
-        if hp is not None:
-            ln = {name: hp_filtered(x, hp) for name, x in ln.items()}
-        moves = {name: x if x.std() > 1e-7 else np.full_like(x, np.nan) for name, x in ln.items()}
-
-        def correlation(x, y):
-            dx, dy = x - x.mean(), y - y.mean()
-            return (dx @ dy) / np.sqrt((dx @ dx) * (dy @ dy))
-
-        return {
-            **{f"mean_{name}": path[name].mean() for name in ("K", "L", "Y", "C", "I", "w")},
-            "interest_rate_percent": 100 * (path["R"].mean() - 1), "K_over_Y": (path["K"] / path["Y"]).mean(),
-            **{f"std_ln_{name}": ln[name].std() for name in ("Y", "C", "I")},
-            **{f"corr_{name}_Y": correlation(moves[name], moves["Y"]) for name in ("C", "I", "K", "R")},
-            **{f"autocorr_{lag}_{name}": correlation(moves[name][lag:], moves[name][:-lag]) for lag in (1, 4)
-               for name in ("Y", "C", "I")}, "r2_law_of_K": r2}
 
 
 def stacked(parts: list):
@@ -2594,22 +2568,30 @@ def settled_panel(k: np.ndarray, mass: np.ndarray, B: int, N: int, econ: Tables,
     return panel._replace(k=torch.from_numpy(k_of).to(econ.TFP.device))
 
 
+def panel_path(solution: Policy, panel: Panel, periods: int, first: int, dates, rng: torch.Generator):
+    """A panel's cross-sections at dates, and its K, z (periods, B), labour (periods, B, 2), C, K' (periods, B) after
+    first periods that nothing is taken from; dates count from there."""
+    sections, rows = [], []
+    simulated = simulate(panel_policy(solution), panel, first + periods, solution.econ, rng)
+    for t, (now, at, k_next) in enumerate(tqdm(simulated, "panel", first + periods, leave=False, disable=None), -first):
+        if t >= 0:
+            C, K_next = [x.mean(1, keepdim=True) for x in (cash_on_hand(at, solution.econ)[0] - k_next, k_next)]
+            rows.append([at.K, at.z, at.labour, C, K_next])
+        if t in dates:
+            weight = torch.ones_like(at.k).double()
+            sections.append(cross_section(solution, at._replace(k=at.k.double()), now.p, k_next.double(), weight))
+    paths = [torch.stack(x)[:, :, 0].cpu().numpy() for x in zip(*rows)]
+    return sections, *[x if x.dtype == int else x.astype(float) for x in paths]
+
+
 def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) -> Tuple[dict, dict]:
     """Figures in panels of N households, which start from the solution's own distribution in the limit. The shocks are
     the same whatever the solution and the device."""
-    econ, rng = solution.econ, torch.Generator().manual_seed(JUDGE_SEED)
+    econ, rng, first = solution.econ, torch.Generator().manual_seed(JUDGE_SEED), dropped(cfg)
     panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
-    sections, K_path, z_path, labour = [], [], [], []
-    periods = simulate(panel_policy(solution), panel, cfg.eval_periods, econ, rng)
-    for t, (now, at, k_next) in enumerate(tqdm(periods, "panel", cfg.eval_periods, leave=False, disable=None)):
-        if t >= dropped(cfg):
-            for path, x in zip((K_path, z_path, labour), (at.K, at.z, at.labour)):
-                path.append(x[:, 0])
-            if (t - dropped(cfg)) % POOLED_EVERY == 0:
-                weight = torch.ones_like(at.k).double()
-                sections.append(cross_section(solution, at._replace(k=at.k.double()), now.p, k_next.double(), weight))
-    K_path, z_path, labour = [torch.stack(x).cpu().numpy() for x in (K_path, z_path, labour)]
-    figures, arrays = judged(solution, sections, K_path.astype(float), z_path, labour.astype(float))
+    dates = range(0, cfg.eval_periods - first, POOLED_EVERY)
+    sections, *path, _, _ = panel_path(solution, panel, cfg.eval_periods - first, first, dates, rng)
+    figures, arrays = judged(solution, sections, *path)
     if solution.seen.Q:
         figures["moments"] = meaning(sections, econ, len(solution.seen.Q[-1]))
     return {"n_agents": cfg.eval_agents, "n_economies": cfg.eval_economies} | figures, arrays
@@ -2796,24 +2778,13 @@ MOVES = 0.005  # most that mean and std of capital may still have to go when the
 PASSES = 30  # over the judged path of z, at most, until they have less to go
 
 
-class Histogram(NamedTuple):
-    """A solution's infinitely many households, settled, and the last pass over the path of z that they settled on."""
-
-    axes: Axes
-    table: np.ndarray | Callable  # of k', see histogram_policy()
-    z_path: np.ndarray  # (periods,)
-    K: np.ndarray  # (periods + 1,) along it
-    labour: np.ndarray  # (periods, 2)
-    pooled: list  # (mass (S, n), k' (S, n), z) at some dates
-    mass: np.ndarray  # (S, n) after it, at z_path[0], and
-    mean_mass: np.ndarray  # (S, n) a mean over these dates
-    figures: dict  # how well it has settled
-
-
-def settled_histogram(solution: Policy, cfg: Config) -> Histogram:
-    """From its stationary distribution over one path of z again and again, so that no transition is seen, until mean
-    and std of capital have less than MOVES to go. A pass that moves them by d, the last one by d / r, leaves them
-    d r / (1 - r) to go. UserError where that leads out of the range of the solution."""
+def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
+    """Infinitely many households, from their stationary distribution over one path of z again and again, so that no
+    transition is seen, until mean and std of capital have less than MOVES to go: a pass that moves them by d, the last
+    one by d / r, leaves them d r / (1 - r) to go. Of the last pass: axes and table of histogram_policy(), z (periods,),
+    K (periods + 1,), labour (periods, 2), pooled (mass (S, n), k' (S, n), z) of some dates, mean_mass (S, n) of these,
+    mass (S, n) after it, at z[0], and how well it has settled, figures. UserError where that leads out of the range of
+    the solution."""
     economy = solution.economy
     k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
@@ -2843,60 +2814,23 @@ def settled_histogram(solution: Policy, cfg: Config) -> Histogram:
     if isinstance(solution, GridSolution):
         require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
                 f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
-    return Histogram(axes, table, z_path, np.append(K_path, mass.sum(0) @ k), labour_along(economy, z_path, start),
-                     pooled, mass, mean_mass, {"moves": moves, "nodes": len(k), "spread_by_nodes": spread})
+    return types.SimpleNamespace(
+        axes=axes, table=table, z=z_path, K=np.append(K_path, mass.sum(0) @ k), pooled=pooled, mean_mass=mean_mass,
+        labour=labour_along(economy, z_path, start), mass=mass,
+        figures={"moves": moves, "nodes": len(k), "spread_by_nodes": spread})
 
 
 def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     """Figures in the limit N = infinity, where sampling noise hides nothing."""
-    axes, table, z, K, labour, pooled, mass, mean_mass, settling = settled_histogram(solution, cfg)
-    z, K, labour = [x[dropped(cfg) :] for x in (z, K, labour)]
-    sections = [histogram_section(solution, axes.k, *of) for of in pooled]
+    found = settled_histogram(solution, cfg)
+    z, K, labour = [x[dropped(cfg) :] for x in (found.z, found.K, found.labour)]
+    sections = [histogram_section(solution, found.axes.k, *of) for of in found.pooled]
     figures, arrays = judged(solution, sections, K[:-1, None], z[:, None], labour[:, None])
-    figures["statistics"] = cycle_figures(path_series(solution.economy, z, K, labour), solution.econ) | named_figures(
-        figures)
+    figures["statistics"] = Simulation(solution, z, K, labour, sections).statistics()
     figures["risky_steady_state"] = risky_steady_state(
-        solution, table, axes, mass, figures["law_of_motion"]["coefficients"], cfg)
-    return {"n_agents": None, **settling} | figures, arrays | {
-        "k": axes.k, "weight": mean_mass.sum(0), "mass": mean_mass}
-
-
-SIMULATED_FIRST = 100  # periods before a path begins, in which K forgets where it started
-
-
-def simulated_limit(solution: Policy, periods: int, seed: int, dates) -> list:
-    """Series, distributions and sections of a Simulation."""
-    found, economy, distributions, sections = solution.settled_histogram, solution.economy, [], []
-    z_path = draw_z_path(SIMULATED_FIRST + periods, economy.arrays.P_z, np.random.default_rng(seed))
-
-    def keep(t, mass, k_next):
-        if t - SIMULATED_FIRST in dates:
-            distributions.append(Distribution(found.axes.k, mass))
-            sections.append(histogram_section(solution, found.axes.k, mass, k_next, z_path[t]))
-
-    K, last = simulate_histogram(found.table, found.axes, found.mass, z_path, economy, keep)
-    K = np.append(K, last.sum(0) @ found.axes.k)
-    of_path = [x[SIMULATED_FIRST:] for x in (z_path, K, labour_along(economy, z_path, found.mass))]
-    return [*path_series(economy, *of_path).values(), distributions, sections]
-
-
-def simulated_panel(solution: Policy, periods: int, households: int, seed: int, dates) -> list:
-    """The same of a panel, which consumes what its own households do."""
-    econ, rng, (k, mass) = solution.econ, torch.Generator().manual_seed(seed), solution.distribution()
-    panel, rows, distributions, sections = settled_panel(k, mass, 1, households, econ, rng), [], [], []
-    states = torch.arange(len(econ.beta)).unsqueeze(1)
-    path = simulate(panel_policy(solution), panel, SIMULATED_FIRST + periods, econ, rng)
-    for t, (at, p, k_next) in enumerate(path, -SIMULATED_FIRST):
-        C = (cash_on_hand(at, econ)[0] - k_next).mean(1)
-        rows.append([at.z[0, 0], at.K[0, 0], at.labour[0, 0].double().cpu().numpy(), C[0], k_next.mean()])
-        if t in dates:
-            distributions.append(Distribution(at.k[0].double().cpu().numpy(),
-                                              (at.s.cpu() == states).double().numpy() / households))
-            at = at._replace(k=at.k.double())
-            sections.append(cross_section(solution, at, p, k_next.double(), torch.ones_like(at.k)))
-    z, K, labour, C, K_next = [np.array(x) for x in zip(*rows[SIMULATED_FIRST:])]
-    series = path_series(solution.economy, z.astype(int), np.append(K, K_next[-1]).astype(float), labour)
-    return [*(series | {"C": C.astype(float)}).values(), distributions, sections]
+        solution, found.table, found.axes, found.mass, figures["law_of_motion"]["coefficients"], cfg)
+    return {"n_agents": None} | found.figures | figures, arrays | {
+        "k": found.axes.k, "weight": found.mean_mass.sum(0), "mass": found.mean_mass}
 
 
 def histogram_policy(solution: Policy, axes: Axes):
@@ -3453,6 +3387,20 @@ def print_verdict(rows: List[dict]) -> None:
         print(line.format(name, *shown, {True: "pass", False: "FAIL", None: "-"}[passed]))
 
 
+QUOTED = {"mean_K": "mean capital K (goods)", "interest_rate_percent": "interest rate r (%)", "K_over_Y": "K / Y",
+          "std_ln_Y": "std of ln Y", "std_ln_C": "std of ln C", "std_ln_I": "std of ln I",
+          "corr_C_Y": "corr(ln C, ln Y)", "gini_wealth": "Gini of wealth", "mean_mpc": "mean MPC",
+          "top_10_percent_hold": "the richest 10% hold (%)", "r2_law_of_K": "R2 of the law of K, the least over z"}
+
+
+def print_statistics(figures: dict) -> None:
+    """What people quote of an economy, in the limit."""
+    found = {name: figures[name]["limit"]["statistics"] for name in ("network", "grid") if name in figures}
+    print("\n" + f"{'economy, N=inf':<52}" + "".join(f"{name:>10}" for name in found))
+    for name, words in QUOTED.items():
+        print(f"{words:<52}" + "".join(f"{x[name]:>10.{'7f' if name[0] == 'r' else '4g'}}" for x in found.values()))
+
+
 # ---------------------------------------------------------------------------------------------- pictures
 # name -> data, where the network is a solid line and the grid, if there is one, a dashed one
 
@@ -3517,25 +3465,26 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
     # training over outer iterations
     history = network.weights["history"]
-    panels = {"mean_K": "mean capital K (goods)", "policy_residual": "policy residual (rms of ln c~ / c)",
-              "euler": "Euler error (mean)", "movement": "movement of savings (share of K)"}
-    seconds = f"By outer iteration; {sum(history['seconds']):.0f} s in all."
-    with picture(draw / "training_history.png", 4.6, seconds) as fig:
-        for ax, (name, title) in zip(fig.subplots(2, 2, sharex=True).flat, panels.items()):
+    panels = {"mean_K": "mean capital K (goods)", "policy_residual": "policy residual (rms)",
+              "euler": "Euler error (mean)", "movement": "savings move (share of K)"}
+    with picture(draw / "training_history.png", 4.6, f"{sum(history['seconds']):.0f} s in all") as fig:
+        for ax, (name, label) in zip(fig.subplots(2, 2).flat, panels.items()):
             ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
-            ax.set(title=title, yscale="linear" if name == "mean_K" else "log")
+            ax.set(xlabel="outer iteration", ylabel=label, yscale="linear" if name == "mean_K" else "log")
 
-    # |Bellman error| at the states that a solution visits, in groups of equally many by k
-    with picture(draw / "bellman_errors.png", 4.2, f"{limit}; a point is a fortieth of the states.") as fig:
-        ax = fig.subplots()
-        for name, x in arrays["limit"].items():
-            groups = np.array_split(np.argsort(x["sample_k"]), min(40, len(x["sample_k"])))
-            k, errors = [x["sample_k"][i].mean() for i in groups], [np.abs(x["bellman"][i]) for i in groups]
-            ax.plot(k, [error.mean() for error in errors], label=f"{name}, mean", **LINES[name])
-            ax.plot(k, [np.percentile(error, 95) for error in errors], ".", label=f"{name}, 95th percentile",
-                    color=LINES[name]["color"])
-        ax.set(xscale="symlog", yscale="log", xlabel="individual capital k (goods)",
-               ylabel="|Bellman error|, policy's own c (utils)")
+    # errors at the states that a solution visits, in groups of equally many by k
+    for of_error, label in (("bellman", "|Bellman error|, own c (utils)"), ("euler", "|Euler error| (share of c)")):
+        with picture(draw / f"{of_error}_errors.png", 1, f"{limit}; a point is a twentieth of the states.") as fig:
+            for z, s, (ax,) in panels_by_state(fig, a):
+                ax.set(yscale="log", ylabel=label)
+                for name, x in arrays["limit"].items():
+                    here = (x["sample_z"] == z) & (x["sample_s"] == s) & ~np.isnan(x[of_error])
+                    k, error = x["sample_k"][here], np.abs(x[of_error][here])
+                    groups = [i for i in np.array_split(np.argsort(k), 20) if len(i)]
+                    means = [k[i].mean() for i in groups]
+                    ax.plot(means, [error[i].mean() for i in groups], label=f"{name}, mean", **LINES[name])
+                    ax.plot(means, [np.percentile(error[i], 95) for i in groups], ".", label=f"{name}, 95th percentile",
+                            color=LINES[name]["color"])
 
     # mean capital on the first periods of the judged path of z; the lower states are shaded
     z, lower = arrays["limit"]["network"]["z_path"][:400, 0], len(a.z_names) // 2
@@ -3550,41 +3499,58 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     top = max(np.quantile(k_of["network"], 0.9999), a.k_min + 1)
     top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
     K = np.clip(of["limit"]["capital"]["mean"], *network.reach()[1])
-    plot_policies(draw / "policy_functions.png", solutions, K, top)
-    plot_impulse_responses(draw / "impulse_responses.png", arrays["irf"], cfg)
-    if network.seen.Q:
-        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
 
+    # savings and consumption at mean K
+    k = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(top), 400)).clip(a.k_min, top)
+    for file, found, label, less in (("policy", "next_capital", "k' - k (goods)", k),
+                                     ("consumption", "consumption", "c (goods)", 0)):
+        with picture(draw / f"{file}_functions.png", 1, f"At mean capital K = {K:.1f}.") as fig:
+            for z, s, (ax, gap) in panels_by_state(fig, a, 1.2):
+                lines = {name: getattr(solution, found)(k, s, K, z) - less for name, solution in solutions.items()}
+                plot_lines(ax, gap, k, lines, label)
 
-def plot_policies(path, solutions, K, k_max):
-    """k' - k at aggregate capital K for the first and the last s, in z around the middle."""
-    a = solutions["network"].economy.arrays
-    k, (Z, S) = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(k_max), 400)).clip(a.k_min, k_max), a.income.shape
-    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
-    with picture(path, 1 + 2.7 * len(of_z), f"Over individual capital k (goods), at mean capital K = {K:.1f}.") as fig:
-        axes = fig.subplots(2 * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, 1.2) * len(of_z))
-        for row, column in np.ndindex(len(of_z), len(of_s)):
-            (ax, gap), z, s = axes[2 * row : 2 * row + 2, column], of_z[row], of_s[column]
-            saved = {name: solution.next_capital(k, s, K, z) - k for name, solution in solutions.items()}
-            plot_lines(ax, gap, k, saved, "k' - k (goods)")
-            ax.set_title(f"{a.z_names[z]}, {a.s_names[s]}")
-            gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
+    # the share that the poorest hold, and consume
+    with picture(draw / "lorenz_curves.png", 3.6, limit) as fig:
+        for ax, what in zip(fig.subplots(1, 2), ("capital", "consumption")):
+            ax.axline((0, 0), (100, 100), color="0.5", linewidth=0.7)
+            held = {name: figures[name]["limit"][what] for name in solutions}
+            for name, x in held.items():
+                ax.plot(np.linspace(0, 100, 21), 100 * np.array(x["lorenz"]), label=name, **LINES[name])
+            ginis = ", ".join(f"{name} {x['gini']:.3f}" for name, x in held.items())
+            ax.set(title=f"{what}, Gini: {ginis}", xlabel="households, the poorest first (%)", ylabel="their share (%)")
 
-
-def plot_impulse_responses(path, responses, cfg):
-    """Responses to a lower state at period 0: name -> series -> (benchmark, shocked), both (paths, periods)."""
-    note = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}; periods after the shock."
-    with picture(path, 4.6, note) as fig:
-        for ax, series in zip(fig.subplots(2, 2, sharex=True).flat, SERIES):
+    # responses to a lower state at period 0
+    note = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
+    with picture(draw / "impulse_responses.png", 4.6, note) as fig:
+        for ax, series in zip(fig.subplots(2, 2).flat, SERIES):
             points = series == "interest_rate"
-            for name, solution in responses.items():
-                mean, low, high = impulse_response(*solution[series], points)
+            for name, responses in arrays["irf"].items():
+                mean, low, high = impulse_response(*responses[series], points)
                 if name == "network":
                     ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
                                     label="network, 10-90% of paths")
                 ax.plot(mean, label=f"{name}, mean", **LINES[name])
             ax.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-            ax.set_title(f"{series.replace('_', ' ')} ({'percentage points' if points else 'percent'})")
+            ax.set(xlabel="periods after the shock",
+                   ylabel=f"{series.replace('_', ' ')} ({'p.p.' if points else 'percent'})")
+
+    if network.seen.Q:
+        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
+
+
+def panels_by_state(fig, a, *strips):
+    """(z, s, axes over k) for the first and the last s, in z around the middle; strips: heights of axes below."""
+    (Z, S), n = a.income.shape, 1 + len(strips)
+    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
+    fig.set_figheight(1 + 2.7 * len(of_z))
+    axes = fig.subplots(n * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, *strips) * len(of_z))
+    for row, column in np.ndindex(len(of_z), len(of_s)):
+        z, s, here = of_z[row], of_s[column], axes[n * row : n * (row + 1), column]
+        here[0].set_title(f"{a.z_names[z]}, {a.s_names[s]}")
+        here[-1].set_xlabel("individual capital k (goods)")
+        here[-1].tick_params(labelbottom=True)
+        here[-1].set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
+        yield z, s, here
 
 
 def plot_moments(path, network, meaning, k_max):
@@ -4012,11 +3978,15 @@ def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) 
     np.savetxt(folder / "results.txt", k[:: max(1, len(k) // 100_000)], fmt="%.4f", header=header)
     np.savetxt(folder / "training.csv", np.array(list(history.values())).T, delimiter=",", fmt="%.6g",
                header=",".join(history), comments="")
+    found = {name: figures[name]["limit"]["statistics"] for name in ("network", "grid") if name in figures}
+    lines = [",".join([name, *(f"{x[name]:.8g}" for x in found.values())]) for name in found["network"]]
+    (folder / "statistics.csv").write_text("\n".join([",".join(["statistic", *found]), *lines]) + "\n")
     (folder / "irf").mkdir()
     for series, pair in arrays["irf"]["network"].items():
         for kind, paths in zip(("benchmark", "shocked"), pair):
             np.savetxt(folder / "irf" / f"agg_{series}_{kind}.csv", paths, delimiter=",",
-                       fmt="%d" if series == "shocks" else "%.6f")
+                       fmt="%d" if series == "shocks" else "%.6f",
+                       header=f"{series} of the {kind} economy: a row a path, a column a period")
 
 
 # ---------------------------------------------------------------------------------------------- from Python
@@ -4362,6 +4332,7 @@ def work(settings: Settings) -> int:
         print(note)
     told = ", ".join(f"{name} {100 * x:.2g}%" for name, x in moves.items())
     print(f"mean and std of capital still move over what is judged by: {told}")
+    print_statistics(figures)
     if run.preset != "smoke":
         print_verdict(rows)
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
