@@ -2183,8 +2183,7 @@ class Policy:
                 raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
         for name, x, (low, high) in zip(("k", "K", "L"), (k, K, L), (*self.reach(), self.reach_of_L(z))):
             slack = 1e-6 * (high - low)  # of float32
-            wrong = np.isnan(x) if name != "L" else np.zeros(x.shape, bool)
-            wrong |= (x < low - slack) | (x > high + slack)
+            wrong = (np.isnan(x) & (name != "L")) | (x < low - slack) | (x > high + slack)
             if wrong.any():
                 raise ValueError(f"{name} = {x[wrong][0]:g} is outside [{np.min(low):.6g}, {np.max(high):.6g}], where "
                                  "this solution was found")
@@ -2272,8 +2271,8 @@ class Simulation:
             columns.append(torch.stack([x.flatten() for x in (at.k, m - k_next, m - at.k, 1 - saved / unit, k_next,
                                                               weight / weight.shape[1])]))
         k, c, income, mpc, k_next, weight = torch.cat(columns, 1).cpu().numpy()
-        of, share, order = [inequality(x, weight) for x in (k, c, income)], weight / weight.sum(), np.argsort(k, kind="stable")
-        people, consumed = [np.append(0, x[order].cumsum()) for x in (share, share * mpc)]
+        of, share = [inequality(x, weight) for x in (k, c, income)], weight / weight.sum()
+        people, consumed = [np.append(0, x[np.argsort(k, kind="stable")].cumsum()) for x in (share, share * mpc)]
         deciles = 10 * np.diff(np.interp(np.linspace(0, 1, 11), people, consumed))
         return found | {
             **{f"gini_{name}": x["gini"] for name, x in zip(("wealth", "consumption", "income"), of)},
@@ -2285,9 +2284,8 @@ class Simulation:
 
 def hp_filtered(x: np.ndarray, smoothing: float) -> np.ndarray:
     """x (periods,) less the trend of Hodrick & Prescott (1997)."""
-    n = len(x)
-    bend = scipy.sparse.diags_array([1.0, -2.0, 1.0], offsets=[0, 1, 2], shape=(max(n - 2, 0), n))
-    return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(n) + smoothing * bend.T @ bend).tocsc(), x)
+    bend = scipy.sparse.diags_array([1.0, -2.0, 1.0], offsets=[0, 1, 2], shape=(max(len(x) - 2, 0), len(x)))
+    return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(len(x)) + smoothing * bend.T @ bend).tocsc(), x)
 
 
 LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
@@ -2589,8 +2587,8 @@ def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) 
     the same whatever the solution and the device."""
     econ, rng, first = solution.econ, torch.Generator().manual_seed(JUDGE_SEED), dropped(cfg)
     panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
-    dates = range(0, cfg.eval_periods - first, POOLED_EVERY)
-    sections, *path, _, _ = panel_path(solution, panel, cfg.eval_periods - first, first, dates, rng)
+    periods = cfg.eval_periods - first
+    sections, *path, _, _ = panel_path(solution, panel, periods, first, range(0, periods, POOLED_EVERY), rng)
     figures, arrays = judged(solution, sections, *path)
     if solution.seen.Q:
         figures["moments"] = meaning(sections, econ, len(solution.seen.Q[-1]))
@@ -2781,10 +2779,9 @@ PASSES = 30  # over the judged path of z, at most, until they have less to go
 def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     """Infinitely many households, from their stationary distribution over one path of z again and again, so that no
     transition is seen, until mean and std of capital have less than MOVES to go: a pass that moves them by d, the last
-    one by d / r, leaves them d r / (1 - r) to go. Of the last pass: axes and table of histogram_policy(), z (periods,),
-    K (periods + 1,), labour (periods, 2), pooled (mass (S, n), k' (S, n), z) of some dates, mean_mass (S, n) of these,
-    mass (S, n) after it, at z[0], and how well it has settled, figures. UserError where that leads out of the range of
-    the solution."""
+    one by d / r, leaves d r / (1 - r). Of the last pass: z (periods,), K (periods + 1,), labour (periods, 2), pooled
+    (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at z[0], the axes and table of
+    histogram_policy(), and how well it has settled. UserError where that leads out of the range of the solution."""
     economy = solution.economy
     k, mass, spread = judge_nodes(solution)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
@@ -3388,9 +3385,9 @@ def print_verdict(rows: List[dict]) -> None:
 
 
 QUOTED = {"mean_K": "mean capital K (goods)", "interest_rate_percent": "interest rate r (%)", "K_over_Y": "K / Y",
-          "std_ln_Y": "std of ln Y", "std_ln_C": "std of ln C", "std_ln_I": "std of ln I",
-          "corr_C_Y": "corr(ln C, ln Y)", "gini_wealth": "Gini of wealth", "mean_mpc": "mean MPC",
-          "top_10_percent_hold": "the richest 10% hold (%)", "r2_law_of_K": "R2 of the law of K, the least over z"}
+          **{f"std_ln_{name}": f"std of ln {name}" for name in "YCI"}, "corr_C_Y": "correlation of ln C and ln Y",
+          "gini_wealth": "Gini of wealth", "top_10_percent_hold": "the richest 10% hold (%)",
+          "mean_mpc": "mean MPC", "r2_law_of_K": "R2 of the law of K, least over z"}
 
 
 def print_statistics(figures: dict) -> None:
@@ -3474,7 +3471,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
     # errors at the states that a solution visits, in groups of equally many by k
     for of_error, label in (("bellman", "|Bellman error|, own c (utils)"), ("euler", "|Euler error| (share of c)")):
-        with picture(draw / f"{of_error}_errors.png", 1, f"{limit}; a point is a twentieth of the states.") as fig:
+        with picture(draw / f"{of_error}_errors.png", 1, f"{limit}; a point is a twentieth of a panel.") as fig:
             for z, s, (ax,) in panels_by_state(fig, a):
                 ax.set(yscale="log", ylabel=label)
                 for name, x in arrays["limit"].items():
@@ -3496,11 +3493,9 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
         plot_lines(ax, gap, range(len(z)), paths, "mean capital K (goods)")
         gap.set_xlabel("period")
 
-    top = max(np.quantile(k_of["network"], 0.9999), a.k_min + 1)
-    top = min(top, *(solution.reach()[0][1] for solution in solutions.values()))
-    K = np.clip(of["limit"]["capital"]["mean"], *network.reach()[1])
-
     # savings and consumption at mean K
+    K, top = np.clip(of["limit"]["capital"]["mean"], *network.reach()[1]), np.quantile(k_of["network"], 0.9999)
+    top = min(max(top, a.k_min + 1), *(solution.reach()[0][1] for solution in solutions.values()))
     k = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(top), 400)).clip(a.k_min, top)
     for file, found, label, less in (("policy", "next_capital", "k' - k (goods)", k),
                                      ("consumption", "consumption", "c (goods)", 0)):
@@ -3520,8 +3515,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
             ax.set(title=f"{what}, Gini: {ginis}", xlabel="households, the poorest first (%)", ylabel="their share (%)")
 
     # responses to a lower state at period 0
-    note = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
-    with picture(draw / "impulse_responses.png", 4.6, note) as fig:
+    with picture(draw / "impulse_responses.png", 4.6, f"{cfg.irf_paths} paths, N = {cfg.irf_agents}") as fig:
         for ax, series in zip(fig.subplots(2, 2).flat, SERIES):
             points = series == "interest_rate"
             for name, responses in arrays["irf"].items():
@@ -3534,8 +3528,18 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
             ax.set(xlabel="periods after the shock",
                    ylabel=f"{series.replace('_', ' ')} ({'p.p.' if points else 'percent'})")
 
+    # what a household with capital k adds to each learnt moment, by s, in units of the moment's own movement
     if network.seen.Q:
-        plot_moments(draw / "moments.png", network, of["small"]["moments"], top)
+        ends, p, meant = sorted({0, len(a.beta) - 1}), len(network.seen.Q[-1]), of["small"]["moments"]
+        k = torch.linspace(a.k_min, top, 300, dtype=torch.float64, device=network.device).expand(len(ends), -1)
+        s = torch.tensor(ends, device=network.device).unsqueeze(1).expand_as(k)
+        q = (contributions(k, s, network.seen, network.econ) - network.net.M_mean) / network.net.M_std
+        with picture(draw / "moments.png", 1.0 + 2.4 * p) as fig:
+            for row, ax in enumerate(fig.subplots(p, 1, squeeze=False)[:, 0]):
+                for line, i, color in zip(q[..., row - p].cpu(), ends, (BLUE, "#D55E00")):
+                    ax.plot(k[0].cpu(), line, color=color, label=a.s_names[i])
+                ax.set(title=f"correlation {meant['K'][row]:+.2f} with K, {meant['unemployment'][row]:+.2f} with the "
+                       "share in the lowest income", xlabel="individual capital k (goods)", ylabel="Q(k, s)")
 
 
 def panels_by_state(fig, a, *strips):
@@ -3551,21 +3555,6 @@ def panels_by_state(fig, a, *strips):
         here[-1].tick_params(labelbottom=True)
         here[-1].set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
         yield z, s, here
-
-
-def plot_moments(path, network, meaning, k_max):
-    """What a household with capital k adds to each learnt moment, by s, in units of the moment's own movement."""
-    k = torch.linspace(network.econ.k_min, k_max, 300, dtype=torch.float64, device=network.device)
-    S, p = len(network.econ.beta), len(network.seen.Q[-1])
-    s = torch.arange(S, device=network.device).unsqueeze(1).expand(S, 300)
-    q = (contributions(k.expand(S, -1), s, network.seen, network.econ) - network.net.M_mean) / network.net.M_std
-    with picture(path, 1.0 + 2.4 * p) as fig:
-        for row, ax in enumerate(fig.subplots(p, 1, squeeze=False)[:, 0]):
-            for i, color in zip(sorted({0, S - 1}), (BLUE, "#D55E00")):
-                ax.plot(k.cpu(), q[i, :, row - p].cpu(), color=color, label=network.economy.arrays.s_names[i])
-            r = [float(meaning[of][row]) for of in ("K", "unemployment")]
-            ax.set(title=f"correlation {r[0]:+.2f} with K, {r[1]:+.2f} with the share in the lowest income",
-                   xlabel="individual capital k (goods)", ylabel="Q(k, s)")
 
 
 # ============================================================================================== the machine
