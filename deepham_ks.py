@@ -2129,8 +2129,8 @@ class Policy:
         histogram; a number: a panel of so many. dates: periods, from 0, whose distributions are kept and stand behind
         the statistics of households; every 20th without it. UserError for numbers of no use."""
         dates = range(0, periods, POOLED_EVERY) if dates is None else sorted(set(dates))
-        require(periods >= 1 and (households or 2) >= 2 and set(dates) <= set(range(periods)), "simulate: give periods "
-                "from 1, households from 2 or None, and dates from 0 to periods - 1")
+        require(periods >= 1 and (households is None or households >= 2) and set(dates) <= set(range(periods)),
+                "simulate: give periods from 1, households from 2 or None, dates from 0 to periods - 1")
         of, economy, (k, mass), first, kept = self.histogram, self.economy, self.distribution(), SIMULATED_FIRST, []
         if households is None:
             z = draw_z_path(first + periods, economy.arrays.P_z, np.random.default_rng(seed))

@@ -22,10 +22,11 @@ import deepham_ks as dk
 SMOKE = dk.PRESETS["smoke"]
 SERIES = ("capital", "output", "consumption", "interest_rate", "shocks")
 FILES = {"NN_weights_biases.pth", "checkpoint.pt", "metrics.json", "results.txt", "training.csv",
-         "distribution_validation.png",
+         "statistics.csv", "distribution_validation.png",
          *(f"irf/agg_{series}_{kind}.csv" for series in SERIES for kind in ("benchmark", "shocked")),
-         *(f"figures/{name}.png" for name in ("bellman_errors", "capital_path", "impulse_responses",
-                                              "policy_functions", "training_history"))}
+         *(f"figures/{name}.png" for name in (
+             "bellman_errors", "capital_path", "consumption_functions", "euler_errors", "impulse_responses",
+             "lorenz_curves", "policy_functions", "training_history"))}
 
 
 def strict_json(path):
@@ -81,7 +82,7 @@ def test_results_txt(smoke_run, metrics):
 def test_impulse_response_files(smoke_run, kind):
     bounds = {"capital": (5, 200), "output": (1, 10), "consumption": (0.5, 10), "interest_rate": (0.98, 1.1)}
     for series in SERIES:
-        paths = np.array(list(csv.reader((smoke_run[0] / "irf" / f"agg_{series}_{kind}.csv").open())), float)
+        paths = np.loadtxt(smoke_run[0] / "irf" / f"agg_{series}_{kind}.csv", delimiter=",")
         assert paths.shape == (SMOKE.irf_paths, SMOKE.irf_periods) and np.isfinite(paths).all()
         if series == "shocks":
             assert np.isin(paths, (0, 1)).all() and (paths[:, 0] == (kind == "benchmark")).all()
