@@ -1,4 +1,5 @@
-"""Krusell & Smith's (1998) second model: discount factors that change about once a lifetime, and a fat tail of wealth.
+"""The default economy with discount factors that change about once a lifetime, and a fat tail of wealth. Krusell &
+Smith's (1998) own tables are in examples/krusell_smith_1998.py.
 
   python examples/stochastic_beta.py        # flags of deepham_ks.py but --beta, results in runs/stochastic_beta
   python examples/stochastic_beta.py --n-agents 1000 --n-economies 48    # gave the figures of the README

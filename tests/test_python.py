@@ -225,9 +225,12 @@ def test_statistics_of_households_by_brute_force(either):
 
 def test_shares_below_zero_and_at_the_limit(economies):
     grid = dk.solve_grid(dataclasses.replace(economies["one_z"], k_min=-0.5), COARSE)
-    path = grid.simulate(30, households=400, dates=[29])
-    found, (k, mass) = path.statistics(), path.distributions[0]
-    k_next = grid.next_capital(k, mass.argmax(0), path.K[29], path.z[29])
+    everywhere = grid.simulate(30, households=400, dates=range(30))
+    differ = [t for t, (k, mass) in enumerate(everywhere.distributions) if (k == -0.5).mean() != (
+        grid.next_capital(k, mass.argmax(0), everywhere.K[t], everywhere.z[t]) == -0.5).mean()]
+    path = grid.simulate(30, households=400, dates=differ[:1])  # where k at the limit and k' there are not as many
+    found, (k, mass), t = path.statistics(), path.distributions[0], differ[0]
+    k_next = grid.next_capital(k, mass.argmax(0), path.K[t], path.z[t])
     assert found["below_zero_percent"] == pytest.approx(100 * (k < 0).mean()) and (k < 0).any()
     assert found["at_limit_percent"] == pytest.approx(100 * (k_next == -0.5).mean()) and (k_next == -0.5).any()
 
@@ -346,6 +349,35 @@ def test_every_axis_of_every_picture_is_labelled(tmp_path, monkeypatch):
         strips = [ax for ax in fig.axes if ax.get_ylabel() == "difference"]
         assert all(ax.get_ylabel() for ax in fig.axes), name
         assert all(ax.get_xlabel() for ax in fig.axes if not strips or ax in strips), name
+
+
+# ------------------------------------------------------------------------------------------------ the field's models
+
+
+def test_the_tables_of_krusell_and_smith():
+    """Hours, benefits and discount factors as the paper has them; labour follows from z in each."""
+    module = example("krusell_smith_1998")
+    for model, gamma, S, k_min in (("benchmark", 1, 2, 0), ("risk-aversion", 5, 2, 0), ("stochastic-beta", 1, 6, -2.4)):
+        economy = module.economy(module.Calibration(model=model))
+        a = economy.arrays
+        assert (a.gamma, len(a.beta), a.k_min, a.labour_moves) == (gamma, S, k_min, False)
+        assert a.L == pytest.approx(0.3271 * np.array([0.9, 0.96]), abs=1e-4)
+        assert (a.income[:, ::2] * 2.387).max() == pytest.approx(0.07 if S == 6 else 0, abs=1e-9)
+        assert (a.shares * a.income).sum(1) == pytest.approx((a.shares * a.labour).sum(1), rel=1e-9)
+    assert np.unique(a.beta) == pytest.approx([0.9858, 0.9894, 0.9930])
+    of_type = a.shares.sum(0).reshape(3, 2).sum(1)
+    assert of_type == pytest.approx([0.1, 0.8, 0.1], abs=1e-6)
+
+
+def test_the_interest_rate_of_aiyagari():
+    """2.915 percent by an independent solver; the labour process by its own moments."""
+    module = example("aiyagari")
+    x, P = module.tauchen(0.4, 0.6)
+    assert P.sum(1) == pytest.approx(np.ones(7)) and P[3] == pytest.approx(P[3, ::-1]) and x[-1] == pytest.approx(1.2)
+    shares = np.linalg.matrix_power(P, 200)[0]
+    assert shares @ (P @ x * x) / (shares @ x**2) == pytest.approx(0.6, abs=0.02)
+    grid = dk.solve_grid(module.economy(module.Calibration()), dk.SMOKE_GRID)
+    assert grid.simulate(5, dates=[]).statistics()["interest_rate_percent"] == pytest.approx(2.915, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------------------ the page
