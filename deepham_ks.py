@@ -2154,7 +2154,7 @@ class Policy:
         """Response to a period 0 in the state below the middle one (the upper one of two) instead of in it, in percent,
         of the interest rate in percentage points: series -> (3, periods), of the mean over paths of panels of so many
         households, and the 10th and 90th percentile of the paths' own."""
-        cfg = dataclasses.replace(self.config, irf_periods=periods, irf_paths=paths, irf_agents=households)
+        cfg = Config(irf_periods=periods, irf_paths=paths, irf_agents=households)
         found = impulse_responses(self, cfg, *self.distribution())
         return {series: np.stack(impulse_response(*found[series], series == "interest_rate")) for series in SERIES[:4]}
 
@@ -2237,8 +2237,7 @@ class Simulation:
         """K (periods + 1,), labour (periods, 2)."""
         self.solution, self.sections, self.dates, self.distributions = solution, sections, list(dates), distributions
         econ, self.z, self.K, K_next = solution.economy.tables(), z, K[:-1], K[1:]
-        at = place(*[torch.from_numpy(x) for x in (self.K, z, self.K, z)], econ)
-        at = at._replace(labour=torch.from_numpy(labour))
+        at = place(*map(torch.from_numpy, (self.K, z, self.K, z)), econ)._replace(labour=torch.from_numpy(labour))
         self.R, self.w, self.Y, self.L = [x.numpy() for x in (*prices(at, econ), output(at, econ), supplied(at, econ))]
         self.I = K_next - (1 - econ.delta) * self.K
         self.C = self.Y - self.I if C is None else C
@@ -3503,6 +3502,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
             for z, s, (ax, gap) in panels_by_state(fig, a, 1.2):
                 lines = {name: getattr(solution, found)(k, s, K, z) - less for name, solution in solutions.items()}
                 plot_lines(ax, gap, k, lines, label)
+                gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
 
     # the share that the poorest hold, and consume
     with picture(draw / "lorenz_curves.png", 3.6, limit) as fig:
@@ -3553,7 +3553,6 @@ def panels_by_state(fig, a, *strips):
         here[0].set_title(f"{a.z_names[z]}, {a.s_names[s]}")
         here[-1].set_xlabel("individual capital k (goods)")
         here[-1].tick_params(labelbottom=True)
-        here[-1].set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
         yield z, s, here
 
 
