@@ -89,6 +89,18 @@ def smoke_grid():
     return dk.solve_grid(config=dk.SMOKE_GRID)
 
 
+def ahead_of(K_next, Z, n_m=0):
+    """What is expected of an economy of which nothing but K' (...) matters."""
+    nothing = K_next.new_zeros(*K_next.shape, Z, n_m)
+    return dk.Ahead(K_next, nothing, K_next.new_zeros(*K_next.shape, Z), nothing[..., :0])
+
+
+def axes_of(grid):
+    """The nodes of a grid's policy table."""
+    n_K = grid.table.shape[2] // grid.L.shape[1]
+    return dk.Axes(grid.nodes.numpy(), np.linspace(grid.K_low, grid.K_high, n_K), grid.L.numpy())
+
+
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import dk
+from conftest import ahead_of, axes_of, dk
 
 F64 = torch.float64
 CFG = dataclasses.replace(dk.PRESETS["smoke"], hidden=6, eval_agents=30, eval_economies=3, eval_periods=120,
@@ -63,22 +63,23 @@ def poor(network, small_grid):
     return dk.compare({"network": network, "grid": small_grid}, CFG)
 
 
-def nodes_of(grid):
-    n_K, n_k = grid.table.shape[2:]
-    return dk.power_grid(n_k, grid.econ.k_min, grid.k_max, grid.exponent), np.linspace(grid.K_low, grid.K_high, n_K)
-
-
-def alone(k, s, K, z, K_next, n_m=0):
+def alone(k, s, K, z, K_next, econ):
     """Households (n,) of whom K' is expected, and nothing else."""
-    at = dk.place(k, s, K, z)
-    return at, dk.Ahead(K_next, K.new_zeros(len(K), 3, n_m), K.new_zeros(len(K), 3))
+    return dk.place(k, s, K, z, econ), ahead_of(K_next, len(econ.TFP))
+
+
+def section_of(solution, k, s, z, weight=None):
+    """The cross-section k, s (D, n) of economies z (D, 1), who save as the solution says."""
+    weight = torch.ones_like(k) if weight is None else weight
+    at = dk.place(k, s, (weight * k).mean(1, keepdim=True), z, solution.econ)
+    return dk.cross_section(solution, at, k.new_zeros(len(k), 0), solution.policy(at), weight)
 
 
 def visited(solution, n=300):
     """States of a panel of 30 households that the solution visits."""
     rng = torch.Generator().manual_seed(1)
     panel = dk.initial_panel(3, 30, solution.econ, solution.economy.K_ss, rng)
-    sections = [dk.cross_section(solution, k, s, z, k_next, torch.ones_like(k)) for t, (k, s, K, z, k_next) in
+    sections = [dk.cross_section(solution, at, p, k_next, torch.ones_like(k_next)) for t, (at, p, k_next) in
                 enumerate(dk.simulate(dk.panel_policy(solution), panel, 40, solution.econ, rng)) if t % 10 == 9]
     at, ahead = [dk.stacked(of) for of in zip(*[dk.states_of(x, n // 4) for x in sections])]
     return at, ahead
@@ -158,7 +159,8 @@ def test_network_value_is_in_utils(gamma):
     """A household has u(c) = c^(1 - gamma) / (1 - gamma) of c_ss exp(g / 10) for ever, or ln of it, discounted."""
     network = untrained(dk.krusell_smith(dk.Calibration(gamma=gamma)))
     K = torch.full((2,), network.K_mean, dtype=F64)
-    at = dk.place(torch.tensor([3.0, 40.0], dtype=F64), torch.tensor([0, 1]), K, torch.tensor([1, 0]))
+    at = dk.place(torch.tensor([3.0, 40.0], dtype=F64), torch.tensor([0, 1]), K, torch.tensor([1, 0]),
+                  network.econ)
     assert network.next_capital(*at[:4]) == pytest.approx(network.policy(at).numpy(), rel=1e-12)
     m, net = dk.cash_on_hand(at, network.econ)[0], network.value_net
     g = dk.network(net.layers, dk.for_value(dk.features(at, m, net, network.econ)))
@@ -188,7 +190,7 @@ class BrockMirman(dk.Policy):
         self.A = torch.tensor(np.linalg.solve(np.eye(3) - beta * P_z, flow))
 
     def policy(self, at):
-        return self.saved * dk.output(at.K, at.z, self.econ) + 0 * at.k
+        return self.saved * dk.output(at, self.econ) + 0 * at.k
 
     def values(self, at):
         """In units of utility(): ln c less ln c_ss for ever."""
@@ -196,7 +198,7 @@ class BrockMirman(dk.Policy):
 
     def states(self):
         K, z = torch.linspace(0.05, 0.4, 40, dtype=F64), torch.arange(40) % 3
-        return alone(K, torch.zeros_like(z), K, z, self.policy(dk.place(K, z, K, z)))
+        return alone(K, torch.zeros_like(z), K, z, self.policy(dk.place(K, z, K, z, self.econ)), self.econ)
 
 
 def test_errors_of_the_exact_solution_are_zero():
@@ -239,7 +241,7 @@ def test_best_consumption_against_brute_force(economies, name):
         total = dk.utility(trial, network.econ)
         for z, s in np.ndindex(*a.income.shape):
             one = torch.ones_like(at.z)
-            nexts = dk.place(m - trial, s * one, ahead.K, z * one)
+            nexts = dk.place(m - trial, s * one, ahead.K, z * one, network.econ)
             total = total + beta * torch.tensor(a.P)[at.z, at.s, z, s] * network.values(nexts)
         inside = torch.where(total - V > brute, (trial < m - economy.k_min) & (0.51 < factor < 1.49), inside)
         brute = torch.maximum(brute, total - V)
@@ -254,21 +256,21 @@ def test_best_consumption_against_brute_force(economies, name):
 def test_euler_errors_leave_out_the_constrained(small_grid, econ):
     """k' = 0 with c~ above m is no error; k' = 0 with c~ below m is one; c~ is never above m."""
     k, s, K, z = (torch.tensor([x], dtype=d) for x, d in ((0.0, F64), (0, torch.long), (39.0, F64), (0, torch.long)))
-    assert small_grid.policy(dk.place(k, s, K, z)) == 0
-    assert dk.euler_errors(small_grid, *alone(k, s, K, z, K)).numel() == 0
+    assert small_grid.policy(dk.place(k, s, K, z, econ)) == 0
+    assert dk.euler_errors(small_grid, *alone(k, s, K, z, K, econ)).numel() == 0
     eats_when_rich = Stub(econ=econ, policy=lambda at: torch.where(at.k > 100, 0.0, small_grid.policy(at)))
-    error = dk.euler_errors(eats_when_rich, *alone(k + 150, s, K, z, K))
+    error = dk.euler_errors(eats_when_rich, *alone(k + 150, s, K, z, K, econ))
     assert error.shape == (1,) and 0 < error < 1  # c~ < c
     # saves half of m at K = 39 to eat everything at K = 45: c~ would be above m, and is m = 2 c
     once = Stub(econ=econ, policy=lambda at: torch.where(at.K == 39.0, 0.5 * dk.cash_on_hand(at, econ)[0], 0.0))
-    assert dk.euler_errors(once, *alone(k, s + 1, K, z, K + 6)).item() == pytest.approx(-1, abs=1e-12)
+    assert dk.euler_errors(once, *alone(k, s + 1, K, z, K + 6, econ)).item() == pytest.approx(-1, abs=1e-12)
 
 
 def test_euler_errors_at_a_limit_below_zero(economies, toy_grid):
     """k' = k_min in debt is no error where c~ is above m - k_min, and the poor are there."""
     economy, z = economies["toy"], torch.arange(2)
     k, K = torch.full((2,), economy.k_min, dtype=F64), torch.full((2,), toy_grid.K_mean, dtype=F64)
-    given = alone(k, 0 * z, K, z, K)
+    given = alone(k, 0 * z, K, z, K, toy_grid.econ)
     assert (toy_grid.policy(given[0]) == economy.k_min).all() and dk.euler_errors(toy_grid, *given).numel() == 0
     saver = Stub(econ=toy_grid.econ, policy=lambda at: torch.full_like(at.k, economy.k_min + 0.1))
     assert (dk.euler_errors(saver, *given) < 0).all()  # c~ > c: it should borrow more
@@ -314,13 +316,13 @@ def synthetic_law(shock=0.0):
     law, z, ln_K = np.array([[0.12, 0.965], [0.14, 0.963]]), (np.arange(400) // 8) % 2, np.full(400, 3.65)
     for t in range(399):
         ln_K[t + 1] = law[z[t]] @ (1, ln_K[t]) + (shock if t == 199 else 0.0)
-    return law, np.exp(ln_K)[:, None], z[:, None]
+    return law, np.exp(ln_K)[:, None], np.zeros((400, 1, 0)), z[:, None]
 
 
 def test_law_of_motion_figures_of_an_exact_law():
     """Also where one more z never comes: its coefficients are NaN, its R2 too."""
-    law, K, z = synthetic_law()
-    figures = dk.law_of_motion_figures(K, z, 3)
+    law, K, labour, z = synthetic_law()
+    figures = dk.law_of_motion_figures(K, labour, z, 3)
     assert figures["coefficients"][:2] == pytest.approx(law, abs=1e-9)
     assert figures["r2"][:2] == pytest.approx(1, abs=1e-9)
     assert np.isnan(figures["coefficients"][2]).all() and np.isnan(figures["r2"][2])
@@ -330,9 +332,10 @@ def test_law_of_motion_figures_of_an_exact_law():
 def test_den_haan_error_accumulates():
     """One shock of 1%: the path that the law draws by itself never learns of it, so the dynamic error is about 1%
     (the regression takes up a little), falling at 0.965 a period; one-step errors would all but one be zero."""
-    _, K, z = synthetic_law(shock=0.01)
-    figures = dk.law_of_motion_figures(K, z, 2)
-    alm, forecast = dk.law_of_motion(torch.tensor(K), torch.tensor(z), torch.zeros(2))[0].numpy(), [math.log(K[0, 0])]
+    _, K, labour, z = synthetic_law(shock=0.01)
+    figures = dk.law_of_motion_figures(K, labour, z, 2)
+    alm = dk.law_of_motion(*map(torch.tensor, (K, labour, z)), torch.zeros(2))[0].numpy()
+    forecast = [math.log(K[0, 0])]
     for t in range(399):
         forecast.append(alm[z[t, 0]] @ (1, forecast[-1]))
     error = 100 * np.abs(np.array(forecast) - np.log(K[:, 0]))
@@ -353,10 +356,9 @@ def test_a_panel_is_a_histogram_of_equal_weights(toy_grid, rng):
         k_of, s_of = [x.repeat_interleave(times, 1) if repeat else x for x in (k, s)]
         weight = torch.ones_like(k_of) if repeat else (times / times.double().mean()).expand(D, n).clone()
         K = (weight * k_of).mean(1, keepdim=True)
-        sections = [dk.cross_section(toy_grid, k_of[d : d + 1], s_of[d : d + 1], z[d : d + 1], toy_grid.policy(dk.place(
-            k_of, s_of, K, z))[d : d + 1], weight[d : d + 1]) for d in range(D)]
+        sections = [section_of(toy_grid, *[x[d : d + 1] for x in (k_of, s_of, z, weight)]) for d in range(D)]
         path = np.concatenate([K.numpy(), K.numpy() * 1.01]), np.concatenate([z.numpy()] * 2)
-        panels.append((sections, dk.judged(toy_grid, sections, *path)[0]))
+        panels.append((sections, dk.judged(toy_grid, sections, *path, np.zeros((2 * D, 1, 0)))[0]))
     (weighted, ours), (repeated, theirs) = panels
     for x, y in zip(weighted, repeated):
         assert torch.allclose(x.at.K, y.at.K) and torch.allclose(x.ahead.K, y.ahead.K)
@@ -377,7 +379,8 @@ def test_states_of_a_section_represent_its_mass(toy_grid):
     weight = torch.tensor(rng.dirichlet(np.ones(40), 3) * 40)
     k, s = torch.arange(120, dtype=F64).view(3, 40) / 10, torch.arange(120).view(3, 40) % 3
     z, k_next = torch.tensor([[0], [1], [2]]), torch.arange(120, dtype=F64).view(3, 40) / 9
-    section = dk.cross_section(toy_grid, k, s, z, k_next, weight)
+    at = dk.place(k, s, (weight * k).mean(1, keepdim=True), z, toy_grid.econ)
+    section = dk.cross_section(toy_grid, at, torch.zeros(3, 0), k_next, weight)
     at, ahead = dk.states_of(section, 6000)
     chosen = (at.k * 10).round().long()
     assert torch.equal(at.s, chosen % 3) and torch.equal(at.z, chosen // 40)
@@ -394,12 +397,12 @@ def test_error_figures(economies, name):
     econ, c_ss, gamma = network.econ, economies[name].c_ss, economies[name].gamma
     k = economies[name].k_min + economies[name].K_ss * 2 * torch.rand(1, 200, generator=rng, dtype=F64)
     s, z = torch.randint(len(econ.beta), (1, 200), generator=rng), torch.tensor([[0]])
-    k_next = network.policy(dk.place(k, s, k.mean(1, keepdim=True), z))
-    section = dk.cross_section(network, k, s, z, k_next, torch.ones_like(k))
-    figures, arrays = dk.judged(network, [section], np.full((3, 1), k.mean()), np.zeros((3, 1), int))
+    section = section_of(network, k, s, z)
+    figures, arrays = dk.judged(network, [section], np.full((3, 1), k.mean()), np.zeros((3, 1), int),
+                                np.zeros((3, 1, 0)))
     at, ahead = dk.states_of(section, 200)
     assert torch.equal(at.k, k[0]) and figures["states"] == 200
-    c, (own, best) = dk.cash_on_hand(at, econ)[0] - k_next[0], dk.bellman_errors(network, at, ahead)
+    c, (own, best) = dk.cash_on_hand(at, econ)[0] - section.k_next[0], dk.bellman_errors(network, at, ahead)
     utils = c_ss ** (1 - gamma)  # utility() is of c / c_ss
     for kind, x in (("bellman_own_c", own * utils), ("bellman_best_c", best * utils),
                     ("bellman_in_consumption", own * utils / (c**-gamma * c))):
@@ -416,7 +419,7 @@ def test_error_figures(economies, name):
 
 def test_panel_from_the_limit(economies, toy_grid):
     """k given s as the histogram says, atoms at the limit included, (z, s) at the stationary shares."""
-    economy, k = economies["toy"], nodes_of(toy_grid)[0]
+    economy, k = economies["toy"], axes_of(toy_grid).k
     econ = economy.tables()
     mass = dk.dispersed_mass(k, toy_grid.K_mean, 1, economy)
     mass[0, 0] += 0.3 * mass[0].sum()  # 3 of 13 of those in s = 0 have nothing
@@ -433,8 +436,8 @@ def test_panel_from_the_limit(economies, toy_grid):
 
 def test_what_is_pooled_of_a_panel(small_grid):
     """The first tenth is dropped, every twentieth period of the rest is pooled, K is the mean of households."""
-    k, mass = nodes_of(small_grid)[0], dk.dispersed_mass(nodes_of(small_grid)[0], 39.0, 1, dk.krusell_smith())
-    figures, arrays = dk.judge_panel(small_grid, CFG, k, mass)
+    k = axes_of(small_grid).k
+    figures, arrays = dk.judge_panel(small_grid, CFG, k, dk.dispersed_mass(k, 39.0, 1, dk.krusell_smith()))
     assert arrays["K_path"].shape == arrays["z_path"].shape == (108, 3) and figures["periods"] == 108
     of = arrays["k"].reshape(6, 3, 30)
     assert np.allclose(of.mean(2), arrays["K_path"][::20], rtol=1e-12) and np.ptp(arrays["weight"]) == 0
@@ -448,9 +451,9 @@ def test_stationary_mass_is_where_a_long_simulation_ends(economies):
     """With one z the histogram goes there from anywhere; its K is as usual and one more period leaves it."""
     economy = economies["one_z"]
     grid = dk.solve_grid(economy, dataclasses.replace(SMALL, n_K_fine=21, tolerance=1e-6))
-    k, K = nodes_of(grid)
+    k = axes_of(grid).k
     mass, start = dk.stationary_mass(grid, k), dk.dispersed_mass(k, 0.8 * grid.K_mean, 0, economy)
-    _, end = dk.simulate_histogram(grid.table.numpy(), k, K, start, np.zeros(3000, int), economy.arrays.Pi)
+    _, end = dk.simulate_histogram(grid.table.numpy(), axes_of(grid), start, np.zeros(3000, int), economy)
     assert mass.shape == (1, 3, len(k)) and mass.sum() == pytest.approx(1, abs=1e-12)
     assert mass[0].sum(1) == pytest.approx(economy.arrays.shares[0], abs=1e-5)
     assert scipy.stats.wasserstein_distance(k, k, mass[0].sum(0), end.sum(0)) < 2e-3 * grid.K_mean
@@ -459,7 +462,7 @@ def test_stationary_mass_is_where_a_long_simulation_ends(economies):
 
 def test_stationary_mass_of_aggregate_shocks(small_grid):
     """(z, s) at their shares, and mean capital near that of the simulated path."""
-    k, _ = nodes_of(small_grid)
+    k = axes_of(small_grid).k
     mass = dk.stationary_mass(small_grid, k)
     assert mass.sum(2) == pytest.approx(dk.krusell_smith().arrays.shares, abs=1e-5)
     assert mass.sum((0, 1)) @ k == pytest.approx(small_grid.K_mean, rel=0.01) and (mass >= 0).all()
@@ -476,12 +479,12 @@ def test_limit_closes_the_budget(limit, econ):
     pooled path, the interest rate that of the whole one."""
     figures, arrays = limit
     K, z = torch.tensor(arrays["K_path"][:, 0]), torch.tensor(arrays["z_path"][:, 0])
-    at = torch.arange(0, 449, 20)
+    path, at = dk.place(K, z, K, z, econ), torch.arange(0, 449, 20)
     assert len(K) == 450
-    C = (1 - econ.delta) * K[at] + dk.output(K, z, econ)[at] - K[at + 1]
+    C = (1 - econ.delta) * K[at] + dk.output(path, econ)[at] - K[at + 1]
     assert figures["consumption"]["mean"] == pytest.approx(C.mean().item(), rel=1e-8)
     assert figures["capital"]["mean"] == pytest.approx(K[at].mean().item(), rel=1e-8)
-    R, _ = dk.prices(K, z, econ)
+    R, _ = dk.prices(path, econ)
     assert figures["interest_rate_percent"] == pytest.approx(100 * (R.mean().item() - 1), rel=1e-9)
     assert figures["n_agents"] is None and figures["moves"] < dk.MOVES and figures["spread_by_nodes"] < 1e-3
     assert arrays["weight"].sum() == pytest.approx(1) and arrays["mass"].sum(0) == pytest.approx(arrays["weight"])
@@ -508,7 +511,7 @@ def test_limit_agrees_with_households(limit, small_grid, econ):
     for s, z_now in zip(s_path, z[200:]):
         K = k.mean(1, keepdim=True)
         K_path.append(K.item())
-        k = small_grid.policy(dk.place(k, s, K, z_now))
+        k = small_grid.policy(dk.place(k, s, K, z_now, econ))
     # the noise of 20,000 households: income that piles up with decay 0.965, 0.2 at most; from 200 on as what came
     # before is forgotten at .965 a period
     assert np.abs(np.array(K_path) - arrays["K_path"][150:, 0])[150:].max() < 0.2
@@ -518,23 +521,25 @@ def test_errors_where_the_economy_rests(economies, toy_grid):
     """Followed by hand in a state z that stays: K comes to rest, and the Euler errors are those of every (s, k), each
     with its mass, the sums over (z', s') written out."""
     economy, a, grid = economies["toy"], economies["toy"].arrays, toy_grid
-    (k, K), S, Z = nodes_of(grid), 3, 3
+    axes, S, Z = axes_of(grid), 3, 3
+    k = axes.k
     cfg = dataclasses.replace(CFG, eval_periods=67)  # 67 - 6 periods
     mass, table = dk.dispersed_mass(k, grid.K_mean, 1, economy), grid.table.numpy()
-    found = dk.risky_steady_state(grid, table, k, K, mass, cfg)
+    found = dk.risky_steady_state(grid, table, axes, mass, grid.alm_coefficients, cfg)
     for z in range(Z):
         seen = []
-        K_path, _ = dk.simulate_histogram(table, k, K, mass, np.full(61, z), a.Pi,
+        K_path, _ = dk.simulate_histogram(table, axes, mass, np.full(61, z), economy,
                                           lambda t, *of, seen=seen: seen.append(of))
         assert found["K"][z] == K_path[-1] and found["still_moves"][z] == np.ptp(K_path[-6:])
         (mass_z, k_next), s, worth = seen[-1], np.arange(S)[:, None], np.zeros((S, len(k)))
         K_next = (mass_z * k_next).sum()
         for z_next, s_next in np.ndindex(Z, S):
             p = a.P_z[z, z_next] * a.Pi[z, z_next, :, s_next][:, None]
-            at = dk.place(*map(torch.as_tensor, np.broadcast_arrays(k_next, s_next, K_next, z_next)))
+            at = dk.place(*map(torch.as_tensor, np.broadcast_arrays(k_next, s_next, K_next, z_next)), grid.econ)
             m, R = dk.cash_on_hand(at, grid.econ)
             worth += (p * a.beta[:, None] * R.numpy()) * (m - grid.policy(at)).numpy() ** -3.0
-        m, _ = dk.cash_on_hand(dk.place(*map(torch.as_tensor, np.broadcast_arrays(k, s, K_path[-1], z))), grid.econ)
+        here = map(torch.as_tensor, np.broadcast_arrays(k, s, K_path[-1], z))
+        m, _ = dk.cash_on_hand(dk.place(*here, grid.econ), grid.econ)
         implied, m = np.minimum(worth ** (-1 / 3), m.numpy() - k[0]), m.numpy()
         error = np.abs(1 - implied / (m - k_next))
         free = mass_z * ((k_next > k[0]) | (implied < m - k[0]))
@@ -546,7 +551,7 @@ def test_errors_where_the_economy_rests(economies, toy_grid):
 
 @pytest.fixture(scope="module")
 def responses(small_grid):
-    k = nodes_of(small_grid)[0]
+    k = axes_of(small_grid).k
     return dk.impulse_responses(small_grid, CFG, k, dk.dispersed_mass(k, 39.0, 1, dk.krusell_smith()))
 
 
