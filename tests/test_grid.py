@@ -7,8 +7,7 @@ import pytest
 import scipy.interpolate
 import scipy.stats
 import torch
-
-import deepham_ks as dk
+from conftest import ahead_of, axes_of, dk
 
 KNOWN = np.array([[0.1245, 0.9654], [0.1376, 0.9633]])  # ln K' = a + b ln K, converged grid, rounded to four digits
 SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, tolerance=1e-4)
@@ -21,22 +20,23 @@ def forecast(alm, K):
 
 def table_nodes(grid):
     """k and K of the policy table."""
-    n_K, n_k = grid.table.shape[2:]
-    return (dk.power_grid(n_k, grid.econ.k_min, grid.k_max, grid.exponent),
-            np.linspace(grid.K_low, grid.K_high, n_K))
+    return axes_of(grid)[:2]
+
+
+def nodes_at(k, K, econ):
+    return dk.Axes(k, K, econ.L[:, None].numpy())
 
 
 def by_law(grid, at):
     """K' by the grid's law of motion; nothing else changes."""
     law = torch.tensor(grid.alm_coefficients)[at.z]
     K_next = torch.exp(law[..., 0] + law[..., 1] * torch.log(at.K))
-    Z = len(grid.econ.TFP)
-    return dk.Ahead(K_next, K_next.new_zeros(*K_next.shape, Z, 0), K_next.new_zeros(*K_next.shape, Z))
+    return ahead_of(K_next, len(grid.econ.TFP))
 
 
 def everyone(k, K, econ):
     """At every (z, s, K, k), as one list."""
-    return dk.place(*[x.flatten() for x in dk.on_grid(k, K, econ)[:4]])
+    return dk.place(*[x.flatten() for x in dk.on_grid(nodes_at(k, K, econ), econ)[:4]], econ)
 
 
 def states_at_nodes(grid, k_top, every=1):
@@ -84,15 +84,15 @@ def test_law_of_motion_is_that_of_the_whole_path():
     """Nearly all updates see a twentieth of the path; the law that they end at is that of all of it."""
     config, economy = dataclasses.replace(SMALL, n_fine=100, periods=20_000, tolerance=1e-6), dk.krusell_smith()
     grid = dk.solve_grid(economy, config)
-    k, K = table_nodes(grid)
+    axes, table = axes_of(grid), grid.table.numpy()
     z_path = dk.draw_z_path(config.periods, economy.arrays.P_z, np.random.default_rng(config.seed))
-    mass = dk.dispersed_mass(k, grid.K_mean, z_path[0], economy)
-    _, mass = dk.simulate_histogram(grid.table.numpy(), k, K, mass, z_path[:4000], economy.arrays.Pi)
-    K_path, _ = dk.simulate_histogram(grid.table.numpy(), k, K, mass, z_path, economy.arrays.Pi)
+    mass = dk.dispersed_mass(axes.k, grid.K_mean, z_path[0], economy)
+    _, mass = dk.simulate_histogram(table, axes, mass, z_path[:4000], economy)
+    K_path, _ = dk.simulate_histogram(table, axes, mass, z_path, economy)
 
     def distance(periods):
-        kept = [torch.from_numpy(x[dk.BURN_IN : periods, None]) for x in (K_path, z_path)]
-        law, _ = dk.law_of_motion(*kept, torch.zeros(2))
+        K, z = [torch.from_numpy(x[dk.BURN_IN : periods, None]) for x in (K_path, z_path)]
+        law, _ = dk.law_of_motion(K, torch.zeros(*K.shape, 0), z, torch.zeros(2))
         return np.abs((law.numpy() - grid.alm_coefficients) @ [1, np.log(grid.K_mean)]).max()
 
     assert distance(20_000) < 0.3 * distance(1000) and distance(20_000) < 3e-6
@@ -209,19 +209,20 @@ def moved_by_hand(mass, k, table, K, now):
 
 def check_histogram(grid, economy, z_path):
     """One period at a time along z_path: mass is one, K' is the mean of k' over the histogram, and s moves by Pi."""
-    (k, K), S, table, a = table_nodes(grid), len(economy.arrays.beta), grid.table.numpy(), economy.arrays
+    axes, S, table, a = axes_of(grid), len(economy.arrays.beta), grid.table.numpy(), economy.arrays
+    k, K, _ = axes
     mass = dk.dispersed_mass(k, grid.K_mean, z_path[0], economy)
     assert mass.sum() == pytest.approx(1, abs=1e-12) and (mass >= 0).all()
     assert (mass * k).sum() == pytest.approx(grid.K_mean, rel=0.01)
     assert mass.sum(1) == pytest.approx(a.shares[z_path[0]] / a.shares[z_path[0]].sum(), abs=1e-12)
     for z, z_next in zip(z_path, z_path[1:]):
         seen = []
-        K_path, after = dk.simulate_histogram(table, k, K, mass, np.array([z, z_next]), a.Pi,
+        K_path, after = dk.simulate_histogram(table, axes, mass, np.array([z, z_next]), economy,
                                               lambda *of, seen=seen: seen.append(of))
-        _, one_period = dk.simulate_histogram(table, k, K, mass, np.array([z]), a.Pi)
+        _, one_period = dk.simulate_histogram(table, axes, mass, np.array([z]), economy)
         now = (mass * k).sum()
         at = [torch.tensor(x) for x in np.broadcast_arrays(k, np.arange(S)[:, None], now, z)]
-        k_next = grid.policy(dk.place(*at)).numpy()
+        k_next = grid.policy(dk.place(*at, grid.econ)).numpy()
         assert K_path == pytest.approx([now, (mass * k_next).sum()], rel=1e-10)
         moved, interpolated = moved_by_hand(mass, k, table[z], K, now), by_hand(mass, k, k_next)
         assert one_period == pytest.approx(a.Pi[z, z].T @ moved, abs=1e-14)
@@ -253,11 +254,11 @@ def test_histogram_keeps_mass_mean_and_shares(small):
 def test_a_path_ends_where_it_begins_again(small):
     """The mass that comes out is at the first z of the path, so that the path can be gone again."""
     economy, grid = small
-    (k, K), z_path = table_nodes(grid), dk.draw_z_path(40, economy.arrays.P_z, np.random.default_rng(1))
-    mass = dk.dispersed_mass(k, grid.K_mean, z_path[0], economy)
-    _, once = dk.simulate_histogram(grid.table.numpy(), k, K, mass, z_path, economy.arrays.Pi)
-    twice_K, twice = dk.simulate_histogram(grid.table.numpy(), k, K, mass, np.tile(z_path, 2), economy.arrays.Pi)
-    again_K, again = dk.simulate_histogram(grid.table.numpy(), k, K, once, z_path, economy.arrays.Pi)
+    of, z_path = (grid.table.numpy(), axes_of(grid)), dk.draw_z_path(40, economy.arrays.P_z, np.random.default_rng(1))
+    mass = dk.dispersed_mass(of[1].k, grid.K_mean, z_path[0], economy)
+    _, once = dk.simulate_histogram(*of, mass, z_path, economy)
+    twice_K, twice = dk.simulate_histogram(*of, mass, np.tile(z_path, 2), economy)
+    again_K, again = dk.simulate_histogram(*of, once, z_path, economy)
     assert twice_K[40:] == pytest.approx(again_K, rel=1e-12) and twice == pytest.approx(again, abs=1e-14)
 
 
@@ -269,7 +270,8 @@ def test_histogram_beyond_the_nodes_of_K(converged, ends):
     mass = dk.dispersed_mass(k, converged.K_mean, 1, economy)
     now = (mass * k).sum()
     assert not K[0] <= now <= K[-1]
-    (_, found), after = dk.simulate_histogram(table, k, K, mass, np.array([1, 1]), economy.arrays.Pi)
+    axes = nodes_at(k, K, converged.econ)
+    (_, found), after = dk.simulate_histogram(table, axes, mass, np.array([1, 1]), economy)
     moved = moved_by_hand(mass, k, table[1], K, now)
     assert found == pytest.approx((moved * k).sum(), rel=1e-10) and (after >= 0).all()
 
@@ -298,22 +300,21 @@ def test_histogram_agrees_with_households(smoke_grid, econ):
     panel = dk.initial_panel(1, 20_000, econ, 39.0, torch.Generator().manual_seed(1))
     panel = panel._replace(k=panel.k.double())
     policy = dk.panel_policy(smoke_grid)
-    path = [(k, s, K.item(), z.item()) for k, s, K, z, _ in
-            dk.simulate(policy, panel, 120, econ, torch.Generator().manual_seed(2))]
-    z_path, K_households = np.array([p[3] for p in path]), np.array([p[2] for p in path])
-    (k, K), start = table_nodes(smoke_grid), np.zeros((2, smoke_grid.table.shape[3]))
-    s, (low, share) = path[0][1].numpy().ravel(), dk.between(path[0][0].numpy().ravel(), k)
+    path = [at for at, _, _ in dk.simulate(policy, panel, 120, econ, torch.Generator().manual_seed(2))]
+    z_path, K_households = np.array([at.z.item() for at in path]), np.array([at.K.item() for at in path])
+    axes, start = axes_of(smoke_grid), np.zeros((2, smoke_grid.table.shape[3]))
+    s, (low, share) = path[0].s.numpy().ravel(), dk.between(path[0].k.numpy().ravel(), axes.k)
     np.add.at(start, (s, low), (1 - share) / 20_000)
     np.add.at(start, (s, low + 1), share / 20_000)
-    Pi = dk.krusell_smith().arrays.Pi
-    K_histogram, _ = dk.simulate_histogram(smoke_grid.table.numpy(), k, K, start, z_path, Pi)
-    _, mass = dk.simulate_histogram(smoke_grid.table.numpy(), k, K, start, z_path[:-1], Pi)
+    given = smoke_grid.table.numpy(), axes, start
+    K_histogram, _ = dk.simulate_histogram(*given, z_path, dk.krusell_smith())
+    _, mass = dk.simulate_histogram(*given, z_path[:-1], dk.krusell_smith())
     # K of households strays with their own unemployment: income noise of 3 x 0.3 / sqrt(20,000) a quarter at most,
     # 0.0064, correlated for two quarters and piling up over at most 120 with decay 0.965: four deviations are 0.2
     assert np.abs(K_histogram - K_households).max() < 0.2
-    households = path[-1][0].numpy().ravel()
+    households = path[-1].k.numpy().ravel()
     # W1 of 20,000 draws of std 19 is about 19 x 0.8 / sqrt(20,000) = 0.11, and the means may stray by 0.2
-    assert scipy.stats.wasserstein_distance(k, households, mass.sum(0)) < 0.45
+    assert scipy.stats.wasserstein_distance(axes.k, households, mass.sum(0)) < 0.45
 
 
 # ------------------------------------------------------------------------------------------------ law of motion
@@ -327,9 +328,10 @@ def test_regression_recovers_an_exact_law():
     for t in range(299):
         ln_K[t + 1] = KNOWN[z[t], 0] + KNOWN[z[t], 1] * ln_K[t]
     K, z, still = torch.tensor(np.exp(ln_K)), torch.tensor(z), torch.zeros(2)
-    alm, r2 = dk.law_of_motion(K, z, still)
+    no_labour = torch.zeros(300, 3, 0)
+    alm, r2 = dk.law_of_motion(K, no_labour, z, still)
     assert alm.numpy() == pytest.approx(KNOWN, abs=1e-9) and r2.numpy() == pytest.approx(1, abs=1e-9)
-    alone, _ = dk.law_of_motion(K[:, 1:2], z[:, 1:2], still)
+    alone, _ = dk.law_of_motion(K[:, 1:2], no_labour[:, 1:2], z[:, 1:2], still)
     assert alone.numpy() == pytest.approx(KNOWN, abs=1e-9) and (still == 0).all()
 
 
@@ -340,7 +342,7 @@ def test_regression_says_what_it_cannot_learn():
     K = torch.cat([torch.full((50, 1), 39.0), torch.tensor([[40.0]])]).double()
     z = torch.cat([torch.ones(50, 1, dtype=torch.int64), torch.tensor([[2]])])  # z = 2 comes at the end only
     for n, level in ((50, np.log(39.0)), (51, np.log(39.0) + np.log(40 / 39) / 50)):
-        alm, r2 = dk.law_of_motion(K[:n], z[:n], still)
+        alm, r2 = dk.law_of_motion(K[:n], torch.zeros(n, 1, 0), z[:n], still)
         assert alm[[0, 2], 0].isnan().all() and torch.equal(alm[:, 1], still) and r2.isnan().all()
         assert float(alm[1] @ torch.tensor([1, np.log(39.0)])) == pytest.approx(level, rel=1e-12)
 
@@ -352,14 +354,14 @@ def test_refinement(converged, econ):
     """Twice the nodes of k and K: the household problem moves k' by less than 0.001 on [0, 200]."""
     base, economy = dk.GridConfig(), dk.krusell_smith()
     fine = dataclasses.replace(base, n_k=2 * base.n_k, n_K=2 * base.n_K, tolerance=1e-5)
-    nodes = dk.household_nodes(dk.power_grid(fine.n_k, 0.0, converged.k_max, fine.exponent),
-                               np.linspace(converged.K_low, converged.K_high, fine.n_K), econ)
+    K = np.linspace(converged.K_low, converged.K_high, fine.n_K)
+    nodes = dk.household_nodes(nodes_at(dk.power_grid(fine.n_k, 0.0, converged.k_max, fine.exponent), K, econ), econ)
     assert nodes.m.shape == (2, 2, 24, 800)
 
     def policy(k):
-        return converged.policy(dk.on_grid(k, nodes.K, econ)).numpy()
+        return converged.policy(dk.on_grid(nodes_at(k, K, econ), econ)).numpy()
 
-    c, laws = nodes.m - policy(nodes.k), [converged.alm_coefficients, np.zeros((2, 2))]
+    c, laws = nodes.m - policy(nodes.axes.k), [converged.alm_coefficients, np.zeros((2, 2))]
     for _ in range(4):
         c, k_endo, change, bounded = dk.solve_household(c, laws, nodes, economy, fine)
     assert bounded == 0 and change < fine.tolerance
@@ -428,7 +430,7 @@ def test_euler_equation_of_any_economy(small):
     for z, s, z1, s1 in np.ndindex(a.P.shape):
         here = (at.z == z) & (at.s == s)
         k1, K1 = (m - c)[here], ahead.K[here]
-        after = dk.place(k1, torch.full_like(at.s[here], s1), K1, torch.full_like(at.z[here], z1))
+        after = dk.place(k1, torch.full_like(at.s[here], s1), K1, torch.full_like(at.z[here], z1), grid.econ)
         ratio = K1 / a.L[z1]
         R = 1 - a.delta + a.alpha * a.TFP[z1] * ratio ** (a.alpha - 1)
         w = (1 - a.alpha) * a.TFP[z1] * ratio**a.alpha
@@ -456,10 +458,10 @@ def test_nodes_follow_all_of_the_path_of_K(small):
     """In an economy whose K moves by half of its mean, and in one whose K stands still. The toy economy's K rises to
     7.2 in its best years, and its nodes begin with 1.35 times their centre, 6.0."""
     economy, grid = small
-    (k, K), a = table_nodes(grid), economy.arrays
+    axes, a = axes_of(grid), economy.arrays
     z_path = dk.draw_z_path(5000, a.P_z, np.random.default_rng(7))
-    mass = dk.dispersed_mass(k, grid.K_mean, 0, economy)
-    K_path = dk.simulate_histogram(grid.table.numpy(), k, K, mass, z_path, a.Pi)[0][200:]
+    mass = dk.dispersed_mass(axes.k, grid.K_mean, 0, economy)
+    K_path = dk.simulate_histogram(grid.table.numpy(), axes, mass, z_path, economy)[0][200:]
     assert grid.K_low < K_path.min() and K_path.max() < grid.K_high
     assert len(a.TFP) == 1 or K_path.max() > 6.5
 

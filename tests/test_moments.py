@@ -119,7 +119,7 @@ def test_derivatives_through_the_mean_of_the_cross_section(world):
     by_graph = torch.autograd.functional.jacobian(means, state.policy[-size:])
     assert torch.allclose(by_hand, by_graph, atol=1e-12) and by_graph.abs().max() > 1e-4
     K, z = world.k.mean(1), world.z[:, 0]
-    at = dk.place(world.k[:, 0], world.s[:, 0], K, z)._replace(M=dk.moments_of(*seen, world.moments, econ))
+    at = dk.place(world.k[:, 0], world.s[:, 0], K, z, econ)._replace(M=dk.moments_of(*seen, world.moments, econ))
     x = dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ)
     assert torch.allclose(dk.with_learnt(x, world.moments.Q, seen, net, econ), x, atol=1e-12)
     unit = 3**0.5 * state.M_std[-2:]
@@ -130,8 +130,8 @@ def test_derivatives_through_the_mean_of_the_cross_section(world):
 def test_the_policy_stays_the_function_it_was_when_units_change(world, shift, spread):
     """recentre() moves centres and units of the moments; k' of the same cross-sections does not move."""
     econ, cfg, state = world.econ, world.cfg, world.state
-    at = dk.At(world.k, world.s, world.k.mean(1, keepdim=True), world.z,
-               dk.moments_of(world.k, world.s, world.moments, econ).unsqueeze(1), 0 * world.k)
+    at = dk.place(world.k, world.s, world.k.mean(1, keepdim=True), world.z, econ)._replace(
+        M=dk.moments_of(world.k, world.s, world.moments, econ).unsqueeze(1))
     before, units = dk.network_capital(dk.policy_net(state, econ, cfg), at, econ), state.M_std.clone()
     M = shift + spread * torch.randn(60, 4, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
     dk.recentre(state, state.K_centre.expand(60, 4), M, econ, cfg)
@@ -159,8 +159,8 @@ def test_solutions_with_moments(economies):
     k = economy.k_min + above * ((K_low + K_high) / 2 - economy.k_min) / above.mean(1, keepdim=True)
     K, s, z = k.mean(1, keepdim=True), world.s, world.z
     M = dk.moments_of(k, s, solution.seen, econ)
-    here = dk.panel_policy(solution)(k, s, K, z)
-    at = dk.At(k, s, K, z, M.unsqueeze(1), 0 * K)
+    here = dk.panel_policy(solution)(dk.place(k, s, K, z, econ))
+    at = dk.place(k, s, K, z, econ)._replace(M=M.unsqueeze(1))
     assert torch.allclose(here.double(), solution.policy(at), rtol=1e-5)
     assert (here - solution.policy(solution.usual(at))).abs().max() > 1e-3
     assert np.allclose(solution.next_capital(k, s, K, z), solution.policy(solution.usual(at)))
@@ -173,13 +173,14 @@ def test_solutions_with_moments(economies):
     for bad in (given[:, None, :2], given[:, None, :1], 0.0):
         with pytest.raises(ValueError, match="as moments"):
             solution.next_capital(k, s, K, z, bad)
-    section = dk.cross_section(solution, k, s, z, here, torch.ones_like(k))
+    section = dk.cross_section(solution, at, torch.zeros(3, 0), here, torch.ones_like(k))
     assert torch.allclose(section.at.M[:, 0], M)
     assert torch.allclose(section.ahead.M[:, 0], dk.next_moments(here, s, z, solution.seen, econ))
     nodes = dk.power_grid(101, economy.k_min, 8 * economy.K_ss, 4.0)
     mass = np.random.default_rng(1).dirichlet(np.ones(303)).reshape(3, 101)
     of_mass = dk.histogram_section(solution, nodes, mass, np.broadcast_to(nodes, mass.shape), 1)
-    found = dk.histogram_policy(solution, nodes, None)(mass, float(mass.sum(0) @ nodes), 1)
+    axes = dk.Axes(nodes, None, dk.labour_nodes(economy, 1))
+    found = dk.histogram_policy(solution, axes)(mass, float(mass.sum(0) @ nodes), 1)
     want = solution.policy(of_mass.at).numpy().reshape(3, 101)
     at_nodes = np.append(np.arange(0, 100, 5), 100)
     assert np.abs(found - want)[:, at_nodes].max() < 1e-9 * economy.K_ss and np.abs(found - want).max() < 0.1
@@ -210,7 +211,7 @@ def test_without_moments_nothing_of_theirs_is_kept():
     one = torch.ones(1, dtype=F64)
     idle = dk.Net([torch.cat([W1, torch.zeros_like(W1[:, :1])], 1), *others], found.net.K_centre, one, one)
     at = dk.place(torch.linspace(0, 90, 50, dtype=F64), torch.arange(50) % 2, torch.full((50,), K, dtype=F64),
-                  torch.ones(50, dtype=torch.long))
+                  torch.ones(50, dtype=torch.long), found.econ)
     seen = at._replace(M=torch.randn(50, 1, generator=torch.Generator().manual_seed(1), dtype=F64))
     assert torch.allclose(dk.network_capital(idle, seen, found.econ), found.policy(at), rtol=1e-12)
 
@@ -221,7 +222,8 @@ def test_a_learnt_moment_is_told_by_its_correlations():
     g, sections = torch.Generator().manual_seed(0), []
     for _ in range(30):
         k, s = 50 * torch.rand(4, 20, generator=g, dtype=F64), torch.randint(2, (4, 20), generator=g)
-        section = dk.cross_section(solution, k, s, torch.ones(4, 1, dtype=torch.long), k, torch.ones_like(k))
+        at = dk.place(k, s, k.mean(1, keepdim=True), torch.ones(4, 1, dtype=torch.long), solution.econ)
+        section = dk.cross_section(solution, at, torch.zeros(4, 0), k, torch.ones_like(k))
         M = torch.stack([3 - 2 * k.mean(1), (s == 0).double().mean(1)], 1).unsqueeze(1)
         sections.append(section._replace(at=section.at._replace(M=M)))
     r = dk.meaning(sections, solution.econ, 2)

@@ -31,7 +31,7 @@ def economy_of_six(econ, k0, s, z):
     k, columns = k0, []
     for t in range(T):
         K = k.mean().expand(N)
-        m, R = dk.cash_on_hand(dk.place(k, s[t], K, z[t].expand(N)), econ)
+        m, R = dk.cash_on_hand(dk.place(k, s[t], K, z[t].expand(N), econ), econ)
         k_next = slope[s[t]] * k
         columns.append((k, m - k_next, R - slope[s[t]], K, R))
         k = k_next
@@ -49,11 +49,11 @@ def six(request, rng):
 def costates_of(econ, k0, s, z):
     """What a unit of k at the start is worth, by the published labels, Delta being everybody's own or mean gain."""
     k, c, dc, K, _ = economy_of_six(econ, k0, s, z)
-    at = dk.At(k, s, K, z[:, None].expand(T, N), k.new_zeros(T, N, 0), 0 * k)
+    at = dk.place(k, s, K, z[:, None].expand(T, N), econ)
     gain = dk.marginal_utility(c, econ) * dk.cash_of_K(at, econ)
     at, nothing = at._replace(Delta=gain.mean(1, keepdim=True).expand(T, N)), torch.zeros(N, dtype=torch.float64)
     _, worth = dk.published_labels(nothing, nothing, c, dc, at, econ)
-    R, _ = dk.prices(K, at.z, econ)
+    R, _ = dk.prices(at, econ)
     u_prime = dk.marginal_utility(c, econ)
     return (u_prime * dc + dk.Delta(u_prime, at, econ) + econ.beta[s] * (R - dc) * worth)[0]
 
@@ -94,7 +94,7 @@ def test_cash_of_K_is_a_derivative(tables, rng):
     s, z = torch.randint(S, (50,), generator=rng), torch.randint(Z, (50,), generator=rng)
     k = 20 * torch.rand(50, generator=rng, dtype=torch.float64)
     K = (tables.K_ss * (0.5 + torch.rand(50, generator=rng, dtype=torch.float64))).requires_grad_()
-    at = dk.place(k, s, K, z)
+    at = dk.place(k, s, K, z, tables)
     (slope,) = torch.autograd.grad(dk.cash_on_hand(at, tables)[0].sum(), K)
     assert torch.allclose(dk.cash_of_K(at, tables), slope)
 
@@ -112,7 +112,8 @@ class Saver(dk.Policy):
     def section(self, k, s, z, weight=None):
         weight = torch.ones_like(k) if weight is None else weight
         K = (weight * k).mean(1, keepdim=True)
-        return dk.cross_section(self, k, s, z, self.policy(dk.place(k, s, K, z)), weight)
+        at = dk.place(k, s, K, z, self.econ)
+        return dk.cross_section(self, at, k.new_zeros(len(k), 0), self.policy(at), weight)
 
 
 @pytest.mark.parametrize("make", [toy, one_z])
@@ -134,7 +135,7 @@ def test_planners_Delta_against_everybodys_draws(make, rng):
         expectation, sure = 0.0, 0.0
         for draw in itertools.product(range(S), repeat=3):
             p = float(torch.tensor([a.Pi[Z // 2, z_next, s[0, i], draw[i]] for i in range(3)]).prod())
-            nexts = dk.place(k_next, torch.tensor([draw]), ahead.K, torch.tensor([[z_next]]))
+            nexts = dk.place(k_next, torch.tensor([draw]), ahead.K, torch.tensor([[z_next]]), econ)
             expectation, sure = expectation + p * mean_gain(nexts), sure + p
         reachable = a.P_z[Z // 2, z_next] > 0
         assert ahead.Delta[0, 0, z_next].item() == pytest.approx(expectation / sure if reachable else 0.0)
@@ -163,7 +164,7 @@ def test_the_first_order_condition_of_a_planner_and_of_a_player(rng):
         at, ahead, worth = *dk.states_of(dk.Section(at, ahead, k_next, torch.ones_like(k)), 4), 0.0
         for z, s in itertools.product(range(3), range(3)):
             one = torch.ones_like(at.s)
-            nexts = dk.place(k_next[0], s * one, ahead.K, z * one)
+            nexts = dk.place(k_next[0], s * one, ahead.K, z * one, econ)
             (m, R), u_prime = dk.cash_on_hand(nexts, econ), None
             u_prime = dk.marginal_utility(m - saver.policy(nexts), econ)
             gain = ahead.Delta[:, z] if equilibrium == "planner" else u_prime * dk.cash_of_K(nexts, econ) / 5
@@ -207,7 +208,7 @@ def test_what_the_value_network_stands_for(equilibrium, rng):
     econ = decided_by(toy(), equilibrium).tables()
     g = (30 * torch.randn(40, generator=rng, dtype=torch.float64)).requires_grad_()
     s, z = torch.randint(3, (40,), generator=rng), torch.randint(3, (40,), generator=rng)
-    at = dk.place(0 * g.detach(), s, 0 * g.detach(), z)
+    at = dk.place(0 * g.detach(), s, 0 * g.detach(), z, econ)
     V, V_g = dk.value_of(g, at, econ)
     assert torch.allclose(dk.equivalent_of(V, at, econ), g, rtol=1e-6)
     assert torch.allclose(torch.autograd.grad(V.sum(), g)[0], V_g)
