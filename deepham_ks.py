@@ -314,10 +314,10 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
     """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
     interval, where NaN and infinity never are."""
     try:
-        earned = given.labour if given.income is None else given.income
-        Z, S = len(np.atleast_1d(np.asarray(given.TFP, dtype=float))), np.asarray(earned, dtype=float).shape[-1]
+        of_S = "labour" if given.income is None else "income"
+        Z, S = len(np.atleast_1d(np.asarray(given.TFP, float))), np.asarray(getattr(given, of_S), float).shape[-1]
     except (IndexError, TypeError, ValueError):
-        raise UserError("labour: give a table (Z, S) of numbers (or income in its place), and TFP (Z,)") from None
+        raise UserError(f"{of_S}: give a table (Z, S) of numbers, and TFP (Z,)") from None
     require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
             "benefit; leave it out, or these")
     require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")
@@ -345,8 +345,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
                     f"(z, s); give P_z, Pi = dk.from_joint(P, {Z}, {S})")
             x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
         except (IndexError, TypeError, ValueError):
-            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by "
-                            f"{'labour' if given.income is None else 'income'}") from None
+            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by {of_S}") from None
         outside = x[~((low < x) & (x < high))]
         hint = "; logs? take exp of them" if name in ("income", "labour", "TFP", "L") and (x < 0).any() else ""
         require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-
-import deepham_ks as dk
+from conftest import ahead_of, dk
 
 # Den Haan, Judd & Juillard (2010): rows and columns (bad, u), (bad, e), (good, u), (good, e); rounded to 1e-6
 PUBLISHED = np.array([[0.525, 0.35, 0.03125, 0.09375], [0.038889, 0.836111, 0.002083, 0.122917],
@@ -57,11 +56,11 @@ def test_budget_closes(economy, tables):
     one_k = torch.linspace(economy.k_min, 3 * economy.K_ss, 500, dtype=F64)
     k, s = one_k.repeat(S), torch.arange(S).repeat_interleave(500)
     for z in range(Z):
-        at, K = torch.full_like(s, z), one_k.mean().expand_as(k)
-        R, w = dk.prices(K, at, tables)
-        Y = dk.output(K, at, tables)
+        K = one_k.mean().expand_as(k)
+        at = dk.place(k, s, K, torch.full_like(s, z), tables)
+        (R, w), Y = dk.prices(at, tables), dk.output(at, tables)
         assert torch.allclose(Y, (R - 1 + economy.delta) * K + w * economy.arrays.L[z], rtol=1e-13)
-        m, R_again = dk.cash_on_hand(dk.place(k, s, K, at), tables)
+        m, R_again = dk.cash_on_hand(at, tables)
         assert torch.equal(R, R_again)
         share = torch.tensor(given_z(economy)[z] / 500)[s]
         assert float(share @ m) == pytest.approx(float((1 - economy.delta) * K[0] + Y[0]), rel=1e-12)
@@ -72,9 +71,10 @@ def test_prices_are_marginal_products(economy, tables):
         K = torch.tensor(1.2 * economy.K_ss, dtype=F64, requires_grad=True)
         L = tables.L[z].clone().requires_grad_()
         Y = economy.TFP[z] * K**economy.alpha * L ** (1 - economy.alpha)
-        R, w = dk.prices(K, torch.tensor(z), tables)
+        at = dk.place(K, torch.tensor(0), K, torch.tensor(z), tables)
+        R, w = dk.prices(at, tables)
         Y_K, Y_L = torch.autograd.grad(Y, (K, L))
-        assert dk.output(K, torch.tensor(z), tables).item() == pytest.approx(Y.item(), rel=1e-13)
+        assert dk.output(at, tables).item() == pytest.approx(Y.item(), rel=1e-13)
         assert R.item() == pytest.approx(1 - economy.delta + Y_K.item(), rel=1e-13)
         assert w.item() == pytest.approx(Y_L.item(), rel=1e-13)
 
@@ -149,8 +149,8 @@ def test_stationary_probabilities(economy, tables, rng):
 
     # z is one draw an economy: standard deviation 0.5 / sqrt(B) = 0.025 at one date, four of them allowed
     assert frequencies(panel.s, panel.z) == pytest.approx(analytic, abs=0.1)
-    path = dk.simulate(lambda k, s, K, z: k, panel, periods, tables, rng)
-    pooled = np.mean([frequencies(s, z) for _, s, _, z, _ in path], 0)
+    path = dk.simulate(lambda at: at.k, panel, periods, tables, rng)
+    pooled = np.mean([frequencies(at.s, at.z) for at, _, _ in path], 0)
     # correlation r a period: T dates are worth T (1 - r) / (1 + r) of them
     r = np.sort(np.abs(np.linalg.eigvals(transition(economy))))[-2]
     assert pooled == pytest.approx(analytic, abs=4 * 0.025 * ((1 + r) / (1 - r) / periods) ** 0.5)
@@ -159,9 +159,9 @@ def test_stationary_probabilities(economy, tables, rng):
 def test_unemployment_of_a_simulation(econ, rng):
     """In the default economy it is u(z) at every date, up to sampling noise."""
     panel, rates = dk.initial_panel(400, 100, econ, econ.K_ss, rng), {0: [], 1: []}
-    for _, s, _, z, _ in dk.simulate(lambda k, s, K, z: k, panel, 40, econ, rng):
+    for at, _, _ in dk.simulate(lambda at: at.k, panel, 40, econ, rng):
         for state in (0, 1):
-            rates[state].append((s[z.squeeze(1) == state] == 0).double().mean().item())
+            rates[state].append((at.s[at.z.squeeze(1) == state] == 0).double().mean().item())
     # given z, 20,000 households at a date, correlation .4 at most: deviation of the mean below 0.3 / sqrt(340,000)
     assert np.mean(rates[0]) == pytest.approx(0.10, abs=0.0025)
     assert np.mean(rates[1]) == pytest.approx(0.04, abs=0.0025)
@@ -211,7 +211,7 @@ def test_steady_state(economies):
 
 def test_tables_of_float32_are_rounded(economy, tables):
     for name, wide, narrow in zip(dk.Tables._fields, tables, economy.tables(dtype=torch.float32)):
-        if isinstance(wide, torch.Tensor) and wide.is_floating_point():
+        if isinstance(wide, torch.Tensor) and wide.is_floating_point() and name != "Pi":
             assert narrow.dtype == torch.float32 and torch.equal(narrow, wide.to(torch.float32)), name
         else:
             assert narrow is wide or torch.equal(torch.as_tensor(narrow), torch.as_tensor(wide)), name
@@ -324,8 +324,8 @@ def test_even_shocks_hold_the_unemployment_rate(econ):
     rng, u = torch.Generator().manual_seed(1), torch.tensor(UNEMPLOYMENT)
     panel, rates = dk.initial_panel(8, 1000, econ, econ.K_ss, rng), {}
     for even in (False, True):
-        path = dk.simulate(lambda k, *_: k, panel, 300, econ, rng, even)
-        rates[even] = torch.stack([((s == 0).double().mean(1) - u[z[:, 0]]) for _, s, _, z, _ in path][100:])
+        path = dk.simulate(lambda at: at.k, panel, 300, econ, rng, even)
+        rates[even] = torch.stack([(at.s == 0).double().mean(1) - u[at.z[:, 0]] for at, _, _ in path][100:])
     assert abs(rates[True].mean()) < 5e-4
     assert rates[True].std() < rates[False].std() / 4  # binomial noise is .006 to .009
 
@@ -344,14 +344,14 @@ def test_simulate_moves_the_panel(economy, tables, even):
     panel = dk.initial_panel(3, 20, tables, economy.K_ss, torch.Generator().manual_seed(1))
     panel, seen = panel._replace(k=panel.k.double()), []
     for factor in (0.9, 0.5):
-        path = simulated(lambda k, s, K, z, f=factor: f * k + s + 0.1 * K + z, panel, 6, tables, even=even)
+        path = simulated(lambda at, f=factor: f * at.k + at.s + 0.1 * at.K + at.z, panel, 6, tables, even=even)
         assert len(path) == 6
-        k, s, _, z, _ = path[0]
-        assert torch.equal(k, panel.k) and torch.equal(s, panel.s) and torch.equal(z, panel.z)
-        for (k, s, K, z, k_next), (k_then, *_) in zip(path, path[1:]):
-            assert torch.equal(k_then, k_next) and torch.equal(k_next, factor * k + s + 0.1 * K + z)
-            assert torch.allclose(K, k.mean(1, keepdim=True))
-        seen.append(torch.stack([dk.joint(s, z, tables) for _, s, _, z, _ in path]))
+        at = path[0][0]
+        assert torch.equal(at.k, panel.k) and torch.equal(at.s, panel.s) and torch.equal(at.z, panel.z)
+        for (at, _, k_next), (then, *_) in zip(path, path[1:]):
+            assert torch.equal(then.k, k_next) and torch.equal(k_next, factor * at.k + at.s + 0.1 * at.K + at.z)
+            assert torch.allclose(at.K, at.k.mean(1, keepdim=True))
+        seen.append(torch.stack([dk.joint(at.s, at.z, tables) for at, _, _ in path]))
     assert torch.equal(*seen) and (seen[0][1:] != seen[0][:-1]).any()
 
 
@@ -361,11 +361,11 @@ def test_chunks_change_nothing(economy, tables, rng, monkeypatch, at_once):
     each period starts from the k' of the one before. 301 periods leave a chunk that is not full."""
     monkeypatch.setattr(dk, "AT_ONCE", at_once)
     panel = dk.initial_panel(60, 50, tables, economy.K_ss, rng)
-    path = list(dk.simulate(lambda k, s, K, z: 0.9 * k + s, panel, 301, tables, rng))
-    assert len(path) == 301 and torch.equal(path[0][1], panel.s) and torch.equal(path[0][3], panel.z)
-    for (k, s, _, _, k_next), (k_then, *_) in zip(path, path[1:]):
-        assert torch.equal(k_next, k_then) and torch.equal(k_next, 0.9 * k + s)
-    s, z = torch.stack([x[1] for x in path]), torch.stack([x[3] for x in path])
+    path = list(dk.simulate(lambda at: 0.9 * at.k + at.s, panel, 301, tables, rng))
+    assert len(path) == 301 and torch.equal(path[0][0].s, panel.s) and torch.equal(path[0][0].z, panel.z)
+    for (at, _, k_next), (then, *_) in zip(path, path[1:]):
+        assert torch.equal(k_next, then.k) and torch.equal(k_next, 0.9 * at.k + at.s)
+    s, z = [torch.stack([getattr(at, name) for at, _, _ in path]) for name in "sz"]
     assert_follows_the_chain(economy, s, z)
     first = torch.arange(2, 300, 3)  # from the last period of one chunk of three to the first of the next
     assert_follows_the_chain(economy, *[torch.stack([x[first], x[first + 1]]).flatten(1, 2) for x in (s, z)])
@@ -395,12 +395,6 @@ def test_successors_are_the_reachable_states(economy, tables):
         assert sum(listed.values()) == pytest.approx(1, abs=1e-14)
 
 
-def ahead_of(K_next, Z):
-    """What is expected of the economy next period, where nothing but K' (...) matters."""
-    zero = torch.zeros(*K_next.shape, Z, dtype=F64)
-    return dk.Ahead(K_next, zero.unsqueeze(-1)[..., :0], zero)
-
-
 def test_expected_equals_loops(economy, tables, rng):
     """Every state at once against nested loops over the dense transition."""
     Z, S = sizes(economy)
@@ -412,7 +406,7 @@ def test_expected_equals_loops(economy, tables, rng):
         s, z = torch.as_tensor(s).double(), torch.as_tensor(z).double()
         return (1 + k) ** (0.3 + 0.2 * s) * K ** (0.1 + 0.4 * z) + 3 * s * z
 
-    at = dk.place(k_next, s, K_next, z)
+    at = dk.place(k_next, s, K_next, z, tables)
     nexts = dk.successors(at, k_next, ahead_of(K_next, Z), tables)
     assert all(x.shape == (tables.probability.shape[1], len(s)) for x in nexts[:4])
     exact, P = dk.expected(g(*nexts[:4]), at, tables), transition(economy)
@@ -431,7 +425,8 @@ def test_successors_see_what_depends_on_z_next(economy, tables, rng):
     s, z = every_state(economy)
     K = torch.ones(len(s), dtype=F64)
     M, Delta = torch.rand(len(s), Z, 2, generator=rng).double(), torch.rand(len(s), Z, generator=rng).double()
-    nexts = dk.successors(dk.place(K, s, K, z), K, dk.Ahead(K, M, Delta), tables)
+    ahead = ahead_of(K, Z)._replace(M=M, Delta=Delta)
+    nexts = dk.successors(dk.place(K, s, K, z, tables), K, ahead, tables)
     for j, i in np.ndindex(*nexts.z.shape):
         assert torch.equal(nexts.M[j, i], M[i, nexts.z[j, i]]) and nexts.Delta[j, i] == Delta[i, nexts.z[j, i]]
 
@@ -441,7 +436,7 @@ def test_successors_keep_the_shape(tables):
     Z = len(tables.TFP)
     s, z = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
     s[1, 2], k, K = 1, torch.arange(6.0, dtype=F64).view(2, 3), torch.arange(6.0, dtype=F64).view(2, 3) + 10
-    at = dk.place(k, s, K, z)
+    at = dk.place(k, s, K, z, tables)
     nexts = dk.successors(at, k, ahead_of(K, Z), tables)
     for t, i in np.ndindex(2, 3):
         alone = dk.successors(dk.At(*[x[t, i] for x in at]), k[t, i], ahead_of(K[t, i], Z), tables)
@@ -457,7 +452,7 @@ def test_expected_equals_monte_carlo(economy, tables, rng):
     for z, s in np.ndindex(Z, S):
         s_path, z_path = dk.draw_shocks(torch.full((n, 1), s), torch.full((n, 1), z), 1, tables, rng)
         drawn = weights[S * z_path[1] + s_path[1]]
-        at = dk.place(one, torch.tensor([s]), one, torch.tensor([z]))
+        at = dk.place(one, torch.tensor([s]), one, torch.tensor([z]), tables)
         nexts = dk.successors(at, one, ahead_of(one, Z), tables)
         exact = dk.expected(weights[S * nexts.z + nexts.s], at, tables).item()
         assert drawn.mean().item() == pytest.approx(exact, abs=4.5 * drawn.std().item() / n**0.5)
@@ -501,7 +496,7 @@ def test_consumption_equivalent(economies, gamma):
     for economy in economies.values():
         tables = dataclasses.replace(economy, gamma=gamma).tables()
         s, z = [x.repeat_interleave(31) for x in every_state(economy)]
-        at = dk.place(torch.ones(len(s), dtype=F64), s, torch.ones(len(s), dtype=F64), z)
+        at = dk.place(torch.ones(len(s), dtype=F64), s, torch.ones(len(s), dtype=F64), z, tables)
         g = torch.linspace(-15, 15, 31, dtype=F64).repeat(economy.arrays.shares.size).requires_grad_()
         V, V_g = dk.value_of(g, at, tables)
         assert torch.allclose(V_g, torch.autograd.grad(V.sum(), g)[0], rtol=1e-12)
@@ -638,7 +633,7 @@ def test_states_that_never_change(toy, rng, S):
         s, z = dk.draw_shocks(panel.s, panel.z, 20, tables, rng, even)
         assert (s == panel.s).all() and (z[1:] != z[:-1]).any()
     (s, z), one = every_state(economy), torch.zeros(3 * S, dtype=F64)
-    assert (dk.successors(dk.place(one, s, one, z), one, ahead_of(one, 3), tables).s == s).all()
+    assert (dk.successors(dk.place(one, s, one, z, tables), one, ahead_of(one, 3), tables).s == s).all()
 
 
 def test_shares_must_be_stationary(toy):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, dk, toy
+from conftest import ROOT, axes_of, dk, toy
 
 GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=4000, tolerance=1e-5)
 ROUGH = dataclasses.replace(GRID, tolerance=1e-3)  # where any policy will do
@@ -35,7 +35,8 @@ def refused(act, *words, **options) -> str:
 
 def interest(solution) -> float:
     """Percent a period, at mean capital, where nothing moves z."""
-    R, _ = dk.prices(torch.tensor(float(solution.K_mean), dtype=torch.float64), torch.tensor(0), solution.econ)
+    K, z = torch.tensor(float(solution.K_mean), dtype=torch.float64), torch.tensor(0)
+    R, _ = dk.prices(dk.place(K, z, K, z, solution.econ), solution.econ)
     return 100 * (float(R) - 1)
 
 
@@ -111,16 +112,16 @@ def test_what_is_judged_is_stationary(two_groups, monkeypatch):
     figures, arrays = dk.judge_limit(two_groups, cfg)
     assert figures["moves"] < 0.005 and figures["spread_by_nodes"] < 0.001
     k, mass, a = arrays["k"], arrays["mass"], two_groups.economy.arrays
-    K, found = two_groups.K_mean * np.linspace(0.75, 1.35, 41), [np.inf]
+    axes, found = axes_of(two_groups)._replace(k=k), [np.inf]
     z_path = dk.draw_z_path(1000, a.P_z, np.random.default_rng(dk.JUDGE_SEED))
-    table = dk.histogram_policy(two_groups, k, K)
+    table = dk.histogram_policy(two_groups, axes)
     for _ in range(40):
         kept = []
 
         def keep(t, mass, k_next, kept=kept):
             kept.append(mass.sum(0))
 
-        _, mass = dk.simulate_histogram(table, k, K, mass, z_path, a.Pi, keep)
+        _, mass = dk.simulate_histogram(table, axes, mass, z_path, two_groups.economy, keep)
         people = np.mean(kept[100::20], 0)
         found.append(std_of(people, k))
         if abs(found[-1] / found[-2] - 1) < 2e-4:
@@ -341,7 +342,7 @@ def test_values_where_income_can_be_zero(gamma):
     for_ever = (0.01 * (1 - gamma) * V) ** (1 / (1 - gamma))
     assert (0.7 * econ.c_ss < for_ever).all() and (for_ever < 1.3 * econ.c_ss).all()
     slope = (grid.value(k + step, 1, K, 0) - grid.value(k - step, 1, K, 0)) / (2 * step)
-    at = dk.place(*[torch.as_tensor(x) for x in (k, np.ones(5, int), np.full(5, K), np.zeros(5, int))])
+    at = dk.place(*[torch.as_tensor(x) for x in (k, np.ones(5, int), np.full(5, K), np.zeros(5, int))], econ)
     m, R = dk.cash_on_hand(at, econ)
     assert slope == pytest.approx(R.numpy() * (m.numpy() - grid.next_capital(k, 1, K, 0)) ** -gamma, rel=0.02)
 

@@ -108,7 +108,7 @@ def test_kernels_agree_with_eager():
                 (dk.policy_net(state, econ, cfg), dk.value_net(state, econ, cfg))]
         k, K = 80 * torch.rand(n, device="cuda", dtype=dtype), 35 + 8 * torch.rand(n, device="cuda", dtype=dtype)
         s, z = torch.randint(2, (2, n), device="cuda")
-        at = dk.place(k, s, K, z)
+        at = dk.place(k, s, K, z, econ)
         dk.compile_kernels("torchscript")
         for name, net in zip(("network_capital", "network_value"), nets):
             for _ in range(4):

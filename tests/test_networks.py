@@ -70,8 +70,8 @@ def make_world(economy):
     seen = torch.rand((T + 1, M, Z + 1, 1), generator=g, dtype=F64)
     planner = 0.01 / economy.c_ss * (economy.equilibrium == "planner")
     Delta = planner * torch.rand((T + 1, M, Z + 1), generator=g, dtype=F64)
-    path = dk.At(0 * K, joint % S, K, joint // S, seen[:, :, 0], Delta[:, :, 0])
-    ahead = dk.Ahead(0.98 * K[1:], seen[:-1, :, 1:], Delta[:-1, :, 1:])
+    path = dk.place(0 * K, joint % S, K, joint // S, econ)._replace(M=seen[:, :, 0], Delta=Delta[:, :, 0])
+    ahead = dk.Ahead(0.98 * K[1:], seen[:-1, :, 1:], Delta[:-1, :, 1:], torch.zeros(T, M, Z, 0))
     world = World(economy, econ, state, economy.k_min + k0, path, ahead)
     bias = sum(math.prod(shape) for shape in dk.policy_shapes(econ, CFG)) - 1
     f = output_at(world, path._replace(k=world.k0.expand_as(K)))
@@ -106,7 +106,8 @@ def by_dense_P(world, at, k_next, ahead):
     P, (Z, S) = torch.tensor(world.economy.arrays.P), world.economy.arrays.income.shape
     for z, s in np.ndindex(Z, S):
         one = torch.ones_like(at.s)
-        yield P[at.z, at.s, z, s], dk.At(k_next, s * one, ahead.K, z * one, ahead.M[..., z, :], ahead.Delta[..., z])
+        nexts = dk.place(k_next, s * one, ahead.K, z * one, world.econ)
+        yield P[at.z, at.s, z, s], nexts._replace(M=ahead.M[..., z, :], Delta=ahead.Delta[..., z])
 
 
 def consumption(world, at):
@@ -143,7 +144,8 @@ def test_features_tell_states_apart(economy):
     """Every (k, s, K, z) has inputs of its own, of order one but for the steep one of k; one column is of K, around its
     centre; s and z are seen as the economy's tables have them."""
     econ, a = economy.tables(), economy.arrays
-    at = dk.on_grid(np.linspace(economy.k_min, 4 * economy.K_ss, 9), economy.K_ss * np.linspace(0.8, 1.25, 4), econ)
+    k, K = np.linspace(economy.k_min, 4 * economy.K_ss, 9), economy.K_ss * np.linspace(0.8, 1.25, 4)
+    at = dk.on_grid(dk.Axes(k, K, a.L[:, None]), econ)
     m, nothing = dk.cash_on_hand(at, econ)[0], torch.zeros(0, dtype=F64)
     x = dk.features(at, m, dk.Net([], torch.tensor(economy.K_ss), nothing, nothing), econ)
     assert (x.abs().amax((0, 1, 2, 3)) < 6).sum() == x.shape[-1] - 1 and 6 < x.abs().max() < 12
@@ -224,7 +226,7 @@ def test_expected_worth_is_the_sum_over_every_next_state(decided):
     world, econ, at = decided, decided.econ, dk.rows(decided.at, 0, T)
     k_next, total = dk.network_capital(world.net, at, econ), 0.0
     for p, nexts in by_dense_P(world, at, k_next, world.ahead):
-        R, _ = dk.prices(nexts.K, nexts.z, econ)
+        R, _ = dk.prices(nexts, econ)
         u_prime = dk.marginal_utility(consumption(world, nexts), econ)
         gain = {"market": 0.0, "planner": nexts.Delta, "game": u_prime * dk.cash_of_K(nexts, econ) / 7}
         total = total + p * (R * u_prime + gain[econ.equilibrium])
@@ -240,7 +242,7 @@ def test_labels_by_their_recursion(decided):
     expected = torch.exp(0.7 * random(T, M, seed=5)) / econ.c_ss
     c, dc = econ.c_ss * torch.exp(random(T, M)), torch.rand(T, M, dtype=F64, generator=torch.Generator().manual_seed(1))
     found, held, u_prime = dk.worth_of_saving(expected, c, dc, at, econ), [0, 0], dk.marginal_utility(c, econ)
-    R = dk.prices(at.K, at.z, econ)[0]
+    R = dk.prices(at, econ)[0]
     V_k = R * u_prime + {"market": 0.0, "planner": at.Delta,
                          "game": u_prime * dk.cash_of_K(at, econ) / 7}[econ.equilibrium]
     for i in range(M):
@@ -430,14 +432,14 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     cfg = dataclasses.replace(CFG, learnt_moments=learnt)
     econ, state = alive(economy, cfg)
     (Z, S), g = economy.arrays.income.shape, torch.Generator().manual_seed(1)
-    paths = dk.Paths(*[None] * 5, economy.k_min + 2 * economy.K_ss * torch.rand(5, 3, 8, generator=g, dtype=F64),
+    paths = dk.Paths(*[None] * 7, economy.k_min + 2 * economy.K_ss * torch.rand(5, 3, 8, generator=g, dtype=F64),
                      torch.randint(S, (5, 3, 8), generator=g))
     date, rates = torch.randint(15, (n,), generator=g), torch.tensor([0.2, 0, 0], dtype=F64)
     seen = paths.k.flatten(0, 1)[date], paths.s.flatten(0, 1)[date]
     state.rates, moments = rates, dk.seen_moments(state, econ, cfg)
     k = economy.k_min + economy.K_ss * torch.rand(n, generator=g, dtype=F64) ** 3
-    at = dk.At(k, torch.randint(S, (n,), generator=g), seen[0].mean(1), torch.randint(Z, (n,), generator=g),
-               dk.moments_of(*seen, moments, econ), torch.zeros(n, dtype=F64))
+    s, z = [torch.randint(of, (n,), generator=g) for of in (S, Z)]
+    at = dk.place(k, s, seen[0].mean(1), z, econ)._replace(M=dk.moments_of(*seen, moments, econ))
     net, shapes = dk.policy_net(state, econ, cfg), dk.policy_shapes(econ, cfg)
     f = dk.network(net.layers, dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ))
     state.policy[sum(map(math.prod, shapes)) - 1] -= f.median()
@@ -511,7 +513,7 @@ def test_states_that_teach_are_early_ones_of_the_roll_out():
     periods = dk.taught(cfg)
     assert periods == sorted(set(periods)) and periods[0] == 0 and len(periods) == dk.TAUGHT and periods[-1] < 40
     x = torch.arange(80).unsqueeze(1) * 100 + torch.arange(3)
-    thinned = dk.thin(dk.Ahead(x, x.double(), x + 1), cfg)
+    thinned = dk.thin(dk.Ahead(x, x.double(), x + 1, x), cfg)
     assert torch.equal(thinned.K, torch.cat([x[t] for t in periods])) and torch.equal(thinned.Delta, thinned.K + 1)
     assert dk.taught(dataclasses.replace(cfg, optimizer="adam")) == list(range(40))
     assert dk.taught(dataclasses.replace(cfg, horizon=2)) == [0]
@@ -527,7 +529,8 @@ def test_sampled_households(economies, name, rng):
     state = dk.initial_state(econ, economy, cfg, 0, rng)
     K = economy.K_ss * (1 + torch.rand(30, B, generator=rng, dtype=F64))  # every date and economy its own number
     _, z = dk.draw_shocks(state.s, state.z, 29, econ, rng)
-    paths = dk.Paths(K, z[:, :, 0], 2 * K[1:], torch.zeros(30, B, 0), torch.zeros(29, B, Z, 0), None, None)
+    none, none_next = torch.zeros(30, B, 0), torch.zeros(29, B, Z, 0)
+    paths = dk.Paths(K, z[:, :, 0], 2 * K[1:], none, none_next, none, none_next, None, None)
     k, path, ahead, date = dk.sample_households(state, paths, 0.5, econ, cfg, rng)
     assert k.shape == (4000,) and path.K.shape == path.s.shape == path.z.shape == (6, 4000) == (6, *ahead.K.shape[1:])
     first, economy_of = date[0] // B, date[0] % B
@@ -554,7 +557,8 @@ def test_published_households_keep_their_states(econ, rng):
     state = dk.initial_state(econ, dk.krusell_smith(), cfg, 0, rng)
     state.s.copy_((state.k > 40).long())  # so that each k says which s is its
     z = torch.zeros(20, cfg.n_economies, dtype=torch.long)
-    paths = dk.Paths(z + 39.0, z, z[1:] + 39.0, torch.zeros(20, 4, 0), torch.zeros(19, 4, 2, 0), None, None)
+    none, none_next = torch.zeros(20, 4, 0), torch.zeros(19, 4, 2, 0)
+    paths = dk.Paths(z + 39.0, z, z[1:] + 39.0, none, none_next, none, none_next, None, None)
     k, path, *_ = dk.sample_households(state, paths, 0.0, econ, cfg, rng)
     assert torch.equal(path.s[0], (k > 40).long()) and torch.isin(k, state.k).all()
 

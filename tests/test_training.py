@@ -47,7 +47,8 @@ def train(cfg, economy=None, seed=0):
 def everywhere(state, econ):
     """Households at every s and z, k from the limit to four times and K from .7 to 1.8 times the steady state's, in the
     precision of the tables, seeing usual moments."""
-    at = dk.on_grid(econ.k_min + econ.K_ss * np.linspace(0, 4, 40), econ.K_ss * np.linspace(0.7, 1.8, 9), econ)
+    K = econ.K_ss * np.linspace(0.7, 1.8, 9)
+    at = dk.on_grid(dk.Axes(econ.k_min + econ.K_ss * np.linspace(0, 4, 40), K, econ.L[:, None].numpy()), econ)
     at = dk.At(*[x.to(econ.TFP.dtype) if x.is_floating_point() else x for x in at])
     return at._replace(M=(state.M_mean + state.M_std).to(econ.TFP.dtype).expand(*at.k.shape, -1))
 
@@ -349,7 +350,7 @@ def test_what_a_simulation_leaves(economy):
             paths = dk.simulate_on(state, econ, cfg, rng)
             assert paths.K.shape == (cfg.periods, 12) and torch.allclose(state.k.mean(1), paths.K[-1])
             assert torch.equal(state.z[:, 0], paths.z[-1])
-            found, _ = dk.law_of_motion(paths.K, paths.z, torch.zeros(len(econ.TFP)))
+            found, _ = dk.law_of_motion(paths.K, paths.labour, paths.z, torch.zeros(len(econ.TFP)))
             share = (1.0, 0.5)[iteration]
             assert torch.allclose(state.K_law, torch.where(found.isnan(), law, law + share * (found - law)))
             a, b = state.K_law[paths.z[:-1]].movedim(-1, 0)
@@ -443,7 +444,7 @@ def test_watched_savings_are_those_of_the_policy(economy):
         for (z, s), share in np.ndenumerate(economy.arrays.shares):
             for of_K in (0.97, 1.0, 1.03):
                 at = [torch.tensor(x) for x in (k, s, of_K * K, z)]
-                total += share / 3 * capital(state, dk.place(*at), econ, cfg).item()
+                total += share / 3 * capital(state, dk.place(*at, econ), econ, cfg).item()
         assert found[i].item() == pytest.approx(total / K, rel=1e-5)
 
 
