@@ -317,7 +317,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
         of_S = "labour" if given.income is None else "income"
         Z, S = len(np.atleast_1d(np.asarray(given.TFP, float))), np.asarray(getattr(given, of_S), float).shape[-1]
     except (IndexError, TypeError, ValueError):
-        raise UserError(f"{of_S}: give a table (Z, S) of numbers, and TFP (Z,)") from None
+        raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
     require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
             "benefit; leave it out, or these")
     require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")

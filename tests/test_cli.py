@@ -104,7 +104,7 @@ def test_pictures(smoke_run):
 def test_weights_and_training_csv(smoke_run):
     """All that is needed to use the networks: what load() and torch.load() see of them."""
     weights = torch.load(smoke_run[0] / dk.WEIGHTS, weights_only=True)
-    assert weights["config"] == dataclasses.asdict(SMOKE) and weights["seed"] == 0 and weights["format"] == 11
+    assert weights["config"] == dataclasses.asdict(SMOKE) and weights["seed"] == 0 and weights["format"] == dk.FORMAT
     for name in ("policy", "value"):
         assert list(weights[name]) == ["W1", "b1", "W2", "b2", "w3", "b3"]
         assert weights[name]["W2"].shape == (SMOKE.hidden, SMOKE.hidden)
