@@ -20,8 +20,8 @@ MISTAKES = {
         "    return 2 * z + s",
         NETWORKS, ""),
     "income forgets z": (
-        "econ.income[joint(at.s, at.z, econ)] * w, R",
-        "econ.income[at.s] * w, R",
+        "    return econ.income[row] * w, R",
+        "    return econ.income[at.s] * w, R",
         GRID, "test_euler_equation_by_loops"),
     "wage without its share": (
         "(1 - econ.alpha) * product * ratio",
@@ -32,8 +32,8 @@ MISTAKES = {
         "(econ.probability[at.s].movedim(-1, 0) * values)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "moments of one z' for all": (
-        "M = M.gather(-2, z.unsqueeze(-1).unsqueeze(-1)",
-        "M = M.gather(-2, 0 * z.unsqueeze(-1).unsqueeze(-1)",
+        "return x.gather(-2, z.unsqueeze(-1).unsqueeze(-1)",
+        "return x.gather(-2, 0 * z.unsqueeze(-1).unsqueeze(-1)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "next state ignores z'": (
         "z_path[:-1] * econ.TFP.shape[0] + z_path[1:]",
@@ -117,8 +117,8 @@ MISTAKES = {
         "return batch[taught(cfg)].flatten()",
         TRAINING, "test_an_iteration_neither_takes_from_the_host_nor_waits_for_it"),
     "law of motion of what came a period later": (
-        "approach(state.K_law, law_of_motion(every_K, every_z,",
-        "approach(state.K_law, law_of_motion(every_K, every_z.roll(1, 0),",
+        "approach(state.K_law, law_of_motion(every_K, every_labour, every_z,",
+        "approach(state.K_law, law_of_motion(every_K, every_labour, every_z.roll(1, 0),",
         TRAINING, "test_what_a_simulation_leaves"),
     "centre of ln K moves and the network does not": (
         "    b1.add_(K_SCALE * shift * W1[:, K_INPUT])\n",
@@ -149,8 +149,8 @@ MISTAKES = {
         "scipy.sparse.csr_array(P * a.beta[0])",
         GRID, "test_euler_equation_of_any_economy"),
     "grid table of two states": (
-        "corner = (joint(at.s, at.z, self.econ) * n_K",
-        "corner = ((2 * at.z + at.s) * n_K",
+        "corner = ((joint(at.s, at.z, self.econ) * n_L + L)",
+        "corner = (((2 * at.z + at.s) * n_L + L)",
         GRID, "test_any_economy_converges"),
     "law of motion of the grid's short path": (
         "[found + to_long - law for",
