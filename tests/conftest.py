@@ -5,6 +5,7 @@ DEEPHAM_ROOT names another folder with a deepham_ks.py: how the tests are tried 
 
 import contextlib
 import copy
+import importlib.util
 import io
 import os
 import subprocess
@@ -47,6 +48,20 @@ def one_z():
     """Z = 1, S = 3: no aggregate shocks, no way from either end to the other."""
     return dk.Economy(alpha=0.36, delta=0.08, gamma=0.7, beta=0.94, TFP=[1.1], P_z=[[1.0]], income=[0.5, 1.0, 2.5],
                       Pi=[[0.8, 0.2, 0.0], [0.1, 0.85, 0.05], [0.0, 0.2, 0.8]], sees_s=[[-1.0], [0.0], [1.0]])
+
+
+def example(name):
+    """A file of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flows():
+    """The economy of examples/labour_flows.py: its labour depends on the history of z."""
+    module = example("labour_flows")
+    return module.economy(module.Calibration())
 
 
 ECONOMIES = {"log": lambda: dk.krusell_smith(), "gamma2": lambda: dk.krusell_smith(dk.Calibration(gamma=2.0)),

@@ -11,7 +11,7 @@ from conftest import ahead_of, axes_of, dk
 
 KNOWN = np.array([[0.1245, 0.9654], [0.1376, 0.9633]])  # ln K' = a + b ln K, converged grid, rounded to four digits
 SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, tolerance=1e-4)
-HALF = dk.GridConfig(n_k=200, n_K=8, n_fine=1000, periods=10_000, tolerance=3e-6)
+FEWER = dk.GridConfig(n_k=250, n_K=8, n_fine=1000, periods=10_000, tolerance=3e-6)
 F64 = torch.float64
 
 
@@ -56,8 +56,8 @@ def consumption(grid, at):
 
 @pytest.fixture(scope="module")
 def converged():
-    """Half of the default's nodes of k and two thirds of K, fewer periods and a coarser table: seconds."""
-    return dk.solve_grid(config=HALF)
+    """Fewer of the default's nodes of k and K, fewer periods and a coarser table: seconds."""
+    return dk.solve_grid(config=FEWER)
 
 
 @pytest.fixture(scope="module")
@@ -353,10 +353,10 @@ def test_regression_says_what_it_cannot_learn():
 
 def test_refinement(converged, econ):
     """Twice the nodes of k, half as many more of K: the household problem moves k' by less than 0.001 on [0, 200]."""
-    economy, fine = dk.krusell_smith(), dataclasses.replace(HALF, n_k=2 * HALF.n_k, n_K=12, tolerance=1e-5)
+    economy, fine = dk.krusell_smith(), dataclasses.replace(FEWER, n_k=2 * FEWER.n_k, n_K=12, tolerance=1e-5)
     K = np.linspace(converged.K_low, converged.K_high, fine.n_K)
     nodes = dk.household_nodes(nodes_at(dk.power_grid(fine.n_k, 0.0, converged.k_max, fine.exponent), K, econ), econ)
-    assert nodes.m.shape == (2, 2, 12, 400)
+    assert nodes.m.shape == (2, 2, 12, 500)
 
     def policy(k):
         return converged.policy(dk.on_grid(nodes_at(k, K, econ), econ)).numpy()
