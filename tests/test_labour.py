@@ -51,7 +51,7 @@ class Saver(dk.Policy):
 def path_of(economy, periods=400):
     """K along a path of Saver's histogram, and (z, mass, k', section) of every period."""
     saver, kept = Saver(economy), []
-    axes = dk.Axes(dk.power_grid(200, 0.0, 90.0, 3.0), np.linspace(5, 40, 9), dk.labour_nodes(economy, 5))
+    axes = dk.Axes(dk.power_grid(200, 0.0, 90.0, 3.0), np.linspace(5, 40, 36), dk.labour_nodes(economy, 5))
     z_path = dk.draw_z_path(periods, economy.arrays.P_z, np.random.default_rng(3))
     mass = dk.dispersed_mass(axes.k, 20.0, z_path[0], economy)
     K_path, _ = dk.simulate_histogram(dk.histogram_policy(saver, axes), axes, mass, z_path, economy,
@@ -71,6 +71,7 @@ def test_goods_add_up_in_every_period(economy):
         L = mass.sum(1) @ (a.labour[z] if a.labour_moves else a.income[z])
         Y = a.TFP[z] * K**a.alpha * L ** (1 - a.alpha)
         C = (weight * (dk.cash_on_hand(at, economy.tables())[0] - section.k_next)).mean().item()
+        assert (section.k_next - Saver(economy).policy(at)).abs().max() < 2e-3 * K  # tables are linear in K and L
         assert Y + (1 - a.delta) * K - C - K_next == pytest.approx(0, abs=1e-10 * Y)
         assert dk.output(at, economy.tables()).item() == pytest.approx(Y, rel=1e-12)
         earned = (weight * dk.earnings(at, economy.tables())[0]).mean().item()

@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS = (f"tests/test_{name}.py" for name in (
-    "networks", "accuracy", "grid", "training", "planner", "moments"))
+NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS, LABOUR = (f"tests/test_{name}.py" for name in (
+    "networks", "accuracy", "grid", "training", "planner", "moments", "labour"))
 
 # what: (the line as it is, as it is mistaken, file and test that notice; no test: any of the file)
 MISTAKES = {
@@ -184,6 +184,50 @@ MISTAKES = {
         "    mass = section.weight.flatten().double().cumsum(0)",
         "    mass = (0 * section.weight + 1).flatten().double().cumsum(0)",
         ACCURACY, "test_states_of_a_section_represent_its_mass"),
+    "labour by its mean in z": (
+        "        return at.labour[..., 0]\n",
+        "        return econ.L[at.z]\n",
+        LABOUR, "test_goods_add_up_in_every_period"),
+    "benefits that nobody pays for": (
+        "torch.stack([L, paid / L], -1).unsqueeze(1)",
+        "torch.stack([L, 0 * paid / L], -1).unsqueeze(1)",
+        LABOUR, "test_goods_add_up_in_every_period"),
+    "histogram in the middle of the range of L": (
+        "mass.sum(1) @ of_s[z])\n",
+        "axes.L[z].mean())\n",
+        LABOUR, "test_goods_add_up_in_every_period"),
+    "labour next period by today's shares": (
+        "labour_of(shares_next(p, z, z_next, econ), z_next, econ)",
+        "labour_of(p, z_next, econ)",
+        LABOUR, "test_goods_add_up_where_households_are_at_their_shares"),
+    "shares as if z stayed": (
+        "econ.Pi[z[:, 0], z_next[:, 0]]",
+        "econ.Pi[z[:, 0], z[:, 0]]",
+        LABOUR, "test_shares_along_a_path_are_exact"),
+    "networks do not see labour": (
+        "labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean)",
+        "labour = 0 * (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean)",
+        LABOUR, "test_training_uses_labour"),
+    "next_capital() drops L": (
+        "at = at._replace(labour=labour_at(L, at.z, self.econ))\n",
+        "at = at._replace(labour=self.econ.usual[at.z])\n",
+        LABOUR, "test_policies_and_values_depend_on_labour"),
+    "a tax that is paid on most paths": (
+        "    tax = (paid / L).max()\n",
+        "    tax = (usual_paid / a.L).max()\n",
+        LABOUR, "test_bad_tables_are_refused_in_one_line"),
+    "law of labour as if z stayed": (
+        "ahead = p[t] @ a.Pi[z, z_next] @ a.labour[z_next]",
+        "ahead = p[t] @ a.Pi[z, z] @ a.labour[z_next]",
+        LABOUR, "test_labour_next_period_is_linear_where_there_are_two_states"),
+    "law of motion without labour": (
+        "value = value + labour[..., 0] * (law[..., 2]",
+        "value = value + 0 * labour[..., 0] * (law[..., 2]",
+        LABOUR, "test_regression_recovers_a_law_with_labour"),
+    "labour of one z' for all": (
+        "gain, given_next_z(ahead.labour, z))",
+        "gain, given_next_z(ahead.labour, 0 * z))",
+        NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "responses to shocks that differ": (
         "        rng.set_state(after)\n",
         "",

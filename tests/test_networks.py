@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-
-import deepham_ks as dk
+from conftest import dk, flows
 
 F64 = torch.float64
 T, M = 7, 16
@@ -70,8 +69,15 @@ def make_world(economy):
     seen = torch.rand((T + 1, M, Z + 1, 1), generator=g, dtype=F64)
     planner = 0.01 / economy.c_ss * (economy.equilibrium == "planner")
     Delta = planner * torch.rand((T + 1, M, Z + 1), generator=g, dtype=F64)
-    path = dk.place(0 * K, joint % S, K, joint // S, econ)._replace(M=seen[:, :, 0], Delta=Delta[:, :, 0])
-    ahead = dk.Ahead(0.98 * K[1:], seen[:-1, :, 1:], Delta[:-1, :, 1:], torch.zeros(T, M, Z, 0))
+    s, z, every_z = joint % S, joint // S, torch.arange(Z).expand(T, M, Z)
+    path = dk.place(0 * K, s, K, z, econ)._replace(M=seen[:, :, 0], Delta=Delta[:, :, 0])
+    if econ.labour_moves:
+        low, high = torch.tensor(economy.arrays.L_range).T
+        L, L_next = [low[of] + (high - low)[of] * torch.rand(of.shape, generator=g, dtype=F64) for of in (z, every_z)]
+        path, labour_next = path._replace(labour=dk.labour_at(L, z, econ)), dk.labour_at(L_next, every_z, econ)
+    else:
+        labour_next = econ.usual[every_z]
+    ahead = dk.Ahead(0.98 * K[1:], seen[:-1, :, 1:], Delta[:-1, :, 1:], labour_next)
     world = World(economy, econ, state, economy.k_min + k0, path, ahead)
     bias = sum(math.prod(shape) for shape in dk.policy_shapes(econ, CFG)) - 1
     f = output_at(world, path._replace(k=world.k0.expand_as(K)))
@@ -88,9 +94,12 @@ def world(economy):
     return make_world(economy)
 
 
-@pytest.fixture(scope="module", params=["log", "toy", "planner", "game"])
+@pytest.fixture(scope="module", params=["log", "toy", "flows", "planner", "game"])
 def decided(request, economies):
-    """Worlds of those who decide: households that take prices as given, a planner, players."""
+    """Worlds of those who decide: households that take prices as given, labour of their economy by z or by the history
+    of z; a planner; players."""
+    if request.param == "flows":
+        return make_world(flows())
     if request.param in economies:
         return make_world(economies[request.param])
     return make_world(dataclasses.replace(economies["toy"], equilibrium=request.param, players=7))
@@ -107,7 +116,8 @@ def by_dense_P(world, at, k_next, ahead):
     for z, s in np.ndindex(Z, S):
         one = torch.ones_like(at.s)
         nexts = dk.place(k_next, s * one, ahead.K, z * one, world.econ)
-        yield P[at.z, at.s, z, s], nexts._replace(M=ahead.M[..., z, :], Delta=ahead.Delta[..., z])
+        yield P[at.z, at.s, z, s], nexts._replace(M=ahead.M[..., z, :], Delta=ahead.Delta[..., z],
+                                                  labour=ahead.labour[..., z, :])
 
 
 def consumption(world, at):
