@@ -5,6 +5,7 @@ DEEPHAM_ROOT names another folder with a deepham_ks.py: how the tests are tried 
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import os
@@ -92,10 +93,13 @@ def econ():
     return dk.krusell_smith().tables()
 
 
+SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, tolerance=1e-4)
+
+
 @pytest.fixture(scope="session")
-def converged():
-    """The default grid solution."""
-    return dk.solve_grid()
+def small_grids(economies):
+    """name -> the economy's solution on few nodes, found once."""
+    return functools.cache(lambda name: dk.solve_grid(economies[name], SMALL))
 
 
 @pytest.fixture(scope="session")

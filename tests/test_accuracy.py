@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ahead_of, axes_of, dk
+from conftest import SMALL, ahead_of, axes_of, dk
 
 F64 = torch.float64
 CFG = dataclasses.replace(dk.PRESETS["smoke"], hidden=6, eval_agents=30, eval_economies=3, eval_periods=120,
                           irf_paths=30, irf_agents=40, irf_periods=25)
-SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, tolerance=1e-4)
 
 
 class Stub(dk.Policy):
@@ -42,13 +41,13 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def small_grid():
-    return dk.solve_grid(config=SMALL)
+def small_grid(small_grids):
+    return small_grids("log")
 
 
 @pytest.fixture(scope="module")
-def toy_grid(economies):
-    return dk.solve_grid(economies["toy"], SMALL)
+def toy_grid(small_grids):
+    return small_grids("toy")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-import sys
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, axes_of, dk, toy
+from conftest import axes_of, dk, example, toy
 
 GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=4000, tolerance=1e-5)
 ROUGH = dataclasses.replace(GRID, tolerance=1e-3)  # where any policy will do
@@ -96,18 +95,14 @@ def std_of(people, k) -> float:
 @pytest.fixture(scope="module")
 def two_groups():
     """Two groups for ever with discount factors .9794 and .9930, on a coarse grid: households mix slowly."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import groups
-    finally:
-        sys.path.pop(0)
+    groups = example("groups")
     return dk.solve_grid(groups.economy(groups.Calibration(groups=2, spread=0.0136, beta=0.9862)), dk.SMOKE_GRID)
 
 
 def test_what_is_judged_is_stationary(two_groups, monkeypatch):
     """Mean and std of capital are those of the same policy after as many passes over the same path of z as it takes to
     forget where they began, to half a tolerance."""
-    monkeypatch.setattr(dk, "ERROR_STATES", 2000)
+    monkeypatch.setattr(dk, "ERROR_STATES", 500)
     cfg = dk.Config(eval_periods=1000)
     figures, arrays = dk.judge_limit(two_groups, cfg)
     assert figures["moves"] < 0.005 and figures["spread_by_nodes"] < 0.001

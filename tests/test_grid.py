@@ -7,10 +7,9 @@ import pytest
 import scipy.interpolate
 import scipy.stats
 import torch
-from conftest import ahead_of, axes_of, dk
+from conftest import SMALL, ahead_of, axes_of, dk
 
 KNOWN = np.array([[0.1245, 0.9654], [0.1376, 0.9633]])  # ln K' = a + b ln K, converged grid, rounded to four digits
-SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, tolerance=1e-4)
 FEWER = dk.GridConfig(n_k=250, n_K=8, n_fine=1000, periods=10_000, tolerance=3e-6)
 F64 = torch.float64
 
@@ -66,10 +65,9 @@ def nodes(converged):
 
 
 @pytest.fixture(scope="module", params=["toy", "one_z"])
-def small(request, economies):
+def small(request, economies, small_grids):
     """(economy, its solution on few nodes): three discount factors, debt and three z; and one z."""
-    economy = economies[request.param]
-    return economy, dk.solve_grid(economy, SMALL)
+    return economies[request.param], small_grids(request.param)
 
 
 # ------------------------------------------------------------------------------------------------ default economy
@@ -479,19 +477,19 @@ def test_value_of_any_economy(small):
     assert utils == pytest.approx(grid.values(at).numpy(), rel=1e-12)
 
 
-def test_grid_grows_with_the_households(economies):
+def test_grid_grows_with_the_households(economies, small_grids):
     """From a largest k that is too small the nodes are doubled, to the same solution, and a note says so; from a centre
     of K that is not where K is, they follow."""
-    enough = dk.solve_grid(economies["toy"], SMALL)
+    enough = small_grids("toy")
     grown = dk.solve_grid(economies["toy"], dataclasses.replace(SMALL, k_max=3.0))
     assert grown.k_max > 3.0 * grown.econ.K_ss and any("largest k" in note for note in grown.notes)
     assert grown.K_mean == pytest.approx(enough.K_mean, rel=3e-3)
     assert enough.K_low > SMALL.K_range[0] * enough.econ.K_ss  # this economy holds more capital than its steady state
 
 
-def test_nodes_of_k_grow_from_Python_and_from_nowhere_else(economies):
+def test_nodes_of_k_grow_from_Python_and_from_nowhere_else(economies, small_grids):
     """Where households hold next to nothing near the end the nodes stay as they were asked for."""
-    grid = dk.solve_grid(economies["one_z"], SMALL)
+    grid = small_grids("one_z")
     assert grid.k_max == pytest.approx(SMALL.k_max * economies["one_z"].K_ss) and grid.notes == ()
 
 

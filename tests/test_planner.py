@@ -1,23 +1,19 @@
 """Market, game, planner: Delta against automatic differentiation, brute force and the constrained-efficient economy."""
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import ROOT, dk, one_z, toy
+from conftest import dk, example, one_z, toy
 
 N, T = 6, 5
 
 
 @pytest.fixture(scope="module")
 def davila():
-    spec = importlib.util.spec_from_file_location("davila", ROOT / "examples" / "davila.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("davila")
 
 
 def decided_by(economy, equilibrium, **changes):
