@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL, ahead_of, axes_of, dk
 
 KNOWN = np.array([[0.1245, 0.9654], [0.1376, 0.9633]])  # ln K' = a + b ln K, converged grid, rounded to four digits
-FEWER = dk.GridConfig(n_k=250, n_K=8, n_fine=1000, periods=10_000, tolerance=3e-6)
+FEWER = dk.GridConfig(n_k=200, n_fine=1000, periods=10_000, tolerance=3e-6)
 F64 = torch.float64
 
 
@@ -55,7 +55,7 @@ def consumption(grid, at):
 
 @pytest.fixture(scope="module")
 def converged():
-    """Fewer of the default's nodes of k and K, fewer periods and a coarser table: seconds."""
+    """Half of the default's nodes of k, fewer periods and a coarser table: seconds."""
     return dk.solve_grid(config=FEWER)
 
 
@@ -350,11 +350,11 @@ def test_regression_says_what_it_cannot_learn():
 
 
 def test_refinement(converged, econ):
-    """Twice the nodes of k, half as many more of K: the household problem moves k' by less than 0.001 on [0, 200]."""
-    economy, fine = dk.krusell_smith(), dataclasses.replace(FEWER, n_k=2 * FEWER.n_k, n_K=12, tolerance=1e-5)
+    """Twice the nodes of k and K: the household problem moves k' by less than 0.002 on [0, 200]."""
+    economy, fine = dk.krusell_smith(), dataclasses.replace(FEWER, n_k=2 * FEWER.n_k, n_K=2 * FEWER.n_K, tolerance=1e-5)
     K = np.linspace(converged.K_low, converged.K_high, fine.n_K)
     nodes = dk.household_nodes(nodes_at(dk.power_grid(fine.n_k, 0.0, converged.k_max, fine.exponent), K, econ), econ)
-    assert nodes.m.shape == (2, 2, 12, 500)
+    assert nodes.m.shape == (2, 2, 24, 400)
 
     def policy(k):
         return converged.policy(dk.on_grid(nodes_at(k, K, econ), econ)).numpy()
@@ -364,7 +364,7 @@ def test_refinement(converged, econ):
         c, k_endo, change, bounded = dk.solve_household(c, laws, nodes, economy, fine)
     assert bounded == 0 and change < fine.tolerance
     k_low = np.linspace(0, 200, 1601)
-    assert 0 < np.abs(dk.invert(k_endo, nodes, k_low) - policy(k_low)).max() < 0.001
+    assert 0 < np.abs(dk.invert(k_endo, nodes, k_low) - policy(k_low)).max() < 0.002
 
 
 def test_published_setting_is_close(converged):
@@ -372,7 +372,7 @@ def test_published_setting_is_close(converged):
     design found for the published policy."""
     published = dk.GRIDS["published"]
     assert (published.n_k, published.exponent, published.n_K) == (100, 7, 4)
-    grid = dk.solve_grid(config=published)
+    grid = dk.solve_grid(config=dataclasses.replace(published, n_fine=1000, periods=15_000, tolerance=3e-6))
     assert grid.k_max == pytest.approx(1000, rel=0.02)
     assert (grid.K_low, grid.K_high) == pytest.approx((30, 50), rel=0.01)
     states = np.meshgrid(np.linspace(0.5, 160, 640), [0, 1], [37, 39.5, 42], [0, 1], indexing="ij")
