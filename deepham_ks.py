@@ -162,8 +162,7 @@ class GridConfig:
     n_k: int = option(400, "nodes of individual capital k in the household problem", "[10, 1e5]")
     n_K: int = option(12, "nodes of aggregate capital K in the household problem", "[4, 1000]")
     k_max: float = option(25.0, "largest k at first, a multiple of K; doubled while households come near", "[2, 1e6]")
-    n_fine: int = option(2000, "k points of the policy table and of the histogram behind the law of motion",
-                         "[10, 1e6]")
+    n_fine: int = option(2000, "k points of the policy table", "[10, 1e6]")
     periods: int = option(60_000, "periods behind the final law of motion, a twentieth in most updates", "[1000, 1e7]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
     tolerance: float = option(3e-7, "largest relative change of c, and of K' forecast, at the end", "(0, 1)")
@@ -867,18 +866,22 @@ def k_nodes(x: Tensor, top: Tensor, econ: Tables) -> Tensor:
     return econ.k_min + unit * ((1 + (top - econ.k_min) / unit) ** x - 1)
 
 
-def spread(weight: Tensor, k: Tensor, nodes: Tensor) -> Tensor:
-    """The weight (..., m) of households at k (..., m) goes to the four nodes (n,) around each, so that their cubic
-    interpolation keeps its mean over households: mean and variance of k are exact. To the two neighbours, as Young
-    (2010) has it, k would spread by itself. Some nodes get a little less than nothing."""
+def lottery(k: Tensor, nodes: Tensor) -> Tuple[Tensor, Tensor]:
+    """Households at k (...) go to the four of the nodes (n,) around each: the first of them (...) and the shares that
+    go to each (4, ...), those of cubic interpolation, which keep mean and variance of k. Between two nodes only, as
+    Young (2010) has it, k would spread by itself. Some nodes get a little less than nothing."""
     first = (torch.searchsorted(nodes, k.contiguous(), right=True) - 2).clamp(0, len(nodes) - 4)
-    near = nodes[first.unsqueeze(-1) + torch.arange(4, device=k.device)]  # (..., m, 4)
-    k, out = k.clamp(max=nodes[-1]), torch.zeros_like(weight[..., :1]).repeat_interleave(len(nodes), -1)
+    near = nodes[first + torch.arange(4, device=k.device).view(-1, *[1] * k.dim())]
+    away = k.clamp(max=nodes[-1]) - near
+    return first, torch.stack([math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in range(4)])
+
+
+def spread(weight: Tensor, k: Tensor, nodes: Tensor) -> Tensor:
+    """The weight (..., m) of households at k (..., m) on the nodes, (..., n), by lottery()."""
+    first, share = lottery(k, nodes)
+    out = torch.zeros_like(weight[..., :1]).repeat_interleave(len(nodes), -1)
     for i in range(4):
-        share = weight
-        for j in [j for j in range(4) if j != i]:
-            share = share * (k - near[..., j]) / (near[..., i] - near[..., j])
-        out.scatter_add_(-1, first + i, share)
+        out.scatter_add_(-1, first + i, weight * share[i])
     return out
 
 
@@ -2616,13 +2619,12 @@ def between(x: np.ndarray, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     return i, position - i
 
 
-def lottery(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
-    """The matrix (S n, S m n) that moves mass (S, m, n) to the two of the nodes k (n,) around k' (S, m, n), so that its
-    mean is k'."""
-    (S, _, n), (low, share) = k_next.shape, between(k_next, k)
-    to = np.stack([low, low + 1], -1) + n * np.arange(S)[:, None, None, None]
-    return scipy.sparse.csc_array((np.stack([1 - share, share], -1).ravel(), to.ravel(),
-                                   2 * np.arange(low.size + 1)), (S * n, low.size))
+def moves(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
+    """The matrix (S n, S m n) that moves mass (S, m, n) to the nodes k (n,) around k' (S, m, n), by lottery()."""
+    (S, _, n), (first, share) = k_next.shape, lottery(torch.from_numpy(k_next), torch.from_numpy(k))
+    to = first.numpy()[..., None] + np.arange(4) + n * np.arange(S)[:, None, None, None]
+    return scipy.sparse.csc_array((share.movedim(0, -1).numpy().ravel(), to.ravel(), 4 * np.arange(first.numel() + 1)),
+                                  (S * n, first.numel()))
 
 
 class Axes(NamedTuple):
@@ -2657,7 +2659,7 @@ def corners(axes: Axes, z: int, K: float, L: float) -> Tuple[Tuple[int, ...], np
 def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, economy: Economy,
                        keep: Callable | None = None):
     """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
-    two neighbours of k', which keeps the mean. table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, or a
+    nodes around k', which keeps the mean. table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, or a
     function of (mass, K, z). Between nodes of K and L each moves its share of the mass, which is the same but for
     households whose k' passes a node of k there. Returns K (periods,) and the mass after it, at the first z again;
     keep(t, mass, k') sees every period."""
@@ -2666,7 +2668,7 @@ def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, 
 
     @functools.cache
     def between_nodes(z, index):
-        return lottery(table[z][:, list(index)], axes.k)
+        return moves(table[z][:, list(index)], axes.k)
 
     for t, z in enumerate(z_path):
         K_path[t] = mass.ravel() @ k_of_all
@@ -2679,7 +2681,7 @@ def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, 
             k_next, weight = (weight @ k_next)[:, None], np.ones(1)
         if keep:
             keep(t, mass, weight @ k_next)
-        move = between_nodes(z, index) if len(weight) > 1 else lottery(k_next, axes.k)
+        move = between_nodes(z, index) if len(weight) > 1 else moves(k_next, axes.k)
         moved = move @ (mass[:, None] * weight[:, None]).ravel()
         mass = Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)
     return K_path, mass
@@ -2714,19 +2716,19 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
             np.arange(Z), np.arange(S), k, indexing="ij")]
         at = solution.usual(place(nodes, s, K[z], z, solution.econ))
         k_next = solution.policy(at).cpu().numpy().reshape(Z * S, n)
-        low, share = between(k_next, k)
+        first, share = [x.numpy() for x in lottery(torch.from_numpy(k_next), torch.from_numpy(k))]
         come, go = economy.arrays.P.reshape(Z * S, Z * S).nonzero()
         P = economy.arrays.P.reshape(Z * S, Z * S)[come, go][:, None]
         index = np.arange(n) * Z * S  # nodes outermost: what moves a little stays near the diagonal
-        to = np.concatenate([(low + step)[come] * Z * S + go[:, None] for step in (0, 1)])
-        weight = np.concatenate([P * part[come] for part in (1 - share, share)])
-        of = np.broadcast_to(index + np.concatenate([come, come])[:, None], to.shape)
+        to = np.concatenate([(first + step)[come] * Z * S + go[:, None] for step in range(4)])
+        weight = np.concatenate([P * part[come] for part in share])
+        of = np.broadcast_to(index + np.tile(come, 4)[:, None], to.shape)
         size = Z * S * n
         move = scipy.sparse.csc_array((weight.ravel(), (to.ravel(), of.ravel())), (size, size))
         system = (scipy.sparse.eye_array(size, format="csc") - (1 - back) * move).tocsc()
         mass = scipy.sparse.linalg.splu(system, permc_spec="NATURAL").solve(
             back * start.reshape(Z * S, n).T.ravel()).reshape(n, Z, S).transpose(1, 2, 0)
-        mass = mass.clip(0) / mass.clip(0).sum()
+        mass /= mass.sum()
         return mass, math.log(max(mass.sum((0, 1)) @ k, 1e-9) / (mass.sum((1, 2)) @ K.cpu().numpy()))
 
     found = {}
@@ -2742,36 +2744,17 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
     return list(found.values())[-1]
 
 
-def judge_nodes(solution: Policy) -> Tuple[np.ndarray, np.ndarray, float]:
-    """Nodes k (n,), as far as there is a policy, for the histogram, the stationary mass (Z, S, n) on them, and the
-    share of the std of capital that they add: a lottery between two nodes spreads capital by the square of their
-    distance. Nodes as dense as the cube root of the density of households (and a quarter of them as in power_grid())
-    spread least, and there are so many that it is less than .1%."""
-    k, std = power_grid(1000, *solution.reach()[0], 4.0), []
-    mass = stationary_mass(solution, k)
-
-    def nodes(n):
-        width, people = np.gradient(k), mass.sum((0, 1))
-        where = np.cumsum((people / width) ** (1 / 3) * width)
-        share = 0.25 * np.linspace(0, 1, len(k)) + 0.75 * (where - where[0]) / (where[-1] - where[0])
-        return np.interp(np.linspace(0, 1, n), share, k)
-
-    for n in (1000, 2000):
-        k = nodes(n)
-        mass = stationary_mass(solution, k)
-        people = mass.sum((0, 1))
-        std.append(np.sqrt(people @ (k - people @ k) ** 2))
-    spread = abs(std[0] / std[1] - 1) / 3  # of 2,000 nodes; it falls with the square of their number
-    n = int(np.clip(2000 * math.sqrt(spread / 0.0007), 2000, 16_000))
-    if n > 2000:
-        finer, held = nodes(n), mass.cumsum(2)
-        cumulative = np.array([[np.interp(finer, k, row) for row in of_z] for of_z in held])
-        k, mass = finer, np.diff(cumulative, prepend=0)
-    return k, mass, spread * (2000 / n) ** 2
+HISTOGRAM = 400  # nodes of k in each s: with twice as many, Gini and std change in the fifth digit
 
 
-MOVES = 0.005  # most that mean and std of capital may still have to go when they are judged: half the tolerance of std
-PASSES = 30  # over the judged path of z, at most, until they have less to go
+def histogram_nodes(top: float, econ: Tables) -> np.ndarray:
+    """(HISTOGRAM,) from k_min to top, see k_nodes()."""
+    x = torch.linspace(0, 1, HISTOGRAM, dtype=torch.float64)
+    return k_nodes(x, torch.tensor(top, dtype=torch.float64), econ).numpy()
+
+
+MOVES = 0.001  # most that mean and std of capital may still have to go when they are judged
+PASSES = 60  # over the judged path of z, at most, until they have less to go
 
 
 def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
@@ -2781,7 +2764,8 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at z[0], the axes and table of
     histogram_policy(), and how well it has settled. UserError where that leads out of the range of the solution."""
     economy = solution.economy
-    k, mass, spread = judge_nodes(solution)
+    k = histogram_nodes(solution.reach()[0][1], solution.econ)
+    mass = stationary_mass(solution, k)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
     axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
@@ -2792,7 +2776,7 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
 
         def keep(t, mass, k_next, pooled=pooled):
             if t >= dropped(cfg) and (t - dropped(cfg)) % POOLED_EVERY == 0:
-                pooled.append((mass, k_next, z_path[t]))
+                pooled.append((mass.clip(0), k_next, z_path[t]))
 
         K_path, mass = simulate_histogram(table, axes, mass, z_path, economy, keep)
         mean_mass = np.mean([mass for mass, *_ in pooled], 0)
@@ -2800,8 +2784,8 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
         now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
         change_before, change, last = change, np.abs(now / last - 1).max(), now
         slow = min(change / change_before, 0.98)
-        moves = float(change * max(slow / (1 - slow), 0.5))
-        if moves < MOVES and np.isfinite(change_before):
+        moving = float(change * max(slow / (1 - slow), 0.5))
+        if moving < MOVES and np.isfinite(change_before):
             break
     at_end = people[-1] * k[-1] / now[0]
     require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
@@ -2812,7 +2796,7 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         axes=axes, table=table, z=z_path, K=np.append(K_path, mass.sum(0) @ k), pooled=pooled, mean_mass=mean_mass,
         labour=labour_along(economy, z_path, start), mass=mass,
-        figures={"moves": moves, "nodes": len(k), "spread_by_nodes": spread})
+        figures={"moves": moving})
 
 
 def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
@@ -3044,7 +3028,7 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: list, economy: Economy):
     at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
     c = (cash_on_hand(at, econ)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, econ) + Delta(marginal_utility(c, econ), at, econ) * at.k).numpy()
-    at_k_next = lottery(k_next.reshape(-1, 1, len(axes.k)), axes.k).T
+    low, share = between(k_next, axes.k)
     _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
     V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
@@ -3052,7 +3036,7 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: list, economy: Economy):
         EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
             EV = inverse_utility(torch.from_numpy(EV / D), econ).numpy()
-        EV = (at_k_next @ EV.ravel()).reshape(EV.shape)
+        EV = (1 - share) * np.take_along_axis(EV, low, -1) + share * np.take_along_axis(EV, low + 1, -1)
         change = u + (D * utility(torch.from_numpy(EV), econ).numpy() if steep else EV) - V
         V += change
         if sweep % 10 == 9:
@@ -3176,9 +3160,10 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     motion converge together, on a short path of z; how much its luck moves the laws is measured once on a long one."""
     econ, Z, planner = economy.tables(), len(economy.arrays.TFP), economy.equilibrium == "planner"
     ends = centre * np.array(config.K_range)
-    coarse, axes = [Axes(power_grid(n_k, econ.k_min, k_max, config.exponent), np.linspace(*ends, n_K),
+    coarse, fine = [Axes(power_grid(n_k, econ.k_min, k_max, config.exponent), np.linspace(*ends, n_K),
                          labour_nodes(economy, n_L)) for n_k, n_K, n_L in
                     ((config.n_k, config.n_K, config.n_L), (config.n_fine, config.n_K_fine, config.n_L_fine))]
+    axes = fine._replace(k=histogram_nodes(k_max, econ))
     nodes, k, K = household_nodes(coarse, econ), axes.k, axes.K
     z_path = draw_z_path(config.periods, economy.arrays.P_z, np.random.default_rng(config.seed))
     comes = [BURN_IN + np.flatnonzero(z_path[BURN_IN:] == z)[:20][-1] for z in np.unique(z_path[BURN_IN:])]
@@ -3219,7 +3204,7 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
             if not K[0] < kept.min() <= kept.max() < K[-1]:
                 return widened(config, kept / centre), centre, k_max
             require_payable(economy, kept, z_kept, labour_along(economy, z_path, start)[BURN_IN:])
-            V, left = evaluate_grid(invert(k_endo, nodes, k), coarse._replace(k=k), laws, economy)
+            V, left = evaluate_grid(invert(k_endo, nodes, fine.k), coarse._replace(k=fine.k), laws, economy)
             notes = [f"grid: the largest k is {k_max:.4g}"] if k_max > config.k_max * economy.K_start else []
             if left >= 1e-7:
                 notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
@@ -3227,7 +3212,8 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
                 notes.append(f"grid: at {100 * bounded:.2g}% of the nodes saving is worth nothing; c is bounded there")
             if econ.labour_moves and len(econ.beta) > 2:
                 notes.append(f"grid: R2 of the law of labour is {economy.arrays.L_r2.min():.6f}")
-            values = refined(V, coarse._replace(k=k), axes)
+            table = invert(refined(k_endo, coarse, fine), nodes, fine.k)
+            values = refined(V, coarse._replace(k=fine.k), fine)
             return GridSolution(
                 economy=economy, econ=econ, table=torch.from_numpy(table), value_table=torch.from_numpy(values),
                 k_max=k_max, exponent=config.exponent, K_low=K[0], K_high=K[-1], L=torch.from_numpy(axes.L),
