@@ -159,7 +159,7 @@ class Config:
 class GridConfig:
     """The grid solution; at the defaults a finer grid changes nothing that matters."""
 
-    n_k: int = option(400, "nodes of individual capital k in the household problem", "[10, 1e5]")
+    n_k: int = option(200, "nodes of individual capital k in the household problem", "[10, 1e5]")
     n_K: int = option(12, "nodes of aggregate capital K in the household problem", "[4, 1000]")
     k_max: float = option(25.0, "largest k at first, a multiple of K; doubled while households come near", "[2, 1e6]")
     n_fine: int = option(2000, "k points of the policy table", "[10, 1e6]")
@@ -2958,9 +2958,11 @@ def refined(x: np.ndarray, axes: Axes, finer: Axes) -> np.ndarray:
 def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
     and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
-    found = zip(*[between(k, column) for column in k_endo.reshape(-1, len(nodes.axes.k))])
-    i, t = [np.array(x).reshape(*k_endo.shape[:-1], len(k)) for x in found]
+    every_k = torch.from_numpy(k).expand(*k_endo.shape[:-1], len(k)).contiguous()
+    i = torch.searchsorted(torch.from_numpy(np.ascontiguousarray(k_endo)), every_k, right=True).numpy() - 1
+    i = i.clip(0, k_endo.shape[-1] - 2)
     rise, run = nodes.axes.k[i + 1] - nodes.axes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
+    t = ((k - np.take_along_axis(k_endo, i, -1)) / run).clip(0, 1)
     dk_next = 1 / (k_endo @ nodes.slope.T)
     d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
     k_next = nodes.axes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
