@@ -122,7 +122,8 @@ class Calibration:
 class Config:
     """The method; the defaults are the preset `default`. What is no flag stands as a named constant beside its use."""
 
-    n_agents: int = option(0, "N, households an economy; 0: infinitely many", "[0, 1e7]")
+    n_agents: int = option(0, "N, households an economy; 0: infinitely many, or 125 where moments are to "
+                           "tell economies apart that differ as finite ones do", "[0, 1e7]")
     n_economies: int = option(48, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
     periods: int = option(100, "periods that each outer iteration simulates on from the last cross-section", "[3, 1e6]")
     horizon: int = option(75, "T, periods of a roll-out", "[2, 1e5]")
@@ -1883,18 +1884,22 @@ def given_moments(cfg: Config) -> tuple:
     return names
 
 
-def n_moments(econ: Tables, cfg: Config) -> int:
-    """How many the networks see; UserError where households are too few to tell them apart."""
-    anybody = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device)
-    n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
-    require(not cfg.n_agents or 2 * n <= cfg.n_agents, f"--moments, --learnt-moments: {n} moments of {cfg.n_agents} "
-            "households; raise --n-agents or take fewer")
-    return n
+def households(econ: Tables, cfg: Config) -> int:
+    """N, or 0 for infinitely many. What finite economies alone differ in, who is in which s, is to be seen in them."""
+    return cfg.n_agents or (125 if sees_who_earns(cfg) and not econ.labour_moves else 0)
 
 
 def sees_who_earns(cfg: Config) -> bool:
-    """Whether the networks see who is in which s: then economies must differ in it as finite ones do."""
     return cfg.learnt_moments > 0 or "unemployment" in given_moments(cfg)
+
+
+def n_moments(econ: Tables, cfg: Config) -> int:
+    """How many the networks see; UserError where households are too few to tell them apart."""
+    anybody, N = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device), households(econ, cfg)
+    n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
+    require(N == 0 or 2 * n <= N, f"--moments, --learnt-moments: {n} moments of {N} households; raise --n-agents or "
+            "take fewer")
+    return n
 
 
 def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
@@ -2036,7 +2041,7 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
     rng_Q = torch.Generator().manual_seed(seed + 2)
     Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
-    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
+    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, households(econ, cfg), econ, K, rng)
     policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
     value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
@@ -3307,9 +3312,10 @@ class Figure(NamedTuple):
 
 def figure_list(economy: Economy, cfg: Config) -> List[Figure]:
     """Every figure that is judged, in the order in which it is shown. Networks that see who is unemployed have tighter
-    tolerances at small N; those that know more than K rest elsewhere than the grid."""
-    sees, N = sees_who_earns(cfg), f"N={cfg.eval_agents}"
-    near = None if cfg.moments or cfg.learnt_moments else 0.001
+    tolerances at small N; those that know more than K rest elsewhere than the grid. Where labour moves K* lies where
+    no path leads: nobody there is judged."""
+    sees, N, moves = sees_who_earns(cfg), f"N={cfg.eval_agents}", economy.arrays.labour_moves
+    near = None if cfg.moments or cfg.learnt_moments or moves else 0.001
     rows = [
         Figure(f"W1 of capital, {N}", "comparison small w1", 0.15, lambda x, K: 0.004 * K, 0.16),
         Figure("W1 of capital, N=inf", "comparison limit w1", 0.06, lambda x, K: 0.004 * K),
@@ -3329,7 +3335,7 @@ def figure_list(economy: Economy, cfg: Config) -> List[Figure]:
         *[Figure(f"K* resting in {name} over the grid's - 1, N=inf", f"comparison resting_gap {z}", near,
                  near and (lambda x, K: 0.001)) for z, name in enumerate(economy.arrays.z_names)],
         Figure("Euler error, log10 mean, at the worst K*, N=inf", "{} limit risky_steady_state worst_euler", -3.6,
-               lambda x, K: max(x + 0.1, -3.6)),
+               None if moves else lambda x, K: max(x + 0.1, -3.6)),
         Figure("response of output, gap (p.p.)", "comparison impulse_response_gap output", 0.02, lambda x, K: 0.02),
         Figure("response of capital, gap (p.p.)", "comparison impulse_response_gap capital", 0.02, lambda x, K: 0.02)]
     if difference(economy_dict(economy), economy_dict(krusell_smith()), "economy"):
