@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 import deepham_ks as dk  # noqa: E402
 
 COMMANDS = {"cpu": ["deepham_ks.py"],
-            "gpu": ["deepham_ks.py", "examples/stochastic_beta.py --n-agents 1000 --n-economies 48 --grid none",
+            "gpu": ["deepham_ks.py", "examples/stochastic_beta.py --grid none",
                     "deepham_ks.py --learnt-moments 1"]}
 
 

@@ -19,7 +19,7 @@ ROOT, RUNS = HERE.parent, HERE / "planner"
 sys.path.insert(0, str(ROOT))
 import deepham_ks as dk  # noqa: E402
 
-DAVILA = ["examples/davila.py", "--n-agents", "500", "--n-economies", "24", "--K-spread", "0.02"]
+DAVILA = ["examples/davila.py"]
 COMMANDS = {
     "market": DAVILA,
     "planner_seed0": [*DAVILA, "--equilibrium", "planner"],

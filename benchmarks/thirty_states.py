@@ -21,8 +21,7 @@ import groups  # noqa: E402
 
 import deepham_ks as dk  # noqa: E402
 
-FLAGS = ["--moments", "groups", "--n-agents", "60", "--n-economies", "240", "--K-spread", "0.1", "--policy-rate", "0.3",
-         "--iterations", "110", "--averaging", "40"]
+FLAGS = ["--moments", "groups"]
 SPREAD = ["--groups", "7", "--spread", "0.0068", "--beta", "0.9862"]
 RUNS = {"J1": 1, "J3": 3, "J10": 10, "J30": 30, "spread": SPREAD}
 

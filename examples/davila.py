@@ -3,9 +3,6 @@
   python examples/davila.py                            # every flag of deepham_ks.py, results in runs/davila
   python examples/davila.py --equilibrium planner      # the constrained-efficient economy
   python examples/davila.py --tfp-shock 0.05           # TFP .95 / 1.05, each for 8 years on average
-
-The figures of the README are with --n-agents 500 --n-economies 24 --K-spread 0.02: few households hold much, so K and
-the planner's Delta of 125 households have more sampling noise.
 """
 
 import sys

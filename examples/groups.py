@@ -2,8 +2,7 @@
 
   python examples/groups.py --groups 30 --moments groups     # every flag of deepham_ks.py, results in runs/
 
-Without --moments groups households see mean capital alone. The figures of docs/experiments.md are with --moments groups
---n-agents 60 --n-economies 240 --K-spread 0.1 --policy-rate 0.3 --iterations 110 --averaging 40.
+Without --moments groups households see mean capital alone.
 
 With --spread 0 the groups are alike and the answer is the default economy's, whatever J is; --spread 0.0068 spreads
 their discount factors evenly around --beta (Carroll, Slacalek, Tokuoka & White 2017).

@@ -2,9 +2,6 @@
 Smith's (1998) own tables are in examples/krusell_smith_1998.py.
 
   python examples/stochastic_beta.py        # flags of deepham_ks.py but --beta, results in runs/stochastic_beta
-  python examples/stochastic_beta.py --n-agents 1000 --n-economies 48    # gave the figures of the README
-
-Few households hold much here, so K of 125 households has more sampling noise than that of 1,000.
 """
 
 import dataclasses
