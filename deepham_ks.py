@@ -2,12 +2,14 @@
 
 The economy. A household with capital k in state s has cash on hand m = R k + income(z, s) w, consumes c and saves
 k' = m - c >= k_min. It discounts by beta(s) and has utility u(c) of risk aversion gamma. R and w are the marginal
-products of Y = TFP(z) K^alpha L(z)^(1 - alpha), K is mean capital, and (z, s) a Markov chain. The default economy is
+products of Y = TFP(z) K^alpha L^(1 - alpha), K is mean capital, L the labour that households supply, income what they
+earn and get, less a tax that pays for benefits, and (z, s) a Markov chain. The default economy is
 Krusell & Smith (1998) as Den Haan, Judd & Juillard (2010) calibrate it: s unemployed / employed, z bad / good. Any
 other is a set of tables: class Economy, and the files in examples/.
 
 The algorithm is learn(), one outer iteration after the other:
-  1. simulate: B economies of N households go on for some periods under the policy network as it is;
+  1. simulate: B economies go on for some periods under the policy network as it is, each of infinitely many
+     households: weights on nodes (s, k), which move without sampling noise;
   2. roll out: M single households live T periods on the simulated paths of (z, K). A period's label is what a unit of
      k' is worth in it: lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and what is left of
      the same condition in later periods, discounted back along the path;
@@ -20,7 +22,8 @@ How this differs from the paper, which `--preset paper` follows:
   - V. There it is trained in turn with the policy and stands for utility after T. Here no label sees V, and the policy
     is the same whatever V's weights are. V is there for Bellman errors, welfare, and whoever wants a value function.
   - K'. There it is what N households happened to save. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
-    simulated paths by least squares; where networks see moments of the distribution, K' itself.
+    simulated paths by least squares, with terms in L and L^2 where labour L depends on the history of z; where networks
+    see moments of the distribution, K' itself.
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
 
 Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the
@@ -28,8 +31,8 @@ pictures; what follows is the machine: processes, CUDA graphs, files, the comman
 
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
-households of each, M households of a roll-out, T periods, J successors (s', z') of a state, Z and S numbers of states,
-n moments, P parameters. A joint index of (z, s) is z S + s.
+households of each or nodes (s, k), M households of a roll-out, T periods, J successors (s', z') of a state, Z and S
+numbers of states, n moments, P parameters. A joint index of (z, s) is z S + s.
 
 `python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has
 all flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
