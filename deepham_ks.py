@@ -127,7 +127,8 @@ class Config:
 
     n_agents: int = option(0, "N, households an economy; 0: infinitely many, or 125 where moments are to "
                            "tell economies apart that differ as finite ones do", "[0, 1e7]")
-    n_economies: int = option(48, "B, economies simulated side by side, each on its own path of z", "[1, 1e6]")
+    n_economies: int = option(0, "B, economies simulated side by side, each on its own path of z; 0: 96 of N "
+                              "households, or as many of infinitely many as take like time, 16 to 48", "[0, 1e6]")
     periods: int = option(100, "periods that each outer iteration simulates on from the last cross-section", "[3, 1e6]")
     horizon: int = option(75, "T, periods of a roll-out", "[2, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
@@ -1887,18 +1888,13 @@ def given_moments(cfg: Config) -> tuple:
     return names
 
 
-def households(econ: Tables, cfg: Config) -> int:
-    """N, or 0 for infinitely many. What finite economies alone differ in, who is in which s, is to be seen in them."""
-    return cfg.n_agents or (125 if sees_who_earns(cfg) and not econ.labour_moves else 0)
-
-
 def sees_who_earns(cfg: Config) -> bool:
     return cfg.learnt_moments > 0 or "unemployment" in given_moments(cfg)
 
 
 def n_moments(econ: Tables, cfg: Config) -> int:
     """How many the networks see; UserError where households are too few to tell them apart."""
-    anybody, N = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device), households(econ, cfg)
+    anybody, N = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device), cfg.n_agents
     n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
     require(N == 0 or 2 * n <= N, f"--moments, --learnt-moments: {n} moments of {N} households; raise --n-agents or "
             "take fewer")
@@ -2035,6 +2031,15 @@ def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> 
     return torch.cat(parts) / unit.unsqueeze(1)
 
 
+def sized(cfg: Config, economy: Economy) -> Config:
+    """With the sizes that are left to the method. What finite economies alone differ in, who is in which s, is to be
+    seen in finite economies."""
+    a = economy.arrays
+    N = cfg.n_agents or (125 if sees_who_earns(cfg) and not a.labour_moves else 0)
+    B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 48))
+    return dataclasses.replace(cfg, n_agents=N, n_economies=B)
+
+
 def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
     """Before the first iteration: everybody consumes the share of cash on hand above the limit at which the
     representative household would stay where it is, and V is that consumption for ever."""
@@ -2044,7 +2049,7 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
     rng_Q = torch.Generator().manual_seed(seed + 2)
     Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
-    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, households(econ, cfg), econ, K, rng)
+    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
     policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
     value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
@@ -3562,7 +3567,7 @@ def panels_by_state(fig, a, *strips):
 
 RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
                for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
-SHARED = ("k", "s", "z", "p")  # tensors of the state of which each rank has a part
+SHARED = ("k", "s", "weight", "z", "p")  # tensors of the state of which each rank has a part
 
 
 def join_ranks(device: str, task: str) -> None:
@@ -4002,6 +4007,7 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     require(output_dir or not resume, "resume: give the output_dir whose checkpoint is to go on")
     check(config)
     economy, device = as_economy(economy), choose_device(device)
+    config = sized(config, economy)
     # a run may be resumed to more iterations, and judged at other sizes
     fixed = {name: x for name, x in dataclasses.asdict(config).items() if not name.startswith(("iterations", *JUDGING))}
     of_run = {"economy": economy_dict(economy), "config": fixed | {"seed": seed}}
