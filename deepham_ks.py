@@ -3695,12 +3695,15 @@ class Guard:
             why = unbounded_saving(state, self.econ, self.cfg)
             state.unbounded = state.unbounded + 1 if why else 0
         self.save()
-        words = " ".join(f"{name} {state.history[name][-1]:.4g}" for name in
-                         ("mean_K", "policy_residual", "euler", "movement"))
+        K, euler, moved, seconds = (state.history[name][-1] for name in ("mean_K", "euler", "movement", "seconds"))
+        words = f"K {K:.4g}, Euler error {euler:.1e}, savings move {moved:.0e} of K"
+        if state.settled:
+            left = state.settled + self.cfg.averaging - state.iteration
+            words += f", settled: {left} to go, {left * seconds:.0f} s"
         self.bar.set_postfix_str(words, refresh=False)
         self.bar.update()
         if self.bar.disable:
-            print(f"iteration {state.iteration} {words} seconds {state.history['seconds'][-1]:.2f}", flush=True)
+            print(f"iteration {state.iteration} of at most {self.cfg.iterations}: {words}", flush=True)
         self.mind_the_machine()
         require(state.unbounded < 10 or state.iteration < 25, why)  # before the 25th no policy is near a solution
 
