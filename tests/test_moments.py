@@ -20,9 +20,10 @@ def eager():
 
 
 class World:
-    """An economy, networks with every layer alive, and B cross-sections of N households."""
+    """An economy, networks with every layer alive, and B cross-sections of N households, or of N nodes of infinitely
+    many."""
 
-    def __init__(self, economy, cfg=SMOKE, B=5, N=6):
+    def __init__(self, economy, cfg=SMOKE, B=5, N=6, weighted=False):
         g = torch.Generator().manual_seed(4)
         self.economy, self.cfg, self.econ = economy, cfg, economy.tables()
         self.state = dk.initial_state(self.econ, economy, cfg, 0, g)
@@ -35,24 +36,35 @@ class World:
         self.k = economy.k_min + economy.K_ss * 2 * torch.rand(B, N, generator=g, dtype=F64)
         self.s = torch.randint(S, (B, N), generator=g)
         self.z = torch.randint(Z, (B, 1), generator=g)
+        weight = torch.rand(B, N if weighted else 0, generator=g, dtype=F64)
+        self.weight = weight / weight.mean(1, keepdim=True)
+        self.section = self.k, self.s, self.weight
 
 
-@pytest.fixture(params=["log", "toy"])
+@pytest.fixture(params=[("log", False), ("toy", False), ("toy", True)], ids=["log", "toy", "toy, weighted"])
 def world(request, economies):
-    return World(economies[request.param])
+    name, weighted = request.param
+    return World(economies[name], weighted=weighted)
 
 
-def test_moments_are_means_over_households(world):
+def M_of(k, s, moments, econ):
+    """Moments of households, who count the same."""
+    return dk.moments_of(k, s, moments, econ, k[:, :0])
+
+
+@pytest.mark.parametrize("name", ["log", "toy"])
+def test_moments_are_means_over_households(economies, name):
     """[given, learnt]: the variance as numpy has it, Q one household at a time; weights count households."""
+    world = World(economies[name])
     econ, k, s = world.econ, world.k, world.s
-    M = dk.moments_of(k, s, world.moments, econ)
+    M = M_of(k, s, world.moments, econ)
     assert torch.allclose(M[:, 0], ((k / world.economy.K_ss - 1) ** 2).mean(1))
     for b in range(len(k)):
         q = [dk.Q(world.moments.Q, k_i[None], s_i[None], econ)[0] for k_i, s_i in zip(k[b], s[b])]
         assert torch.allclose(M[b, 1:], sum(q) / len(q), atol=1e-12)
     double = torch.full_like(k, 6 / 7)
     double[:, 0] = 2 * 6 / 7  # the first household counts twice
-    again = dk.moments_of(torch.cat([k[:, :1], k], 1), torch.cat([s[:, :1], s], 1), world.moments, econ)
+    again = M_of(torch.cat([k[:, :1], k], 1), torch.cat([s[:, :1], s], 1), world.moments, econ)
     assert torch.allclose(dk.moments_of(k, s, world.moments, econ, double), again)
 
 
@@ -75,14 +87,14 @@ def test_moments_by_group_are_mean_capitals(economies):
         assert torch.allclose(found[:, group], (k * in_it).mean(1) / share[members].sum())
 
 
-@pytest.mark.parametrize("name", ["log", "toy"])
-def test_next_moments_against_every_combination_of_next_states(economies, name):
+@pytest.mark.parametrize("name, weighted", [("log", False), ("toy", False), ("toy", True)])
+def test_next_moments_against_every_combination_of_next_states(economies, name, weighted):
     """E[M' | z'] of six households (four where S = 3): the mean of M' over all S^N combinations of s', each with its
-    probability by the dense Pi."""
+    probability by the dense Pi. So too of households who count differently."""
     economy = economies[name]
     S = economy.arrays.income.shape[1]
-    world = World(economy, B=2, N=6 if S == 2 else 4)
-    found = dk.next_moments(world.k, world.s, world.z, world.moments, world.econ)
+    world = World(economy, B=2, N=6 if S == 2 else 4, weighted=weighted)
+    found = dk.next_moments(world.k, world.s, world.z, world.moments, world.econ, world.weight)
     for b in range(2):
         z, s = int(world.z[b]), world.s[b].numpy()
         for z_next in range(len(economy.arrays.TFP)):
@@ -90,36 +102,40 @@ def test_next_moments_against_every_combination_of_next_states(economies, name):
             for s_next in itertools.product(range(S), repeat=len(s)):
                 p = np.prod(economy.arrays.Pi[z, z_next, s, s_next])
                 if p:
-                    M = dk.moments_of(world.k[b : b + 1], torch.tensor(s_next)[None], world.moments, world.econ)
+                    M = dk.moments_of(world.k[b : b + 1], torch.tensor(s_next)[None], world.moments, world.econ,
+                                      world.weight[b : b + 1])
                     total, mass = total + p * M[0], mass + p
             assert mass == pytest.approx(1) and torch.allclose(found[b, z_next], total, atol=1e-10)
 
 
 def test_moments_of_paths_are_those_of_their_dates(world):
     g, (Z, S) = torch.Generator().manual_seed(1), world.economy.arrays.income.shape
-    k, s = torch.rand(30, 4, 50, generator=g, dtype=F64), torch.randint(S, (30, 4, 50), generator=g)
-    z = torch.randint(Z, (30, 4), generator=g)
-    M, M_next = dk.path_moments(k, s, z, world.moments, world.econ)
+    k, k_next, weight = torch.rand(3, 30, 4, 50, generator=g, dtype=F64)
+    s, z = torch.randint(S, (30, 4, 50), generator=g), torch.randint(Z, (30, 4), generator=g)
+    weight = weight if world.weight.numel() else weight[..., :0]
+    M, M_next = dk.path_moments(k, s, weight, k_next, z, world.moments, world.econ)
+    assert len(M) == 30 and len(M_next) == 29
     for t in (0, 13, 28):
-        assert torch.allclose(M[t], dk.moments_of(k[t], s[t], world.moments, world.econ))
-        now = dk.next_moments(k[t + 1], s[t], z[t].unsqueeze(1), world.moments, world.econ)
+        assert torch.allclose(M[t], dk.moments_of(k[t], s[t], world.moments, world.econ, weight[t]))
+        now = dk.next_moments(k_next[t], s[t], z[t].unsqueeze(1), world.moments, world.econ, weight[t])
         assert torch.allclose(M_next[t], now)
 
 
 def test_derivatives_through_the_mean_of_the_cross_section(world):
     """Q_jacobian, and the inputs with learnt moments in the place of their values, by autograd."""
-    econ, cfg, state, seen = world.econ, world.cfg, world.state, (world.k, world.s)
+    econ, cfg, state, seen = world.econ, world.cfg, world.state, world.section
     by_hand = dk.Q_jacobian(world.moments.Q, *seen, econ)
     net, size = dk.policy_net(state, econ, cfg), by_hand.shape[2]
 
     def means(tail):
         theta = torch.cat([state.policy[:-size], tail])
-        return dk.Q(dk.learnt_layers(theta, econ, cfg), *seen, econ).mean(1)
+        return dk.mean_over(dk.Q(dk.learnt_layers(theta, econ, cfg), *seen[:2], econ), seen[2])
 
     by_graph = torch.autograd.functional.jacobian(means, state.policy[-size:])
     assert torch.allclose(by_hand, by_graph, atol=1e-12) and by_graph.abs().max() > 1e-4
     K, z = world.k.mean(1), world.z[:, 0]
-    at = dk.place(world.k[:, 0], world.s[:, 0], K, z, econ)._replace(M=dk.moments_of(*seen, world.moments, econ))
+    at = dk.place(world.k[:, 0], world.s[:, 0], K, z, econ)._replace(
+        M=dk.moments_of(*seen[:2], world.moments, econ, seen[2]))
     x = dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ)
     assert torch.allclose(dk.with_learnt(x, world.moments.Q, seen, net, econ), x, atol=1e-12)
     unit = 3**0.5 * state.M_std[-2:]
@@ -131,7 +147,7 @@ def test_the_policy_stays_the_function_it_was_when_units_change(world, shift, sp
     """recentre() moves centres and units of the moments; k' of the same cross-sections does not move."""
     econ, cfg, state = world.econ, world.cfg, world.state
     at = dk.place(world.k, world.s, world.k.mean(1, keepdim=True), world.z, econ)._replace(
-        M=dk.moments_of(world.k, world.s, world.moments, econ).unsqueeze(1))
+        M=M_of(world.k, world.s, world.moments, econ).unsqueeze(1))
     before, units = dk.network_capital(dk.policy_net(state, econ, cfg), at, econ), state.M_std.clone()
     M = shift + spread * torch.randn(60, 4, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
     dk.recentre(state, state.K_centre.expand(60, 4), M, econ, cfg)
@@ -158,8 +174,8 @@ def test_solutions_with_moments(economies):
     above = world.k - economy.k_min
     k = economy.k_min + above * ((K_low + K_high) / 2 - economy.k_min) / above.mean(1, keepdim=True)
     K, s, z = k.mean(1, keepdim=True), world.s, world.z
-    M = dk.moments_of(k, s, solution.seen, econ)
-    here = dk.panel_policy(solution)(dk.place(k, s, K, z, econ))
+    M = M_of(k, s, solution.seen, econ)
+    here = dk.panel_policy(solution)(dk.place(k, s, K, z, econ), k[:, :0])
     at = dk.place(k, s, K, z, econ)._replace(M=M.unsqueeze(1))
     assert torch.allclose(here.double(), solution.policy(at), rtol=1e-5)
     assert (here - solution.policy(solution.usual(at))).abs().max() > 1e-3
@@ -175,7 +191,7 @@ def test_solutions_with_moments(economies):
             solution.next_capital(k, s, K, z, bad)
     section = dk.cross_section(solution, at, torch.zeros(3, 0), here, torch.ones_like(k))
     assert torch.allclose(section.at.M[:, 0], M)
-    assert torch.allclose(section.ahead.M[:, 0], dk.next_moments(here, s, z, solution.seen, econ))
+    assert torch.allclose(section.ahead.M[:, 0], dk.next_moments(here, s, z, solution.seen, econ, k[:, :0]))
     nodes = dk.power_grid(101, economy.k_min, 8 * economy.K_ss, 4.0)
     mass = np.random.default_rng(1).dirichlet(np.ones(303)).reshape(3, 101)
     of_mass = dk.histogram_section(solution, nodes, mass, np.broadcast_to(nodes, mass.shape), 1)
@@ -245,8 +261,8 @@ def test_an_empty_name_is_no_moment():
     assert dk.given_moments(dataclasses.replace(SMOKE, moments="variance,")) == ("variance",)
 
 
-def test_who_is_unemployed_needs_finite_economies():
-    """Shocks spread evenly over households would leave nothing to learn from."""
+def test_who_sees_which_households_earn():
+    """They have tolerances of their own: learnt moments and unemployment tell it, moments of k do not."""
     sees = [dk.sees_who_earns(dk.Config(**change)) for change in (
         {}, {"moments": "variance,groups"}, {"learnt_moments": 1}, {"moments": "limit,unemployment"})]
     assert sees == [False, False, True, True]
