@@ -442,14 +442,16 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     cfg = dataclasses.replace(CFG, learnt_moments=learnt)
     econ, state = alive(economy, cfg)
     (Z, S), g = economy.arrays.income.shape, torch.Generator().manual_seed(1)
-    paths = dk.Paths(*[None] * 7, economy.k_min + 2 * economy.K_ss * torch.rand(5, 3, 8, generator=g, dtype=F64),
-                     torch.randint(S, (5, 3, 8), generator=g))
+    k, weight = torch.rand(2, 5, 3, 8, generator=g, dtype=F64)
+    weight = weight / weight.mean(2, keepdim=True) if name == "toy" else weight[..., :0]
+    paths = dk.Paths(*[None] * 7, economy.k_min + 2 * economy.K_ss * k, torch.randint(S, k.shape, generator=g), weight)
     date, rates = torch.randint(15, (n,), generator=g), torch.tensor([0.2, 0, 0], dtype=F64)
-    seen = paths.k.flatten(0, 1)[date], paths.s.flatten(0, 1)[date]
+    *_, weight = seen = [x.flatten(0, 1)[date] for x in paths[-3:]]
     state.rates, moments = rates, dk.seen_moments(state, econ, cfg)
     k = economy.k_min + economy.K_ss * torch.rand(n, generator=g, dtype=F64) ** 3
     s, z = [torch.randint(of, (n,), generator=g) for of in (S, Z)]
-    at = dk.place(k, s, seen[0].mean(1), z, econ)._replace(M=dk.moments_of(*seen, moments, econ))
+    at = dk.place(k, s, dk.mean_over(seen[0], weight), z, econ)._replace(
+        M=dk.moments_of(*seen[:2], moments, econ, weight))
     net, shapes = dk.policy_net(state, econ, cfg), dk.policy_shapes(econ, cfg)
     f = dk.network(net.layers, dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ))
     state.policy[sum(map(math.prod, shapes)) - 1] -= f.median()
@@ -458,7 +460,8 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     worth = dk.marginal_utility(c * torch.exp(-0.4 * torch.randn(n, generator=g, dtype=F64)), econ)
 
     def output(theta):
-        M_now = dk.moments_of(*seen, dk.Moments(moments.given, dk.learnt_layers(theta, econ, cfg)), econ)
+        of = dk.Moments(moments.given, dk.learnt_layers(theta, econ, cfg))
+        M_now = dk.moments_of(*seen[:2], of, econ, weight)
         of = net._replace(layers=dk.unpack(theta, shapes))
         return dk.network(of.layers, dk.features(at._replace(M=M_now), m, of, econ))
 
@@ -467,11 +470,11 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     wish = wish.clamp(-0.5, 0.5)
     free = (f < 0) | (wish < 0)
     assert not free.all() and (free & (f >= 0)).any()
-    weight = torch.tensor(economy.arrays.weight)[at.s].sqrt() * free
-    size = (weight**2 * wish.abs()).sum() / (weight**2).sum()
-    weight = weight / (1 + (wish / size) ** 2) ** 0.25
-    jacobian = torch.autograd.functional.jacobian(output, state.policy) * weight.unsqueeze(1)
-    step = levenberg_marquardt(jacobian, weight * wish, state.damping, n)
+    pull = torch.tensor(economy.arrays.weight)[at.s].sqrt() * free
+    size = (pull**2 * wish.abs()).sum() / (pull**2).sum()
+    pull = pull / (1 + (wish / size) ** 2) ** 0.25
+    jacobian = torch.autograd.functional.jacobian(output, state.policy) * pull.unsqueeze(1)
+    step = levenberg_marquardt(jacobian, pull * wish, state.damping, n)
     before = state.policy.clone()
     batch = dk.Batch(at, None, c, worth, worth, c, date)
     assert dk.policy_step(state, batch, paths, econ, cfg) == 1
@@ -529,18 +532,23 @@ def test_states_that_teach_are_early_ones_of_the_roll_out():
     assert dk.taught(dataclasses.replace(cfg, horizon=2)) == [0]
 
 
-@pytest.mark.parametrize("name", ["log", "toy"])
-def test_sampled_households(economies, name, rng):
+def constant_paths(K, z, Z):
+    """Paths of K, z (periods, B) that expect twice the K that comes, in economies without moments."""
+    none, none_next = torch.zeros(*K.shape, 0), torch.zeros(len(K) - 1, K.shape[1], Z, 0)
+    return dk.Paths(K, z, 2 * K[1:], none, none_next, none, none_next, None, None, None)
+
+
+@pytest.mark.parametrize("name, N", [("log", 300), ("toy", 300), ("toy", 0)])
+def test_sampled_households(economies, name, N, rng):
     """Windows of the simulated economies, any s alike and then by the chain, k from the panel or between the limit and
     beyond the simulated range; what is expected is that of the same dates."""
-    economy, B, N = economies[name], 7, 300
+    economy, B = economies[name], 7
     econ, (Z, S) = economy.tables(), economy.arrays.income.shape
     cfg = dataclasses.replace(CFG, batch=4000, horizon=5, periods=30, n_economies=B, n_agents=N, moments="")
     state = dk.initial_state(econ, economy, cfg, 0, rng)
     K = economy.K_ss * (1 + torch.rand(30, B, generator=rng, dtype=F64))  # every date and economy its own number
-    _, z = dk.draw_shocks(state.s, state.z, 29, econ, rng)
-    none, none_next = torch.zeros(30, B, 0), torch.zeros(29, B, Z, 0)
-    paths = dk.Paths(K, z[:, :, 0], 2 * K[1:], none, none_next, none, none_next, None, None)
+    z = [torch.tensor(dk.draw_z_path(30, economy.arrays.P_z, np.random.default_rng(b))) for b in range(B)]
+    paths = constant_paths(K, torch.stack(z, 1), Z)
     k, path, ahead, date = dk.sample_households(state, paths, 0.5, econ, cfg, rng)
     assert k.shape == (4000,) and path.K.shape == path.s.shape == path.z.shape == (6, 4000) == (6, *ahead.K.shape[1:])
     first, economy_of = date[0] // B, date[0] % B
@@ -556,10 +564,30 @@ def test_sampled_households(economies, name, rng):
         assert (np.abs(found - n * p) <= 4.5 * (n * p * (1 - p)) ** 0.5).all()
     for s in range(S):
         assert (path.s[0] == s).double().mean() == pytest.approx(1 / S, abs=4 * 0.5 / 4000**0.5)
-    in_panel = torch.isin(k, state.k)
-    assert in_panel.double().mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
-    wide, top = k[~in_panel], max(1.5 * float(state.k.max()), 5 * economy.K_ss)
-    assert 0.9 * top < wide.max() <= top and economy.k_min <= wide.min() < state.k.min()
+    top = max(1.5 * float(state.k_range[1]), 5 * economy.K_ss)
+    assert 0.9 * top < k.max() <= top and economy.k_min <= k.min()
+    if N:
+        in_panel = torch.isin(k, state.k)
+        assert in_panel.double().mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
+        assert k[~in_panel].min() < state.k.min()
+
+
+@pytest.mark.parametrize("name", ["log", "toy"])
+def test_households_drawn_from_nodes_are_distributed_as_they_are(economies, name, rng):
+    """Mean and standard deviation of k, and the shares of s, of 40,000 draws, up to what the spread around a node adds;
+    hardly any two have the same k."""
+    economy, cfg = economies[name], dataclasses.replace(CFG, n_agents=0, n_economies=3)
+    econ = economy.tables()
+    state = dk.initial_state(econ, economy, cfg, 0, rng)
+    k, s = dk.some_households(state, 40_000, econ, rng)
+    mean = dk.mean_over(state.k, state.weight).mean()
+    std = dk.mean_over((state.k - mean) ** 2, state.weight).mean().sqrt()
+    assert k.mean().item() == pytest.approx(mean.item(), rel=0.015) and k.std().item() == pytest.approx(std.item(),
+                                                                                                        rel=0.02)
+    assert k.min() >= economy.k_min and len(k.unique()) > 39_000
+    for i in range(len(econ.beta)):
+        share = dk.mean_over((state.s == i).double(), state.weight).mean().item()
+        assert (s == i).double().mean().item() == pytest.approx(share, abs=4 * (share / 40_000) ** 0.5)
 
 
 def test_published_households_keep_their_states(econ, rng):
@@ -567,9 +595,7 @@ def test_published_households_keep_their_states(econ, rng):
     state = dk.initial_state(econ, dk.krusell_smith(), cfg, 0, rng)
     state.s.copy_((state.k > 40).long())  # so that each k says which s is its
     z = torch.zeros(20, cfg.n_economies, dtype=torch.long)
-    none, none_next = torch.zeros(20, 4, 0), torch.zeros(19, 4, 2, 0)
-    paths = dk.Paths(z + 39.0, z, z[1:] + 39.0, none, none_next, none, none_next, None, None)
-    k, path, *_ = dk.sample_households(state, paths, 0.0, econ, cfg, rng)
+    k, path, *_ = dk.sample_households(state, constant_paths(z + 39.0, z, 2), 0.0, econ, cfg, rng)
     assert torch.equal(path.s[0], (k > 40).long()) and torch.isin(k, state.k).all()
 
 
