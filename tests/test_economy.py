@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from conftest import ahead_of, dk
 
@@ -45,6 +44,11 @@ def every_state(economy):
     """s and z at every (z, s), each (Z S,)."""
     Z, S = sizes(economy)
     return torch.arange(S).repeat(Z), torch.arange(Z).repeat_interleave(S)
+
+
+def stays(at, weight):
+    """A policy: everybody keeps what they have."""
+    return at.k
 
 
 # ------------------------------------------------------------------------------------------------ budget
@@ -149,8 +153,8 @@ def test_stationary_probabilities(economy, tables, rng):
 
     # z is one draw an economy: standard deviation 0.5 / sqrt(B) = 0.025 at one date, four of them allowed
     assert frequencies(panel.s, panel.z) == pytest.approx(analytic, abs=0.1)
-    path = dk.simulate(lambda at: at.k, panel, periods, tables, rng)
-    pooled = np.mean([frequencies(at.s, at.z) for at, _, _ in path], 0)
+    path = dk.simulate(stays, panel, periods, tables, rng)
+    pooled = np.mean([frequencies(at.s, at.z) for _, at, _ in path], 0)
     # correlation r a period: T dates are worth T (1 - r) / (1 + r) of them
     r = np.sort(np.abs(np.linalg.eigvals(transition(economy))))[-2]
     assert pooled == pytest.approx(analytic, abs=4 * 0.025 * ((1 + r) / (1 - r) / periods) ** 0.5)
@@ -159,7 +163,7 @@ def test_stationary_probabilities(economy, tables, rng):
 def test_unemployment_of_a_simulation(econ, rng):
     """In the default economy it is u(z) at every date, up to sampling noise."""
     panel, rates = dk.initial_panel(400, 100, econ, econ.K_ss, rng), {0: [], 1: []}
-    for at, _, _ in dk.simulate(lambda at: at.k, panel, 40, econ, rng):
+    for _, at, _ in dk.simulate(stays, panel, 40, econ, rng):
         for state in (0, 1):
             rates[state].append((at.s[at.z.squeeze(1) == state] == 0).double().mean().item())
     # given z, 20,000 households at a date, correlation .4 at most: deviation of the mean below 0.3 / sqrt(340,000)
@@ -261,114 +265,167 @@ def test_draws_at_the_ends_of_the_unit_interval(economy):
                 assert economy.arrays.Pi[z, z_next, s, int(followed(u, s, z, z_next, tables))] > 0
 
 
-@pytest.mark.parametrize("even", [False, True])
-def test_draw_shocks(economy, tables, rng, even):
-    """Paths start where they should, and every transition has its frequency; one z' an economy."""
-    panel = dk.initial_panel(60, 50, tables, economy.K_ss, rng)
-    s, z = dk.draw_shocks(panel.s, panel.z, 300, tables, rng, even)
-    assert s.shape == (301, 60, 50) and z.shape == (301, 60, 1)
-    assert torch.equal(s[0], panel.s) and torch.equal(z[0], panel.z)
-    assert_follows_the_chain(economy, s, z)
-
-
-def households_in(S):
-    """s (4, 200) with every state, the first rare."""
-    household = torch.arange(200)
-    return torch.where(household % 13 == 0, 0, 1 + household % (S - 1)).expand(4, 200)
-
-
-@pytest.mark.parametrize("S", [2, 3])
-def test_spread_uniform_is_uniform_and_independent_over_time(S):
-    rng, s = torch.Generator().manual_seed(0), households_in(S)
-    assert len(s.unique()) == S
-    draws = torch.stack([dk.spread_uniform(s, torch.rand(4, 1, generator=rng)) for _ in range(4000)])
-    assert draws.shape == (4000, 4, 200) and 0 <= draws.min() and draws.max() < 1
-    for household in (0, 1, 2, 13, 199):  # in every s
-        series = draws[:, 2, household].numpy()
-        assert scipy.stats.kstest(series, "uniform").pvalue > 1e-4
-        assert abs(np.corrcoef(series[:-1], series[1:])[0, 1]) < 4 / np.sqrt(len(series))
-    assert not torch.equal(draws[:, 0], draws[:, 1])  # each economy has a start of its own
-
-
-@pytest.mark.parametrize("S", [2, 3])
-def test_spread_uniform_is_even_in_each_state(S):
-    """Below any threshold p lie n p of the n households of a state up to four, where chance strays by 0.5 sqrt(n)."""
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        s = torch.randint(S, (5, 3000), generator=rng)
-        uniform = dk.spread_uniform(s, torch.rand(5, 1, generator=rng))
-        for economy in range(5):
-            for state in range(S):
-                drawn = uniform[economy, s[economy] == state].sort().values
-                below = torch.arange(len(drawn), dtype=F64)
-                assert (drawn * len(drawn) - below).abs().max() < 4
-    by_chance = torch.rand(1000, generator=rng).sort().values * 1000
-    assert (by_chance - torch.arange(1000)).abs().max() > 4
-
-
-def test_even_shocks_hold_the_shares(economy, tables, rng):
-    """Shares of s in an economy follow the chain given z, with a quarter of the noise of independent draws at most."""
-    panel, strays = dk.initial_panel(8, 1000, tables, economy.K_ss, rng), {}
-    Pi, S = torch.tensor(economy.arrays.Pi), sizes(economy)[1]
-    for even in (False, True):
-        s, z = dk.draw_shocks(panel.s, panel.z, 200, tables, rng, even)
-        share = torch.nn.functional.one_hot(s, S).double().mean(2)  # (T, B, S)
-        expected = torch.einsum("tbi,tbij->tbj", share[:-1], Pi[z[:-1, :, 0], z[1:, :, 0]])
-        strays[even] = share[1:] - expected
-        assert strays[even].mean((0, 1)).abs().max() < 5e-4
-    assert strays[True].std() < strays[False].std() / 4
-
-
-def test_even_shocks_hold_the_unemployment_rate(econ):
-    """The default economy's does not drift from u(z) over 300 periods."""
-    rng, u = torch.Generator().manual_seed(1), torch.tensor(UNEMPLOYMENT)
-    panel, rates = dk.initial_panel(8, 1000, econ, econ.K_ss, rng), {}
-    for even in (False, True):
-        path = dk.simulate(lambda at: at.k, panel, 300, econ, rng, even)
-        rates[even] = torch.stack([(at.s == 0).double().mean(1) - u[at.z[:, 0]] for at, _, _ in path][100:])
-    assert abs(rates[True].mean()) < 5e-4
-    assert rates[True].std() < rates[False].std() / 4  # binomial noise is .006 to .009
-
-
 # ------------------------------------------------------------------------------------------------ simulation
 
 
-def simulated(policy, panel, periods, tables, seed=2, even=False):
-    return list(dk.simulate(policy, panel, periods, tables, torch.Generator().manual_seed(seed), even))
-
-
-@pytest.mark.parametrize("even", [False, True])
-def test_simulate_moves_the_panel(economy, tables, even):
+def test_simulate_moves_the_panel(economy, tables):
     """Each period starts from the k' of the one before; K is the mean over the economy; shocks do not depend on the
     policy."""
     panel = dk.initial_panel(3, 20, tables, economy.K_ss, torch.Generator().manual_seed(1))
     panel, seen = panel._replace(k=panel.k.double()), []
     for factor in (0.9, 0.5):
-        path = simulated(lambda at, f=factor: f * at.k + at.s + 0.1 * at.K + at.z, panel, 6, tables, even=even)
-        assert len(path) == 6
-        at = path[0][0]
-        assert torch.equal(at.k, panel.k) and torch.equal(at.s, panel.s) and torch.equal(at.z, panel.z)
-        for (at, _, k_next), (then, *_) in zip(path, path[1:]):
-            assert torch.equal(then.k, k_next) and torch.equal(k_next, factor * at.k + at.s + 0.1 * at.K + at.z)
+        def policy(at, weight, factor=factor):
+            return factor * at.k + at.s + 0.1 * at.K + at.z
+
+        path = list(dk.simulate(policy, panel, 6, tables, torch.Generator().manual_seed(2)))
+        assert len(path) == 6 and path[0][0] is panel
+        for (now, at, k_next), (then, *_) in zip(path, path[1:]):
+            assert all(torch.equal(getattr(at, name), getattr(now, name)) for name in "ksz")
+            assert torch.equal(then.k, k_next) and torch.equal(k_next, policy(at, None))
             assert torch.allclose(at.K, at.k.mean(1, keepdim=True))
-        seen.append(torch.stack([dk.joint(at.s, at.z, tables) for at, _, _ in path]))
+        seen.append(torch.stack([dk.joint(at.s, at.z, tables) for _, at, _ in path]))
     assert torch.equal(*seen) and (seen[0][1:] != seen[0][:-1]).any()
 
 
-@pytest.mark.parametrize("at_once", [1, 3 * 60 * 50])
-def test_chunks_change_nothing(economy, tables, rng, monkeypatch, at_once):
-    """Shocks drawn a period or three at a time: every transition, those between chunks too, has its frequency, and
-    each period starts from the k' of the one before. 301 periods leave a chunk that is not full."""
-    monkeypatch.setattr(dk, "AT_ONCE", at_once)
+def test_a_simulation_follows_the_chain(economy, tables, rng):
+    """Every transition has its frequency; one z' an economy."""
     panel = dk.initial_panel(60, 50, tables, economy.K_ss, rng)
-    path = list(dk.simulate(lambda at: 0.9 * at.k + at.s, panel, 301, tables, rng))
-    assert len(path) == 301 and torch.equal(path[0][0].s, panel.s) and torch.equal(path[0][0].z, panel.z)
-    for (at, _, k_next), (then, *_) in zip(path, path[1:]):
-        assert torch.equal(k_next, then.k) and torch.equal(k_next, 0.9 * at.k + at.s)
-    s, z = [torch.stack([getattr(at, name) for at, _, _ in path]) for name in "sz"]
-    assert_follows_the_chain(economy, s, z)
-    first = torch.arange(2, 300, 3)  # from the last period of one chunk of three to the first of the next
-    assert_follows_the_chain(economy, *[torch.stack([x[first], x[first + 1]]).flatten(1, 2) for x in (s, z)])
+    path = [at for _, at, _ in dk.simulate(stays, panel, 301, tables, rng)]
+    assert_follows_the_chain(economy, *[torch.stack([getattr(at, name) for at in path]) for name in "sz"])
+
+
+# ------------------------------------------------------------------------------------------------ infinitely many
+
+
+ROUNDING = {torch.float32: 1e-5, F64: 1e-13}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_lottery_keeps_mass_mean_and_variance(econ, rng, dtype):
+    """Of households anywhere between the nodes, on them and at both ends; beyond the last they are put there."""
+    nodes = dk.k_nodes(torch.linspace(0, 1, 80, dtype=dtype), torch.tensor(100.0, dtype=dtype), econ)
+    assert nodes[0] == 0 and nodes[-1].item() == pytest.approx(100) and (nodes.diff() > 0).all()
+    k = torch.cat([100 * torch.rand(3000, generator=rng, dtype=dtype) ** 2, nodes, nodes[[0, -1]]])
+    first, share = dk.lottery(k, nodes)
+    to = nodes[first + torch.arange(4).unsqueeze(1)]
+    assert share.shape == (4, len(k)) and (to[0] <= k).all() and (k <= to[3]).all()
+    assert torch.allclose(share.sum(0), torch.ones_like(k), rtol=ROUNDING[dtype], atol=0)
+    assert torch.allclose((share * to).sum(0), k, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    variance = (share * (to - k) ** 2).sum(0) / (to[3] - to[0]) ** 2
+    assert variance.abs().max() < ROUNDING[dtype]
+    inside = (first > 0) & (first < 76)  # the two nodes next to k are the middle ones
+    assert ((to[1] <= k) & (k <= to[2]))[inside].all()
+    _, of_nodes = dk.lottery(nodes, nodes)
+    assert (of_nodes.abs().max(0).values == 1).all() and (of_nodes != 0).sum() == 80
+    _, beyond = dk.lottery(torch.tensor([150.0], dtype=dtype), nodes)
+    assert beyond.flatten().tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_what_is_spread_on_nodes_keeps_its_moments(econ, rng, dtype):
+    """Total mass, mean and variance of a cross-section, in each of its rows."""
+    nodes = dk.k_nodes(torch.linspace(0, 1, 80, dtype=dtype), torch.tensor(100.0, dtype=dtype), econ)
+    k, weight = torch.rand(2, 3, 2, 500, generator=rng, dtype=dtype)
+    k = 90 * k
+    found = dk.spread(weight, k, nodes)
+    assert found.shape == (3, 2, 80)
+    for power in range(3):
+        assert torch.allclose((found * nodes**power).sum(-1), (weight * k**power).sum(-1), rtol=10 * ROUNDING[dtype])
+
+
+def saves(k_min):
+    """A policy under which K is stable and the rich are always there."""
+    def policy(at, weight):
+        return k_min + 0.9 * (at.k - k_min) + (0.06 + 0.04 * at.s + 0.01 * at.z) * (at.K - k_min)
+
+    return policy
+
+
+def on_nodes(B, economy, tables, rng):
+    """Cross-sections of infinitely many households in the precision of the tables."""
+    panel = dk.initial_panel(B, 0, tables, economy.K_ss, rng)
+    return panel._replace(k=panel.k.to(tables.TFP.dtype))
+
+
+def nodes_of(panel, S):
+    """(n,) nodes of k of a cross-section of infinitely many households, and its mass (S, n) in the first economy."""
+    n = panel.k.shape[1] // S
+    return panel.k[0, :n].double().numpy(), panel.weight[0].double().view(S, n).numpy() / (S * n)
+
+
+def test_a_cross_section_of_infinitely_many(economy, tables, rng):
+    """Weights have mean one; each s has its share given z; k is dispersed as in a panel."""
+    S, K = sizes(economy)[1], 1.3 * economy.K_ss
+    panel = dk.initial_panel(6, 0, tables, K, rng)
+    assert panel.k.shape == panel.s.shape == panel.weight.shape == (6, S * dk.NODES)
+    assert torch.allclose(panel.weight.mean(1), torch.ones(6, dtype=F64))
+    share = torch.stack([dk.mean_over((panel.s == s).double(), panel.weight) for s in range(S)], 1)
+    assert torch.allclose(share, torch.tensor(given_z(economy))[panel.z[:, 0]])
+    mean = dk.mean_over(panel.k, panel.weight)
+    std = dk.mean_over((panel.k - mean.unsqueeze(1)) ** 2, panel.weight).sqrt()
+    assert mean.numpy() == pytest.approx(np.full(6, K), rel=0.005)
+    assert std.numpy() == pytest.approx(np.full(6, (K - economy.k_min) / 2), rel=0.01)
+
+
+def test_infinitely_many_households_move_as_they_save(economy, tables, rng):
+    """Next period's K is the mean of k', the mean of k'^2 is theirs too, and s follows from z exactly."""
+    S, Pi = sizes(economy)[1], torch.tensor(economy.arrays.Pi)
+    path = list(dk.simulate(saves(economy.k_min), on_nodes(4, economy, tables, rng), 40, tables, rng))
+    for (now, _, k_next), (then, at, _) in zip(path, path[1:]):
+        assert torch.allclose(at.K[:, 0], dk.mean_over(k_next, now.weight), rtol=1e-10)
+        assert torch.allclose(dk.mean_over(then.k**2, then.weight), dk.mean_over(k_next**2, now.weight), rtol=1e-10)
+        share, share_next = [x.weight.view(4, S, -1).mean(2) / S for x in (now, then)]
+        moved = torch.einsum("bi,bij->bj", share, Pi[now.z[:, 0], then.z[:, 0]])
+        assert torch.allclose(share_next, moved, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (F64, 1e-10)])
+def test_infinitely_many_households_are_those_of_the_judges_histogram(economy, dtype, near):
+    """On the same nodes, policy and path of z the two simulations have the same K."""
+    tables, S, policy = economy.tables(dtype=dtype), sizes(economy)[1], saves(economy.k_min)
+    rng = torch.Generator().manual_seed(3)
+    panel = on_nodes(1, economy, tables, rng)
+    path = [at for _, at, _ in dk.simulate(policy, panel, 60, tables, rng)]
+    k, mass = nodes_of(panel, S)
+
+    def table(mass, K, z):
+        at = dk.place(torch.tensor(k).expand(S, -1), torch.arange(S).unsqueeze(1), torch.tensor([[K]]), torch.tensor([[z]]),
+                      tables)
+        return policy(at, None).numpy()
+
+    z_path = np.array([at.z.item() for at in path])
+    K_path, _ = dk.simulate_histogram(table, dk.Axes(k, None, economy.arrays.L[:, None]), mass, z_path, economy)
+    assert [at.K.item() for at in path] == pytest.approx(K_path.tolist(), rel=near)
+    assert np.ptp(K_path) > 0.005 * economy.K_ss
+
+
+def test_infinitely_many_households_are_the_limit_of_many(economy, tables):
+    """A panel of 100,000 under the same shocks has the same mean and spread of k, up to sampling noise."""
+    N, found = 100_000, {}
+    for n in (0, N):
+        panel = dk.initial_panel(1, n, tables, economy.K_ss, torch.Generator().manual_seed(4))
+        rng = torch.Generator().manual_seed(5)
+        path = [(at, now.weight) for now, at, _ in dk.simulate(saves(economy.k_min), panel, 30, tables, rng)]
+        found[n] = np.array([(at.z.item(), at.K.item(), dk.mean_over((at.k - at.K) ** 2, weight).sqrt().item())
+                             for at, weight in path])
+    (z, K, std), (z_panel, K_panel, std_panel) = found[0].T, found[N].T
+    assert np.array_equal(z, z_panel)
+    assert K_panel - economy.k_min == pytest.approx(K - economy.k_min, rel=0.006)  # .5 / sqrt(N) = .0016 at first
+    assert std_panel == pytest.approx(std, rel=0.015)
+
+
+def test_ends_of_a_cross_section():
+    """Of households least and largest k; of nodes those of a thousandth of a thousandth or more, in any economy."""
+    none, z = torch.zeros(2, 0), torch.zeros(2, 1, dtype=torch.long)
+    k = torch.tensor([[3.0, 1.0, 2.0], [5.0, 9.0, 4.0]])
+    assert dk.ends_of(dk.Panel(k, k.long(), none, z, none)) == [1, 9]
+    k, s = torch.arange(5.0).repeat(2, 2), torch.arange(2).repeat_interleave(5).repeat(2, 1)
+    weight = torch.tensor([[0, 0.3, 0.2, 0, 1e-9, -1e-3, 0, 0.5, 1e-4, 0], [1e-9, 0, 1, 0, 0, 0, 0, 1, 0, -1e-3]])
+    assert dk.ends_of(dk.Panel(k, s, weight, z, none)) == [1, 3]
+    weight[1, 0] = 0.1
+    assert dk.ends_of(dk.Panel(k, s, weight, z, none)) == [0, 3]
+    weight[0, 9] = 1e-3
+    assert dk.ends_of(dk.Panel(k, s, weight, z, none)) == [0, 4]
 
 
 # ------------------------------------------------------------------------------------------------ expectations
@@ -450,8 +507,10 @@ def test_expected_equals_monte_carlo(economy, tables, rng):
     weights = 7 * torch.rand(Z * S, generator=rng, dtype=F64) - 2  # a value of (z', s') each
     one = torch.zeros(1, dtype=F64)
     for z, s in np.ndindex(Z, S):
-        s_path, z_path = dk.draw_shocks(torch.full((n, 1), s), torch.full((n, 1), z), 1, tables, rng)
-        drawn = weights[S * z_path[1] + s_path[1]]
+        k, s_now, z_now = torch.zeros(n, 1), torch.full((n, 1), s), torch.full((n, 1), z)
+        panel = dk.Panel(k, s_now, k[:, :0], z_now, k[:, :0])
+        (*_, (_, then, _)) = dk.simulate(stays, panel, 2, tables, rng)
+        drawn = weights[S * then.z + then.s]
         at = dk.place(one, torch.tensor([s]), one, torch.tensor([z]), tables)
         nexts = dk.successors(at, one, ahead_of(one, Z), tables)
         exact = dk.expected(weights[S * nexts.z + nexts.s], at, tables).item()
@@ -629,9 +688,8 @@ def test_states_that_never_change(toy, rng, S):
                                   beta=toy.beta[:S], income=toy.arrays.income[:, -S:], s_names=())
     tables = economy.tables()
     panel = dk.initial_panel(4, 30, tables, economy.K_ss, rng)
-    for even in (False, True):
-        s, z = dk.draw_shocks(panel.s, panel.z, 20, tables, rng, even)
-        assert (s == panel.s).all() and (z[1:] != z[:-1]).any()
+    path = [at for _, at, _ in dk.simulate(stays, panel, 21, tables, rng)]
+    assert all(torch.equal(at.s, panel.s) for at in path) and any((at.z != panel.z).any() for at in path)
     (s, z), one = every_state(economy), torch.zeros(3 * S, dtype=F64)
     assert (dk.successors(dk.place(one, s, one, z, tables), one, ahead_of(one, 3), tables).s == s).all()
 

@@ -31,6 +31,12 @@ class Bare:
         return dict(zip(dk.HISTORY[1:], figures)) | {"watched": figures[-len(dk.WATCHED) :], "seconds": 0.0}
 
 
+@pytest.fixture
+def without_V(monkeypatch):
+    """V, which moves no policy, takes seconds to fit."""
+    monkeypatch.setattr(dk, "fit_value", lambda *given: None)
+
+
 def begin(cfg, economy=None, seed=0):
     """(tables, state, generator) before the first iteration."""
     economy = economy or dk.krusell_smith()
@@ -58,9 +64,9 @@ def everywhere(state, econ):
 
 @pytest.fixture(scope="module")
 def trained():
-    """The default economy from scratch, at a sixteenth of the default's work an iteration: 14 seconds."""
-    cfg = dataclasses.replace(dk.Config(), n_agents=60, n_economies=24, periods=80, horizon=60, batch=384, hidden=16,
-                              iterations=40, averaging=10)
+    """The default economy from scratch, at a tenth of the default's work an iteration: 14 seconds."""
+    cfg = dataclasses.replace(dk.Config(), n_economies=12, periods=80, horizon=60, batch=512, hidden=16, iterations=36,
+                              averaging=10)
     return dk.solve(None, cfg, seed=0, device="cpu")
 
 
@@ -69,16 +75,18 @@ def test_the_default_economy_is_learnt_from_scratch(trained, smoke_grid):
     path = smoke_grid.K_mean * np.linspace(0.95, 1.05, 50)
     distance = dk.policy_distance(trained, smoke_grid, path)
     assert trained.weights["history"]["euler"][-1] < 2.4e-4
-    assert trained.K_mean == pytest.approx(smoke_grid.K_mean, abs=0.4)
-    assert distance["mean"] < 0.004 and distance["max"] < 0.016, distance
+    assert trained.K_mean == pytest.approx(smoke_grid.K_mean, abs=0.8)  # over other paths of z
+    assert distance["mean"] < 0.004 and distance["max"] < 0.018, distance
     cfg = dataclasses.replace(trained.config, eval_periods=500)
     figures, _ = dk.judge_limit(trained, cfg)
     assert figures["euler_log10"]["mean"] < -4.4 and figures["bellman_own_c"]["mean"] < 2e-4, figures
 
 
-def test_every_economy_learns(economy):
-    """The loop runs with any S and Z, its figures are numbers, and log c comes nearer to its first-order condition."""
-    state = train(LEARNS, economy)
+@pytest.mark.parametrize("N", [0, 40])
+def test_every_economy_learns(economy, N, without_V):
+    """The loop runs with any S and Z, its figures are numbers, and log c comes nearer to its first-order condition, in
+    economies of infinitely many households and of 40."""
+    state = train(dataclasses.replace(LEARNS, n_agents=N), economy)
     assert state.iteration == LEARNS.iterations
     assert all(len(column) == LEARNS.iterations and np.isfinite(column).all() for column in state.history.values())
     assert state.history["policy_residual"][-1] < state.history["policy_residual"][0] / 2
@@ -97,13 +105,13 @@ HARD = {  # flags, and the mean Euler error that is allowed: about twice what wa
 @pytest.mark.parametrize("flags, allowed", HARD.values(), ids=HARD)
 def test_hard_calibrations_are_learnt(flags, allowed):
     """At a tenth of the default's sizes, on wide roll-outs: errors of .0016, .0008 and .00006."""
-    cfg = dataclasses.replace(dk.Config(), n_agents=60, n_economies=12, periods=120, horizon=60, batch=384, hidden=16,
+    cfg = dataclasses.replace(dk.Config(), n_economies=12, periods=120, horizon=60, batch=384, hidden=16,
                               iterations=34, averaging=8)
     history = dk.solve(dk.Calibration(**flags), cfg, device="cpu").weights["history"]
     assert history["euler"][-1] < allowed, history["euler"]
 
 
-def test_deep_debt_can_be_learnt(economies):
+def test_deep_debt_can_be_learnt(economies, without_V):
     """Half the debt that the poorest could ever pay: the first simulations stay near the steady state."""
     toy = economies["toy"]
     k_min = -0.5 * toy.arrays.income.min() * toy.w_ss / (toy.R_ss - 1)
@@ -228,10 +236,10 @@ class NothingFromTheHost(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("change", [{}, {"moments": "variance,groups"}, {"moments": "unemployment",
-                                                                         "learnt_moments": 1}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"n_agents": 0, "moments": "variance,groups"}, {
+    "moments": "unemployment", "learnt_moments": 1}, {"n_agents": 0, "learnt_moments": 1}], ids=str)
 @pytest.mark.parametrize("name, equilibrium", [("log", "market"), ("toy", "planner"), ("one_z", "game")])
-def test_an_iteration_neither_takes_from_the_host_nor_waits_for_it(economies, name, equilibrium, change):
+def test_an_iteration_neither_takes_from_the_host_nor_waits_for_it(economies, name, equilibrium, change, without_V):
     cfg, economy = dataclasses.replace(SMOKE, **change), economies[name]
     econ, state, rng = begin(cfg, dataclasses.replace(economy, equilibrium=equilibrium))
     guarded = []
@@ -248,7 +256,7 @@ def test_an_iteration_neither_takes_from_the_host_nor_waits_for_it(economies, na
     assert len(guarded) == 1
 
 
-def test_nothing_that_changes_hides_outside_the_state():
+def test_nothing_that_changes_hides_outside_the_state(without_V):
     """An iteration from the same tensors and the same random numbers is the same, whatever came in between: what a
     checkpoint, a taken-back iteration and a CUDA graph count on."""
     cfg, ends = dataclasses.replace(SMOKE, learnt_moments=1, iterations=4), []
@@ -306,14 +314,15 @@ def test_euler_errors_of_an_iteration_are_the_judges(economies):
     assert state.history["euler"][-1] == pytest.approx(kept["error"], rel=2e-3)
 
 
+@pytest.mark.parametrize("N", [0, 50])
 @pytest.mark.parametrize("k_min", [0.0, 20.0])
 @pytest.mark.parametrize("spread", [0.0, 0.3])
-def test_economies_are_scaled_before_each_simulation(k_min, spread):
+def test_economies_are_scaled_before_each_simulation(k_min, spread, N):
     """K - k_min by up to the spread, evenly, also where every household has to hold some capital."""
     economy = dataclasses.replace(dk.krusell_smith(), k_min=k_min)
-    cfg = dataclasses.replace(SMOKE, K_spread=spread, n_economies=64, n_agents=50)
+    cfg = dataclasses.replace(SMOKE, K_spread=spread, n_economies=64, n_agents=N)
     econ, state, rng = begin(cfg, economy)
-    start = state.k.mean(1)
+    start = dk.mean_over(state.k, state.weight)
     with torch.no_grad():
         paths = dk.simulate_on(state, econ, cfg, rng)
     scale = (paths.K[0] - k_min) / (start - k_min)
@@ -336,10 +345,11 @@ def test_groups_are_scaled_each_by_a_factor_of_its_own():
     assert (of[0] - of[1]).abs().min() > 1e-4 and of.min() > 0.69 and of.max() < 1.31
 
 
-def test_what_a_simulation_leaves(economy):
+@pytest.mark.parametrize("N", [0, 20])
+def test_what_a_simulation_leaves(economy, N):
     """K is the mean of the cross-section, K' expected follows the law that the state holds, the economies stand where
     the path ends, and the law is the regression of this path in the first iteration and half the way to it later."""
-    cfg = dataclasses.replace(SMOKE, n_economies=12)
+    cfg = dataclasses.replace(SMOKE, n_economies=12, n_agents=N)
     econ, state, rng = begin(cfg, economy)
     laws = []
     with torch.no_grad():
@@ -348,7 +358,8 @@ def test_what_a_simulation_leaves(economy):
             dk.set_rates(state, cfg)
             law = state.K_law.clone()
             paths = dk.simulate_on(state, econ, cfg, rng)
-            assert paths.K.shape == (cfg.periods, 12) and torch.allclose(state.k.mean(1), paths.K[-1])
+            assert paths.K.shape == (cfg.periods, 12)
+            assert torch.allclose(dk.mean_over(state.k, state.weight), paths.K[-1])
             assert torch.equal(state.z[:, 0], paths.z[-1])
             found, _ = dk.law_of_motion(paths.K, paths.labour, paths.z, torch.zeros(len(econ.TFP)))
             share = (1.0, 0.5)[iteration]
@@ -359,13 +370,15 @@ def test_what_a_simulation_leaves(economy):
     assert not torch.equal(*laws)
 
 
-def test_where_moments_are_seen_next_capital_is_what_is_saved():
-    cfg = dataclasses.replace(SMOKE, moments="variance")
+@pytest.mark.parametrize("N", [0, 20])
+def test_where_moments_are_seen_next_capital_is_what_is_saved(N):
+    cfg = dataclasses.replace(SMOKE, moments="variance", n_agents=N)
     econ, state, rng = begin(cfg)
     with torch.no_grad():
         paths = dk.simulate_on(state, econ, cfg, rng)
     assert torch.equal(paths.K_next, paths.K[1:])
-    assert torch.allclose(paths.K, paths.k.mean(2), rtol=1e-5) and paths.M.shape == (cfg.periods, cfg.n_economies, 1)
+    K = [dk.mean_over(k, weight) for k, weight in zip(paths.k, paths.weight)]
+    assert torch.allclose(paths.K, torch.stack(K), rtol=1e-5) and paths.M.shape == (cfg.periods, cfg.n_economies, 1)
 
 
 def test_simulated_range_grows_at_once_and_shrinks_slowly():
@@ -396,7 +409,7 @@ def capital(state, at, econ, cfg):
     return dk.network_capital(dk.policy_net(state, econ, cfg), at, econ)
 
 
-@pytest.mark.parametrize("factor", [0.85, 1.15, 1.5])
+@pytest.mark.parametrize("factor", [0.85, 1.5])
 def test_recentring_leaves_the_policy(economy, factor):
     """Where mean K has moved by more than a tenth ln K is centred on it, and the policy stays the function it was."""
     econ, cfg, state, K_path = off_centre(economy, factor)
@@ -448,7 +461,7 @@ def test_watched_savings_are_those_of_the_policy(economy):
         assert found[i].item() == pytest.approx(total / K, rel=1e-5)
 
 
-def test_a_run_ends_when_savings_have_settled():
+def test_a_run_ends_when_savings_have_settled(without_V):
     """Steps are full until savings have moved less than --settle ten times in a row and Euler errors neither fall nor
     rise, then they fall like 1 / n for as many iterations as are averaged."""
     cfg = dataclasses.replace(SMOKE, batch=128, iterations=80, averaging=3, settle=0.9, policy_rate=0.3)
@@ -462,7 +475,7 @@ def test_a_run_ends_when_savings_have_settled():
     assert rate[:settled] == pytest.approx(0.3) and rate[settled:] == pytest.approx(0.3 / (1 + 0.25 * np.arange(3)))
 
 
-def test_a_run_that_never_settles_keeps_room_for_averaging_and_goes_on_with_full_steps():
+def test_a_run_that_never_settles_keeps_room_for_averaging_and_goes_on_with_full_steps(without_V):
     never = dataclasses.replace(SMOKE, settle=1e-9, iterations=8, averaging=3, policy_rate=0.3)
     econ, state, rng = begin(never)
     dk.learn(state, econ, never, rng, Bare())
