@@ -877,7 +877,7 @@ def lottery(k: Tensor, nodes: Tensor) -> Tuple[Tensor, Tensor]:
     Young (2010) has it, k would spread by itself. Some nodes get a little less than nothing."""
     first = (torch.searchsorted(nodes, k.contiguous(), right=True) - 2).clamp(0, len(nodes) - 4)
     near = nodes[first + torch.arange(4, device=k.device).view(-1, *[1] * k.dim())]
-    away = torch.minimum(torch.maximum(k, nodes[0]), nodes[-1]) - near
+    away = k.clamp(nodes[0], nodes[-1]) - near
     return first, torch.stack([math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in range(4)])
 
 

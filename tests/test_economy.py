@@ -302,7 +302,7 @@ ROUNDING = {torch.float32: 1e-5, F64: 1e-13}
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_lottery_keeps_mass_mean_and_variance(econ, rng, dtype):
-    """Of households anywhere between the nodes, on them and at both ends; beyond the last they are put there."""
+    """Of households anywhere between the nodes, on them and at both ends; beyond these they are put there."""
     nodes = dk.k_nodes(torch.linspace(0, 1, 80, dtype=dtype), torch.tensor(100.0, dtype=dtype), econ)
     assert nodes[0] == 0 and nodes[-1].item() == pytest.approx(100) and (nodes.diff() > 0).all()
     k = torch.cat([100 * torch.rand(3000, generator=rng, dtype=dtype) ** 2, nodes, nodes[[0, -1]]])
@@ -317,8 +317,8 @@ def test_the_lottery_keeps_mass_mean_and_variance(econ, rng, dtype):
     assert ((to[1] <= k) & (k <= to[2]))[inside].all()
     _, of_nodes = dk.lottery(nodes, nodes)
     assert (of_nodes.abs().max(0).values == 1).all() and (of_nodes != 0).sum() == 80
-    _, beyond = dk.lottery(torch.tensor([150.0], dtype=dtype), nodes)
-    assert beyond.flatten().tolist() == [0, 0, 0, 1]
+    first, beyond = dk.lottery(torch.tensor([-9.0, 150.0], dtype=dtype), nodes)
+    assert first.tolist() == [0, 76] and beyond.T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -389,9 +389,8 @@ def test_infinitely_many_households_are_those_of_the_judges_histogram(economy, d
     k, mass = nodes_of(panel, S)
 
     def table(mass, K, z):
-        at = dk.place(torch.tensor(k).expand(S, -1), torch.arange(S).unsqueeze(1), torch.tensor([[K]]), torch.tensor([[z]]),
-                      tables)
-        return policy(at, None).numpy()
+        s, K, z = torch.arange(S).unsqueeze(1), torch.tensor([[K]]), torch.tensor([[z]])
+        return policy(dk.place(torch.tensor(k).expand(S, -1), s, K, z, tables), None).numpy()
 
     z_path = np.array([at.z.item() for at in path])
     K_path, _ = dk.simulate_histogram(table, dk.Axes(k, None, economy.arrays.L[:, None]), mass, z_path, economy)
