@@ -2136,7 +2136,7 @@ class Policy:
 
     def distribution(self) -> Tuple[np.ndarray, np.ndarray]:
         """The stationary distribution, a mean over z: nodes k (n,) in goods, and mass (S, n), the share of households
-        at each node in each s. UserError where savings do not settle."""
+        at each node in each s, a little below zero at some, see lottery(). UserError where savings do not settle."""
         return self.histogram.axes.k, self.histogram.mean_mass
 
     def simulate(self, periods: int, households: int | None = None, seed: int = 0, dates=None) -> "Simulation":
@@ -2287,7 +2287,7 @@ class Simulation:
         k, c, income, mpc, k_next, weight = torch.cat(columns, 1).cpu().numpy()
         of, share = [inequality(x, weight) for x in (k, c, income)], weight / weight.sum()
         people, consumed = [np.append(0, x[np.argsort(k, kind="stable")].cumsum()) for x in (share, share * mpc)]
-        deciles = 10 * np.diff(np.interp(np.linspace(0, 1, 11), people, consumed))
+        deciles = 10 * np.diff(np.interp(np.linspace(0, 1, 11), np.maximum.accumulate(people), consumed))
         return found | {
             **{f"gini_{name}": x["gini"] for name, x in zip(("wealth", "consumption", "income"), of)},
             **{f"top_{q}_percent_hold": held for q, held in of[0]["top_percent_hold"].items()},
@@ -2407,7 +2407,7 @@ def with_planner_Delta(solution: Policy, section: Section) -> Section:
 
 def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
     """n households spread evenly over the mass of all dates, each (n,)."""
-    mass = section.weight.flatten().double().cumsum(0)
+    mass = section.weight.flatten().double().clamp(min=0).cumsum(0)
     at = (torch.arange(n, device=mass.device) + 0.5) / n * mass[-1] * (1 - 1e-12)
     chosen = torch.searchsorted(mass, at).clamp(max=len(mass) - 1)
     date = chosen // section.weight.shape[1]
@@ -2477,18 +2477,18 @@ def dropped(cfg: Config) -> int:
 
 def inequality(x: np.ndarray, weight: np.ndarray) -> dict:
     """Moments, quantiles, Gini, top shares and Lorenz curve (share held by the poorest 0, 5, ..., 100%) of x (n,), each
-    with its weight."""
+    with its weight, some of them a little below zero, see lottery()."""
     order = np.argsort(x, kind="stable")
     x, weight = x[order], weight[order] / weight.sum()
     mean = weight @ x
     people, held = [np.concatenate([[0.0], part.cumsum()]) for part in (weight, weight * x / mean)]
-    middle = people[:-1] + weight / 2
+    reached, middle = map(np.maximum.accumulate, (people, people[:-1] + weight / 2))
     return {
         "mean": mean, "std": np.sqrt(weight @ (x - mean) ** 2),
         "quantiles": {str(q): np.interp(q / 100, middle, x) for q in (1, 5, 25, 50, 75, 95, 99)},
         "gini": 1 - 2 * np.trapezoid(held, people),
-        "top_percent_hold": {str(q): 100 * (1 - np.interp(1 - q / 100, people, held)) for q in (1, 5, 10, 20, 30)},
-        "lorenz": list(np.interp(np.linspace(0, 1, 21), people, held)),
+        "top_percent_hold": {str(q): 100 * (1 - np.interp(1 - q / 100, reached, held)) for q in (1, 5, 10, 20, 30)},
+        "lorenz": list(np.interp(np.linspace(0, 1, 21), reached, held)),
     }
 
 
@@ -2575,7 +2575,7 @@ def settled_panel(k: np.ndarray, mass: np.ndarray, B: int, N: int, econ: Tables,
     panel = initial_panel(B, N, econ, 1.0 + econ.k_min, rng)
     s, u = panel.s.cpu().numpy(), uniform(panel.s.shape, rng, "cpu").numpy()
     k_of = np.empty((B, N))
-    for i, held in enumerate(mass.cumsum(1)):
+    for i, held in enumerate(np.maximum.accumulate(mass.cumsum(1), 1)):
         k_of[s == i] = np.interp(u[s == i] * held[-1], held, k)
     return panel._replace(k=torch.from_numpy(k_of).to(econ.TFP.device))
 
@@ -2789,7 +2789,7 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
 
         def keep(t, mass, k_next, pooled=pooled):
             if t >= dropped(cfg) and (t - dropped(cfg)) % POOLED_EVERY == 0:
-                pooled.append((mass.clip(0), k_next, z_path[t]))
+                pooled.append((mass, k_next, z_path[t]))
 
         K_path, mass = simulate_histogram(table, axes, mass, z_path, economy, keep)
         mean_mass = np.mean([mass for mass, *_ in pooled], 0)
@@ -2822,7 +2822,7 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     figures["risky_steady_state"] = risky_steady_state(
         solution, found.table, found.axes, found.mass, figures["law_of_motion"]["coefficients"], cfg)
     return {"n_agents": None} | found.figures | figures, arrays | {
-        "k": found.axes.k, "weight": found.mean_mass.sum(0), "mass": found.mean_mass}
+        "k": found.axes.k, "weight": found.mean_mass.sum(0).clip(0), "mass": found.mean_mass}
 
 
 def histogram_policy(solution: Policy, axes: Axes):
@@ -2851,7 +2851,7 @@ def histogram_policy(solution: Policy, axes: Axes):
 
 def histogram_section(solution: Policy, k: np.ndarray, mass: np.ndarray, k_next: np.ndarray, z: int) -> Section:
     """A period of the histogram, mass (S, n), where anybody is."""
-    somebody, s = mass > 1e-16, np.indices(mass.shape)[0]
+    somebody, s = np.abs(mass) > 1e-16, np.indices(mass.shape)[0]
     rows = np.broadcast_to(k, mass.shape), s, k_next, mass * somebody.sum() / mass[somebody].sum()
     p = torch.tensor(mass.sum(1) / mass.sum(), device=solution.device).unsqueeze(0)
     k, s, k_next, weight = [torch.tensor(x[somebody], device=solution.device).unsqueeze(0) for x in rows]

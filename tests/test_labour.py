@@ -97,8 +97,9 @@ def test_shares_along_a_path_are_exact(economy, rng):
         econ = economy.tables(dtype=dtype)
         panel = dk.initial_panel(3, 4, econ, 20.0, rng)
         p = (a.shares / a.shares.sum(1, keepdims=True)).astype(np.longdouble)[panel.z[:, 0]]
-        path = list(dk.simulate(lambda at: at.k, panel, 300, econ, rng))
-        for (at, found, _), (then, *_) in zip(path, path[1:]):
+        path = list(dk.simulate(lambda at, weight: at.k, panel, 300, econ, rng))
+        for (now, at, _), (_, then, _) in zip(path, path[1:]):
+            found = now.p
             if not a.labour_moves:
                 assert found.shape == (3, 0) and at.labour.shape == (3, 1, 0)
                 continue
@@ -115,7 +116,7 @@ def test_a_panel_of_many_households_has_these_shares(moving, rng):
     """20,000 households along the path: their shares are p up to sampling noise, and so is what they supply."""
     econ = moving.tables()
     panel = dk.initial_panel(2, 20_000, econ, 20.0, rng)
-    for at, p, _ in dk.simulate(lambda at: at.k, panel, 40, econ, rng):
+    for (*_, p), at, _ in dk.simulate(lambda at, weight: at.k, panel, 40, econ, rng):
         found = torch.nn.functional.one_hot(at.s, p.shape[1]).double().mean(1)
         assert (found - p).abs().max() < 4.5 * 0.5 / 20_000**0.5
 

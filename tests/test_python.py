@@ -156,7 +156,7 @@ def test_goods_add_up_along_a_path_in_the_limit(solved):
     for t, (k, mass), section in zip(path.dates, path.distributions, path.sections):
         assert mass.sum(0) @ k == pytest.approx(path.K[t], rel=1e-9)
         assert (mass.sum(1) * a.labour[path.z[t]]).sum() == pytest.approx(path.L[t], rel=1e-6)
-        somebody = mass.sum(0) > 0
+        somebody = mass.any(0)
         within = somebody & (k <= solved.reach()[0][1])
         M = section.at.M[0, 0].numpy() if seen else None
         L = path.L[t] if a.labour_moves else None
