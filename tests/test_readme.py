@@ -35,6 +35,12 @@ def readme():
 
 
 @pytest.fixture(scope="module")
+def change():
+    """docs/change.md, which has the diffs."""
+    return (ROOT / "docs" / "change.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
 def texts(readme):
     """The README and the files of docs/, as one."""
     return "\n".join([readme, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))])
@@ -68,6 +74,13 @@ def flags_of(script):
 
 def test_tables_are_those_of_the_committed_metrics(capsys):
     assert TOOL["main"](["--check"], ROOT) == 0, capsys.readouterr().err
+
+
+def test_every_page_is_short_and_the_readme_has_a_list_of_all(readme):
+    assert readme.count("\n") <= 150 and len(readme.split()) <= 1500
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert sorted(re.findall(r"^- \[docs/(.*?)\]", readme, re.MULTILINE)) == pages
+    assert all((ROOT / "docs" / page).read_text(encoding="utf-8").count("\n") < 200 for page in pages)
 
 
 def test_the_committed_run_is_the_one_of_the_tables():
@@ -124,11 +137,12 @@ def test_every_file_that_is_named_exists(texts):
     assert not missing
 
 
-def test_one_version_everywhere(capsys):
+def test_one_version_everywhere(readme, capsys):
     with pytest.raises(SystemExit) as end:
         dk.main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out.split()[-1] == dk.__version__
     (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert re.findall(r"version = \{(.*?)\}", readme) == [cited]
     assert cited == dk.__version__ == re.findall(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
 
 
@@ -183,12 +197,12 @@ def quick(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_another_calibration_has_a_folder_of_its_own(readme):
-    """The README's worked example, and where it goes without --output-dir."""
-    (command,) = {line.strip() for line in code_lines(readme) if "--gamma 2" in line}
+def test_another_calibration_has_a_folder_of_its_own(change):
+    """The worked example, and where it goes without --output-dir."""
+    (command,) = {line.strip() for line in code_lines(change) if "--gamma 2" in line}
     words = shlex.split(command)
     assert dk.parse(words[words.index("deepham_ks.py") + 1 :]).economy.gamma == 2
-    assert f"`{dk.parse(['--gamma', '2']).run.output_dir}`" in readme and dk.parse([]).run.output_dir == "."
+    assert f"`{dk.parse(['--gamma', '2']).run.output_dir}`" in change and dk.parse([]).run.output_dir == "."
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -201,9 +215,9 @@ def test_an_example_refuses_a_flag_that_has_no_effect(script, flags, quick):
     assert len((ROOT / "examples" / f"{script}.py").read_text().splitlines()) <= 60
 
 
-def changed(readme, file):
-    """The text of a file after the README's diff of it, whose lines stand in the file one after the other."""
-    (diff,) = [block for kind, block in KIND.findall(readme) if kind == "diff" and f"--- {file}\n" in block]
+def changed(change, file):
+    """The text of a file after the page's diff of it, whose lines stand in the file one after the other."""
+    (diff,) = [block for kind, block in KIND.findall(change) if kind == "diff" and f"--- {file}\n" in block]
     text, at = (ROOT / file).read_text(encoding="utf-8"), 0
     for hunk in diff.split("\n", 1)[1].split("@@\n"):
         lines = hunk.splitlines(keepends=True)
@@ -214,8 +228,8 @@ def changed(readme, file):
     return text
 
 
-def test_new_utility_of_the_readme_runs(readme, tmp_path, quick):
-    (tmp_path / "changed.py").write_text(changed(readme, "deepham_ks.py"))
+def test_new_utility_of_the_page_runs(change, tmp_path, quick):
+    (tmp_path / "changed.py").write_text(changed(change, "deepham_ks.py"))
     script = from_file(tmp_path / "changed.py", "changed_script")
     solution = script.solve(None, "smoke", compile="none", device="cpu")
     assert np.isfinite(list(solution.weights["history"].values())).all()
@@ -224,22 +238,40 @@ def test_new_utility_of_the_readme_runs(readme, tmp_path, quick):
     assert torch.allclose(script.inverse_marginal_utility(script.marginal_utility(c, solution.econ), solution.econ), c)
 
 
-def test_new_state_of_the_readme_runs(readme, tmp_path, quick):
+def test_new_state_of_the_page_runs(change, tmp_path, quick):
     (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "changed.py").write_text(changed(readme, "examples/stochastic_beta.py"))
+    (tmp_path / "examples" / "changed.py").write_text(changed(change, "examples/stochastic_beta.py"))
     example = from_file(tmp_path / "examples" / "changed.py", "changed_example")
     solution = dk.solve(example.economy(example.Calibration()), "smoke", compile="none", device="cpu")
     assert solution.next_capital(40.0, range(8), solution.K_mean, 1).shape == (8,)
 
 
 def test_python_of_the_readme_runs(readme, tmp_path, monkeypatch, capsys):
-    """It says which line writes a file: only that one does."""
+    """An economy and what comes out of it. It says which line writes a file: only that one does."""
     monkeypatch.chdir(tmp_path)
-    (code,) = [block for kind, block in KIND.findall(readme) if kind == "python"]
-    names = {}
+    blocks = [block for kind, block in KIND.findall(readme) if kind == "python"]
+    assert [len(block.splitlines()) <= most for block, most in zip(blocks, (15, 10))] == [True, True]
+    code, names = "".join(blocks), {}
     exec(compile(code, "README.md", "exec"), names)
     assert [path.name for path in tmp_path.iterdir()] == re.findall(r'save\("(.*?)"\)', code)
     assert isinstance(names["solution"], dk.Solution) and isinstance(names["grid"], dk.GridSolution)
+    assert names["economy"].arrays.income[0] == pytest.approx([0.3, 1 - 0.075, 2 * (1 - 0.075)])  # after taxes
+    assert capsys.readouterr().out and names["mean"].shape == (40,)
+
+
+def labour_flows():
+    """As benchmarks/labour_flows.py writes it."""
+    def run(seed, mean, r2, path, **more):
+        euler = {"mean": mean, "p99": mean + 0.5, "max": mean + 1}
+        return {"seed": seed, "euler": euler, "std": 20 + seed, "gini": 0.3, "mean": 39.0, "r2": r2, "path": path,
+                "seconds": 99.0, **more}
+
+    says = [{"r2_on_K_and_L": 0.9, "explains": {"std of k": one, "mean of root k": other}}
+            for one, other in ((0.5, 0.61), (0.9, 0.62), (0.6, 0.84))]
+    grid = {name: x for name, x in run(0, -4.4, [0.99985, 0.9999], [10, 10]).items() if name not in ("seed", "seconds")}
+    return {"K alone": [run(0, -2.96, [0.991, 0.98765], [10, 10.2])],
+            "(K, L)": [run(i, -4.5 + i / 10, [0.9999, 0.9998], [10, 9.99]) for i in range(3)],
+            "learnt": [run(i, -5.0, [0.99991, 0.9999], [10, 10], says=says[i]) for i in range(3)], "grid": grid}
 
 
 @pytest.fixture
@@ -263,8 +295,9 @@ def project(reference, tmp_path):
     moved = {"network": {"mean": 0.0123, "max": 0.4}, "grid": {"mean": 0.0112, "max": 0.3}}
     for file in ("game", "game_5000"):
         write(f"benchmarks/planner/{file}.json", moved=moved)
-    for page, names in (("README.md", ("results", "examples", "planner")),
-                        ("docs/experiments.md", ("seeds", "gamma2", "game"))):
+    (tmp_path / TOOL["LABOUR"]).write_text(json.dumps(labour_flows()))
+    for page, names in (("README.md", ("summary", "timings", "learnt")),
+                        ("docs/results.md", ("results", "seeds", "gamma2", "examples", "planner", "game", "labour"))):
         blocks = [f"text before\n<!-- {name}:start -->\nto be written\n<!-- {name}:end -->\n" for name in names]
         (tmp_path / page).write_text("".join(blocks) + "text after\n")
     return tmp_path, metrics, write
@@ -284,15 +317,19 @@ def test_tables_are_written_between_the_markers(project, capsys):
         assert "to be written" not in text and text.startswith("text before\n") and text.endswith("text after\n")
     w1 = [line for line in block(root, "results").splitlines() if line.startswith("| W1 distance")][0].split(" | ")
     value = f"{metrics['comparison']['small']['w1']:.3f}"
-    assert w1[1:] == [value, f"{value} to {value}", "", "0.16", "9.2 |"]
+    assert w1[1:] == [value, value, "", "0.16", "9.2 |"]
     assert len([line for line in block(root, "results").splitlines() if line.startswith("| ")]) == 2 + 12
     assert len([line for line in block(root, "seeds").splitlines() if re.match(r"\| [0-9] \| ", line)]) == 10
+    rows = [line.split(" | ") for line in block(root, "summary").splitlines() if line.startswith("| ")][2:]
+    assert len(rows) <= 8 and rows[0][-1] == f"{value} |" and [row[-1] for row in rows[2:]].count(" |") == 3
+    assert rows[0][1:3] == [f"{metrics['seconds']['training']:.0f}", metrics["device"]]
+    assert rows[-1][1] == f"{metrics['seconds']['grid']:.0f}" and "9.2 |" in rows[2] and "0.16 |" in rows[-2]
     assert TOOL["main"](["--check"], root) == 0 and TOOL["main"]([], root) == 0
     worse = json.loads(json.dumps(metrics["verdict"]))
     worse[0] |= {"network": 99.125, "passed": False}
     write("benchmarks/seeds/seed3.json", seed=3, verdict=worse)
     assert TOOL["main"](["--check"], root) == 1 and TOOL["main"]([], root) == 0
-    assert f"| {value} to 99.125 |" in block(root, "results")
+    assert f"| {value} to 99.125 |" in block(root, "results") and f"{value} to 99.125 |" in block(root, "summary")
     (row,) = [line for line in block(root, "seeds").splitlines() if line.startswith("| 3 |")]
     assert worse[0]["figure"] in row.split(" | ")[-1]
 
@@ -301,17 +338,33 @@ def test_rows_of_examples_planner_and_game(project):
     root, metrics, write = project
     network, grid = metrics["network"]["limit"], metrics["grid"]["limit"]
     unpublished = [row | {"published": None} for row in metrics["verdict"]]
-    write("benchmarks/examples/davila.json", economy={"income": [[1.0, 5.29, 46.55]]}, verdict=unpublished)
+    write("benchmarks/examples/davila.json", economy={"labour": [[1.0, 5.29, 46.55]]}, verdict=unpublished)
     (root / "benchmarks/planner/planner_seed0.json").write_text('{"error": "deepham_ks: error: no answer"}')
     assert TOOL["main"]([], root) == 0
     rows = [line.split(" | ") for line in block(root, "examples").splitlines() if line.startswith("| `")]
     assert [row[0] for row in rows] == [f"| `{name}`" for name in TOOL["EXAMPLES"]]
     assert rows[0][1] == "2 x 2" and rows[1][1] == "3 x 1"
+    lines = block(root, "timings").strip().splitlines()
+    assert [line.split("`")[1] for line in lines] == [f"python examples/{name}.py" for name in TOOL["EXAMPLES"]]
+    assert "3 x 1 states" in lines[1] and f"{100 * metrics['comparison']['limit']['std_gap']:+.1f}%" in lines[1]
     assert rows[1][4] == " / ".join(f"{x['capital']['mean']:.2f}" for x in (network, grid))
     rows = [line.split(" | ") for line in block(root, "planner").splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == [f"| {name}" for name in TOOL["PLANNER"].values()]
     assert rows[0][5] == f"{network['welfare']:.4f} / {grid['welfare']:.4f}" and rows[1][1] == "error: no answer"
     assert "| 50 | 0.0123 / 0.4000 | 0.0112 / 0.3000 |" in block(root, "game")
+
+
+def test_labour_in_a_table_and_in_words(project):
+    root, *_ = project
+    assert TOOL["main"]([], root) == 0
+    rows = [line.strip("| ").split(" | ") for line in block(root, "labour").splitlines() if line.startswith("| ")][2:]
+    assert rows == [["K alone", "1", "0.987650", "-2.96", "-2.46", "20.00", "0.3000"],
+                    ["(K, L)", "3", "0.999800", "-4.50 to -4.30", "-4.00 to -3.80", "20.00 to 22.00", "0.3000"],
+                    ["learnt", "3", "0.999900", "-5.00", "-4.50", "20.00 to 22.00", "0.3000"],
+                    ["grid", "", "0.999850", "-4.40", "-3.90", "20.00", "0.3000"]]
+    words = block(root, "learnt")
+    assert "R2 is 0.9876" in words or "R2 is 0.9877" in words
+    assert "the mean of root k explains 61 to 84%" in words and "2.00% off" in words and "0.10% where" in words
 
 
 def test_published_numbers_are_the_default_economys(project):
@@ -347,6 +400,10 @@ def no_example(root, metrics, write):
     (root / "benchmarks" / "examples" / "davila.json").unlink()
 
 
+def no_labour(root, metrics, write):
+    (root / TOOL["LABOUR"]).unlink()
+
+
 def default_for_an_example(root, metrics, write):
     write("benchmarks/examples/davila.json")
 
@@ -372,13 +429,14 @@ def no_markers(root, metrics, write):
 
 
 def half_a_marker(root, metrics, write):
-    (root / "README.md").write_text("<!-- results:start -->\n")
+    (root / "README.md").write_text("<!-- summary:start -->\n")
 
 
 @pytest.mark.parametrize("spoil, told", [
     (stale, "hidden not as in benchmarks/seeds/seed0.json"), (other_table, "TFP not as in benchmarks/seeds/seed0.json"),
     (other_grid, "n_k, n_K"), (other_economy, "not of the default economy"), (older, "has no 'W1 of capital, N=50'"),
-    (no_example, "--K-spread 0.02 --output-dir runs/davila"),
+    (no_example, "python examples/davila.py --output-dir runs/davila"),
+    (no_labour, "make it with: python benchmarks/labour_flows.py"),
     (default_for_an_example, "davila.json is of the default economy"), (misnamed, "is of seed 2"),
     (other_gamma, "gamma is 1.0"),
     (no_reference, "make it with: python deepham_ks.py"), (no_seed, "--seed 2"), (no_markers, "no line"),

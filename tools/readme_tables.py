@@ -29,7 +29,7 @@ EXAMPLES = {"stochastic_beta": "discount factors that change about once a lifeti
 LABOUR = "benchmarks/labour_flows.json"
 
 # Who else solves the default economy: seconds, device, Euler errors (log10 mean, max), W1 to this script's converged
-# grid at N = 50; blank where nobody publishes it. Seconds of the first three are what their authors or users report.
+# grid at N = 50; blank where nobody publishes it. Seconds are those that were reported.
 OTHERS = [
     ["authors' code (Han, Yang & E 2021)", "4,380", "A100", "", "", "9.2"],
     ["DeepHAMX, the same in JAX", "1,020", "RTX 3090", "", "", ""],
@@ -216,9 +216,9 @@ def load_examples(root):
 def timings(root):
     """A line for each example: the command, what it is, what it takes, how near the grid it comes."""
     return "\n".join(
-        f"- `python examples/{name}.py`: {EXAMPLES[name]}, {states} states (s x z), "
+        f"- `python examples/{name}.py`: {EXAMPLES[name]}, {states} states, "
         f"{show(at(metrics, 'seconds training'), 0)} s, std of capital "
-        f"{100 * at(metrics, 'comparison limit std_gap'):+.1f}% off the grid's"
+        f"{100 * at(metrics, 'comparison limit std_gap'):+.1f}% against the grid's"
         for name, (metrics, states) in load_examples(root).items())
 
 
@@ -307,9 +307,9 @@ def learnt(root):
     return (f"Seeing K alone, households believe a law whose R2 is {r2['K alone']}, and Euler errors are "
             f"{euler['K alone']} (log10 mean).\nSeeing labour L as well, the default, they have {r2['(K, L)']} and "
             f"{euler['(K, L)']}; the grid in (K, L) has {euler['grid']}.\nWith one learnt moment more errors are "
-            f"{euler['learnt']}.\nOf what K and L leave of that moment, the {best} explains {span(shares[best], 0)}%.\n"
-            f"Through ten bad years K alone is up to {off['K alone']:.2f}% off the path with the learnt moment, (K, L) "
-            f"{off['(K, L)']:.2f}%.")
+            f"{euler['learnt']}. Of what K and L leave of that moment the {best} explains {span(shares[best], 0)}%.\n"
+            f"Through ten bad years, and ten good ones, K is up to {off['K alone']:.2f}% off that of the learnt moment "
+            f"where K alone is seen, {off['(K, L)']:.2f}% where (K, L) is.")
 
 
 BLOCKS = {"summary": summary, "results": results, "seeds": seeds, "gamma2": gamma2, "timings": timings,
