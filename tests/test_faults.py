@@ -13,7 +13,7 @@ GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=4000, toler
 ROUGH = dataclasses.replace(GRID, tolerance=1e-3)  # where any policy will do
 SMOKE = dk.PRESETS["smoke"]
 # a network that has learnt Aiyagari's economies, in seconds
-SHORT = dk.Config(n_agents=60, n_economies=8, batch=256, hidden=16, iterations=16, averaging=4, settle=1e-3, horizon=50,
+SHORT = dk.Config(n_economies=8, batch=256, hidden=16, iterations=16, averaging=4, settle=1e-3, horizon=50,
                   periods=60)
 
 
@@ -101,11 +101,11 @@ def two_groups():
 
 def test_what_is_judged_is_stationary(two_groups, monkeypatch):
     """Mean and std of capital are those of the same policy after as many passes over the same path of z as it takes to
-    forget where they began, to half a tolerance."""
+    forget where they began, to twice what they are said to have to go."""
     monkeypatch.setattr(dk, "ERROR_STATES", 500)
     cfg = dk.Config(eval_periods=1000)
     figures, arrays = dk.judge_limit(two_groups, cfg)
-    assert figures["moves"] < 0.005 and figures["spread_by_nodes"] < 0.001
+    assert figures["moves"] < dk.MOVES
     k, mass, a = arrays["k"], arrays["mass"], two_groups.economy.arrays
     axes, found = axes_of(two_groups)._replace(k=k), [np.inf]
     z_path = dk.draw_z_path(1000, a.P_z, np.random.default_rng(dk.JUDGE_SEED))
@@ -119,20 +119,21 @@ def test_what_is_judged_is_stationary(two_groups, monkeypatch):
         _, mass = dk.simulate_histogram(table, axes, mass, z_path, two_groups.economy, keep)
         people = np.mean(kept[100::20], 0)
         found.append(std_of(people, k))
-        if abs(found[-1] / found[-2] - 1) < 2e-4:
+        if abs(found[-1] / found[-2] - 1) < 1e-4:
             break
-    assert figures["capital"]["mean"] == pytest.approx(people @ k, rel=0.005)
-    assert figures["capital"]["std"] == pytest.approx(found[-1], rel=0.005)
+    assert figures["capital"]["mean"] == pytest.approx(people @ k, rel=2 * dk.MOVES)
+    assert figures["capital"]["std"] == pytest.approx(found[-1], rel=2 * dk.MOVES)
 
 
-def test_nodes_spread_capital_by_less_than_a_thousandth():
-    """The stationary std on the judge's nodes, and what it tends to: the error falls by four as nodes double."""
-    grid = dk.solve_grid(config=ROUGH)
-    k, mass, spread = dk.judge_nodes(grid)
+def test_twice_as_many_nodes_change_nothing():
+    """Mean, std and Gini of the stationary distribution on the judge's nodes and with one more between any two."""
+    grid, found = dk.solve_grid(config=ROUGH), []
+    k = dk.histogram_nodes(grid.reach()[0][1], grid.econ)
     fine = np.interp(np.linspace(0, len(k) - 1, 2 * len(k) - 1), np.arange(len(k)), k)
-    on_k, on_fine = [std_of(dk.stationary_mass(grid, x).sum((0, 1)), x) for x in (k, fine)]
-    assert spread < 1e-3 and on_fine < on_k
-    assert std_of(mass.sum((0, 1)), k) == pytest.approx(on_fine - (on_k - on_fine) / 3, rel=1e-3)
+    for nodes in (k, fine):
+        of = dk.inequality(nodes, dk.stationary_mass(grid, nodes).sum((0, 1)))
+        found.append([of[name] for name in ("mean", "std", "gini")])
+    assert found[0] == pytest.approx(found[1], rel=2e-4)
 
 
 # ------------------------------------------------------------------------------------------ labour adds up
@@ -312,7 +313,7 @@ def test_a_limit_is_payable_at_the_prices_of_the_solution():
 
 def test_a_network_asks_the_prices_of_its_solution():
     """-9 as above, in a few iterations; -20 from the start."""
-    few = dataclasses.replace(SHORT, iterations=10)
+    few = dataclasses.replace(SHORT, iterations=12)
     assert interest(dk.solve(aiyagari(k_min=-9.0), few, device="cpu", compile="none")) == pytest.approx(3.5, abs=0.4)
     refused(lambda: dk.solve(aiyagari(k_min=-20.0), SMOKE, device="cpu", compile="none"), "k_min: at -20",
             "prices of the solution")
