@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS, LABOUR = (f"tests/test_{name}.py" for name in (
-    "networks", "accuracy", "grid", "training", "planner", "moments", "labour"))
+NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS, LABOUR, ECONOMY = (f"tests/test_{name}.py" for name in (
+    "networks", "accuracy", "grid", "training", "planner", "moments", "labour", "economy"))
 
 # what: (the line as it is, as it is mistaken, file and test that notice; no test: any of the file)
 MISTAKES = {
@@ -177,12 +177,12 @@ MISTAKES = {
         "return y.amax(0)",
         ACCURACY, "test_errors_of_a_wrong_policy_have_a_closed_form"),
     "panels that start as if everybody were in one state": (
-        "for i, held in enumerate(mass.cumsum(1)):",
+        "for i, held in enumerate(np.maximum.accumulate(mass.cumsum(1), 1)):",
         "for i, held in enumerate(mass.sum(0).cumsum() + 0 * mass):",
         ACCURACY, "test_panel_from_the_limit"),
     "weights of a section are forgotten": (
-        "    mass = section.weight.flatten().double().cumsum(0)",
-        "    mass = (0 * section.weight + 1).flatten().double().cumsum(0)",
+        "    mass = section.weight.flatten()",
+        "    mass = (0 * section.weight + 1).flatten()",
         ACCURACY, "test_states_of_a_section_represent_its_mass"),
     "labour by its mean in z": (
         "        return at.labour[..., 0]\n",
@@ -228,6 +228,30 @@ MISTAKES = {
         "gain, given_next_z(ahead.labour, z))",
         "gain, given_next_z(ahead.labour, 0 * z))",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
+    "nodes that all count the same": (
+        "    return (x * (weight.unsqueeze(-1) if x.dim() > weight.dim() else weight)).mean(1)",
+        "    return x.mean(1)",
+        MOMENTS, "test_moments_are_means_over_households"),
+    "nodes whose s moves as if z stayed": (
+        "weight = (econ.Pi[z[:, 0], z_next[:, 0]]",
+        "weight = (econ.Pi[z[:, 0], z[:, 0]]",
+        ECONOMY, "test_infinitely_many_households_move_as_they_save"),
+    "shares of the lottery swapped": (
+        "math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in range(4)])",
+        "math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in (0, 2, 1, 3)])",
+        ECONOMY, "test_the_lottery_keeps_mass_mean_and_variance"),
+    "households below the first node are beyond it": (
+        "k.clamp(nodes[0], nodes[-1])",
+        "k.clamp(max=nodes[-1])",
+        ECONOMY, "test_the_lottery_keeps_mass_mean_and_variance"),
+    "households drawn from the nodes, each as often": (
+        "held, n = state.weight.clamp(min=0)",
+        "held, n = (0 * state.weight + 1)",
+        NETWORKS, "test_households_drawn_from_nodes_are_distributed_as_they_are"),
+    "histograms without what is below zero": (
+        "somebody, s = np.abs(mass) > 1e-16",
+        "somebody, s = mass > 1e-16",
+        PLANNER, "test_the_grid_finds_the_constrained_efficient_economy"),
     "responses to shocks that differ": (
         "        rng.set_state(after)\n",
         "",

@@ -122,9 +122,9 @@ def test_flags_are_those_of_the_economy():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--n-agents", "0"], "--n-agents 0: give a value in [1, 1e7]"), (["--n-agents"], "expected one argument"),
+    (["--n-agents", "-1"], "--n-agents -1: give a value in [0, 1e7]"), (["--n-agents"], "expected one argument"),
     (["--n-agents", "1.5"], "--n-agents: invalid int value"), (["extra"], "unrecognized arguments: extra"),
-    (["--n-agents", "9" * 30], "give a value in [1, 1e7]"),
+    (["--n-agents", "9" * 30], "give a value in [0, 1e7]"),
     (["--n-agent", "9"], "unrecognized arguments: --n-agent"),  # no abbreviations: a typo is no other flag
     (["--beta", "nan"], "--beta nan"), (["--beta", "1"], "--beta 1.0: give a value in (0, 1)"),
     (["--gamma", "inf"], "--gamma inf"), (["--gamma", "0"], "[0.1, 20]"), (["--alpha", "-0.3"], "--alpha"),
