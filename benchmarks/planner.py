@@ -20,10 +20,13 @@ sys.path.insert(0, str(ROOT))
 import deepham_ks as dk  # noqa: E402
 
 DAVILA = ["examples/davila.py"]
+CIS = ["--tfp-shock", "0.05", "--risk", "countercyclical", "--grid", "none"]
 COMMANDS = {
     "market": DAVILA,
     "planner_seed0": [*DAVILA, "--equilibrium", "planner"],
     "game": ["deepham_ks.py", "--equilibrium", "game"],
+    "cis_market": [*DAVILA, *CIS],
+    "cis_planner": [*DAVILA, *CIS, "--equilibrium", "planner"],
 }
 
 

@@ -312,8 +312,25 @@ def learnt(root):
             f"where K alone is seen, {off['(K, L)']:.2f}% where (K, L) is.")
 
 
+def countercyclical(root):
+    """Davila et al.'s economy where productivity is riskier in the bad state, beside Han, Yang & E (2021)."""
+    rows = []
+    for name, (K, r) in {"market": (34.30, 4.68), "planner": (95.81, -1.43)}.items():
+        metrics = load(root, f"benchmarks/planner/cis_{name}.json", "python benchmarks/planner.py")
+        if "error" in metrics:
+            rows.append([name, metrics["error"].removeprefix("deepham_ks: "), "", "", "", "", "", ""])
+            continue
+        limit = [show(at(metrics, f"network limit {path}"), digits) for path, digits in
+                 (("capital mean", 2), ("interest_rate_percent", 2), ("capital gini", 3), ("consumption gini", 3),
+                  ("euler_log10 mean", 2))]
+        rows.append([name, *limit, f"{K:.2f}", f"{r:.2f}"])
+    return table(["economy", "mean K", "r (%)", "Gini of wealth", "Gini of consumption", "Euler log10 mean",
+                  "mean K, paper", "r (%), paper"], rows)
+
+
 BLOCKS = {"summary": summary, "results": results, "seeds": seeds, "gamma2": gamma2, "timings": timings,
-          "examples": examples, "planner": planner, "game": game, "labour": labour, "learnt": learnt}
+          "examples": examples, "planner": planner, "countercyclical": countercyclical, "game": game, "labour": labour,
+          "learnt": learnt}
 
 
 def rewritten(text, root, page):
