@@ -75,7 +75,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "3.0.0"
+__version__ = "3.1.0"
 
 # ---------------------------------------------------------------------------------------------- settings
 
