@@ -201,8 +201,8 @@ MISTAKES = {
         "labour_of(p, z_next, econ)",
         LABOUR, "test_goods_add_up_where_households_are_at_their_shares"),
     "shares as if z stayed": (
-        "econ.Pi[z[:, 0], z_next[:, 0]]",
-        "econ.Pi[z[:, 0], z[:, 0]]",
+        "p.unsqueeze(-2) @ econ.Pi[z[:, 0], z_next[:, 0]]",
+        "p.unsqueeze(-2) @ econ.Pi[z[:, 0], z[:, 0]]",
         LABOUR, "test_shares_along_a_path_are_exact"),
     "networks do not see labour": (
         "labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean)",
