@@ -400,7 +400,7 @@ def test_no_cuda_device():
     refused(dk.solve, "cuda", config=SMOKE, device="cuda")
 
 
-@pytest.mark.parametrize("changes", [{"n_agents": 0}, {"n_agents": "20"}, {"n_agents": 20.5}, {"iterations": 0},
+@pytest.mark.parametrize("changes", [{"n_agents": -1}, {"n_agents": "20"}, {"n_agents": 20.5}, {"iterations": 0},
                                      {"policy_rate": float("nan")}, {"policy_rate": 2.0}, {"optimizer": "sgd"},
                                      {"moments": "foo"}, {"moments": ["variance"]}, {"learnt_moments": -1},
                                      {"horizon": 40}], ids=str)

@@ -507,7 +507,8 @@ def with_examples(test):
 @given(FLAGS)
 def test_any_flags_end_in_success_or_one_line(flags):
     """Of the training; and what was trained loads."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dk, "VALUE_ROUNDS", 2)
         try:
             asked = dk.parse([*SMOKE, "--iterations", "2", *[word for pair in flags for word in pair]])
             with contextlib.redirect_stdout(io.StringIO()):
