@@ -90,7 +90,6 @@ def draw(found: dict) -> None:
             gap.plot(t, 100 * (path / np.array(found["learnt"][0]["path"]) - 1), **style)
         ax.set(xlabel="years", ylabel="mean capital K (goods)")
         gap.set(xlabel="years", ylabel="K over that of the learnt moment - 1 (%)")
-        ax.legend()
 
 
 def main() -> None:
