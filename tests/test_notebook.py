@@ -84,7 +84,7 @@ def test_runs_alone_in_an_empty_folder(notebook, tmp_path, tmp_path_factory, mon
     images = [output for output in outputs if "image/png" in output.get("data", {})]
     results = tmp_path / "deepham" / "results" / "smoke_seed-0"
     files = list(results.rglob("*.png"))
-    assert len(files) == 6 and len(images) == len(files) + 1  # each file, and the policy functions drawn here
+    assert len(files) == 9 and len(images) == len(files) + 1  # each file, and the policy functions drawn here
     assert {path.name for path in tmp_path.iterdir()} == {NOTEBOOK.name, "deepham"}
     assert printed.startswith("No GPU: ") and "T4 GPU" in printed
     assert "iteration 3 " in printed and "the installation works" in printed and "--resume" not in printed
