@@ -104,7 +104,8 @@ def test_a_poor_network_is_told_from_the_grid_on_the_same_shocks(poor):
         of = [arrays[size][name] for name in ("network", "grid")]
         assert np.array_equal(of[0]["z_path"], of[1]["z_path"])
         w1 = scipy.stats.wasserstein_distance(*[x["k"] for x in of], *[x["weight"] for x in of])
-        assert beside["comparison"][size]["w1"] == pytest.approx(w1, rel=1e-12)
+        # in the limit distribution functions are linear between nodes, not steps at them
+        assert beside["comparison"][size]["w1"] == pytest.approx(w1, rel=1e-3 if size == "limit" else 1e-12)
     for ours, theirs in zip(*[arrays["irf"][name]["shocks"] for name in ("network", "grid")]):
         assert np.array_equal(ours, theirs)
 
