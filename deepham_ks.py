@@ -75,7 +75,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "3.1.0"
+__version__ = "3.2.0"
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -863,11 +863,12 @@ def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) 
 
 
 NODES = 80  # of k, in each s, of a cross-section of infinitely many households
+NEAR_LIMIT = 0.05  # of c_ss: this near the limit networks and nodes have k linearly, far above it its log
 
 
 def k_nodes(x: Tensor, top: Tensor, econ: Tables) -> Tensor:
     """k from k_min to top at x in [0, 1], log-uniform: dense where c bends most."""
-    unit = 0.1 * econ.c_ss
+    unit = NEAR_LIMIT * econ.c_ss
     return econ.k_min + unit * ((1 + (top - econ.k_min) / unit) ** x - 1)
 
 
@@ -932,11 +933,11 @@ class Net(NamedTuple):
     M_std: Tensor  # (n,) unit of the moments
 
 
-def capital_inputs(k: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
+def capital_inputs(k: Tensor, econ: Tables, near: float = NEAR_LIMIT) -> Tuple[Tensor, Tensor]:
     """Two functions of k: one so steep near the limit that units of the first layer differ within each bend that it
     makes in c, this period or next, and one of order one."""
     rest = (k - econ.k_min).clamp(min=0.0)
-    return torch.log(rest / econ.c_ss + 0.1) / 0.4, rest / (rest + econ.K_ss)
+    return torch.log(rest / econ.c_ss + near) / 0.5, rest / (rest + econ.K_ss)
 
 
 def above_limit(m: Tensor, econ: Tables) -> Tensor:
@@ -968,10 +969,10 @@ def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: floa
     return torch.cat([ln_K, sees, others[0], others[1]], -1)
 
 
-def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables) -> Tensor:
+def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables, near: float = NEAR_LIMIT) -> Tensor:
     """d features / dk: (...) -> (..., n), n inputs. One household's k moves neither K nor the moments."""
     rest = (k - econ.k_min).clamp(min=0.0)
-    own = [R / above_limit(m, econ), 1 / (rest + 0.1 * econ.c_ss) / 0.4, econ.K_ss / (rest + econ.K_ss) ** 2]
+    own = [R / above_limit(m, econ), 1 / (rest + near * econ.c_ss) / 0.5, econ.K_ss / (rest + econ.K_ss) ** 2]
     zeros = torch.zeros(list(k.shape) + [n - 3], dtype=k.dtype, device=k.device)
     return torch.cat([torch.stack(own, -1), zeros], -1)
 
@@ -3798,7 +3799,7 @@ def generator(device: str, seed: int) -> torch.Generator:
 
 # ---------------------------------------------------------------------------------------------- files
 
-FORMAT = 12  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
+FORMAT = 13  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 WEIGHTS, PREVIOUS, CHECKPOINT = "NN_weights_biases.pth", "NN_weights_biases.previous.pth", "checkpoint.pt"
 PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
 LOCKED_BYTE = 2**30  # what is locked on Windows nobody else can read there: not a byte of what the lock says
