@@ -328,9 +328,53 @@ def countercyclical(root):
                   "mean K, paper", "r (%), paper"], rows)
 
 
+# Krusell & Smith (1998), tables 1 and 2 and the text: top 1 / 5 / 10 / 20 / 30%, below zero (%), Gini, mean K,
+# corr(C, Y), std of I, corr(Y, Y 4 quarters before); None where they print nothing
+KS98 = {"benchmark": ((3, 11, 19, 35, 46), 0, 0.25, 11.61, 0.701, 0.030, 0.481),
+        "risk-aversion": ((None,) * 5, None, None, 12.32, 0.741, 0.033, 0.524),
+        "stochastic-beta": ((24, 55, 73, 88, 92), 11, 0.82, 11.78, 0.825, 0.027, 0.459)}
+
+
+def field(root):
+    """Krusell & Smith's (1998) three models: the paper, network and grid."""
+    rows = []
+    for model, (top, below, *numbers) in KS98.items():
+        metrics = load(root, f"benchmarks/field/{model}.json", "python benchmarks/field.py")
+        rows.append([f"{model}, paper", " / ".join("-" if x is None else str(x) for x in top),
+                     *["-" if x is None else f"{x:g}" for x in (below, *numbers)], ""])
+        for who in ("network", "grid"):
+            of = metrics[who]["limit"]["statistics"]
+            held = " / ".join(show(of[f"top_{q}_percent_hold"], 1) for q in (1, 5, 10, 20, 30))
+            rows.append([f"{model}, {who}", held, show(of["below_zero_percent"], 1), show(of["gini_wealth"], 3),
+                         show(of["mean_K"], 2), show(of["corr_C_Y"], 3), show(of["std_ln_I"], 4),
+                         show(of["autocorr_4_Y"], 3), show(at(metrics, f"{who} limit euler_log10 mean"), 2)])
+    return table(["model", "top 1 / 5 / 10 / 20 / 30% hold (%)", "k < 0 (%)", "Gini", "mean K", "corr(C, Y)",
+                  "std of ln I", "autocorr. of Y, 4 quarters", "Euler log10 mean"], rows)
+
+
+# Aiyagari (1994), table II: r in percent at (sigma, rho), for relative risk aversion 1, 3, 5
+AIYAGARI = {(0.2, 0): (4.1666, 4.1456, 4.0858), (0.2, 0.3): (4.1365, 4.0432, 3.9054),
+            (0.2, 0.6): (4.0912, 3.8767, 3.5857), (0.2, 0.9): (3.9305, 3.2903, 2.5260),
+            (0.4, 0): (4.0649, 3.7816, 3.4177), (0.4, 0.3): (3.9554, 3.4188, 2.8032),
+            (0.4, 0.6): (3.7567, 2.7835, 1.8070), (0.4, 0.9): (3.3054, 1.2894, -0.3456)}
+
+
+def aiyagari(root):
+    """Aiyagari's (1994) interest rates: the paper, network and grid."""
+    cells, rows = load(root, "benchmarks/field/aiyagari.json", "python benchmarks/field.py")["cells"], []
+    for (sigma, rho), published in AIYAGARI.items():
+        row = [f"{sigma:g}, {rho:g}"]
+        for gamma, r in zip((1, 3, 5), published):
+            found = cells[f"{sigma:g} {rho:g} {gamma:g}"]
+            row.append(" / ".join([f"{r:.3f}", *(show(found[who]["r"], 3) for who in ("network", "grid"))]))
+        rows.append(row)
+    return ("Interest rate in percent: paper / network / grid.\n\n"
+            + table(["sigma, rho", *(f"risk aversion {gamma}" for gamma in (1, 3, 5))], rows))
+
+
 BLOCKS = {"summary": summary, "results": results, "seeds": seeds, "gamma2": gamma2, "timings": timings,
           "examples": examples, "planner": planner, "countercyclical": countercyclical, "game": game, "labour": labour,
-          "learnt": learnt}
+          "learnt": learnt, "field": field, "aiyagari": aiyagari}
 
 
 def rewritten(text, root, page):
