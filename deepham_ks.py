@@ -945,7 +945,7 @@ def above_limit(m: Tensor, econ: Tables) -> Tensor:
 
 
 def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
-    """Inputs of the policy network, (...) -> (..., n_inputs())."""
+    """Inputs of the policy network, (...) -> (..., inputs)."""
     return with_own(at.k, m, features_of_others(at.k, at, net, econ), econ)
 
 
@@ -1407,7 +1407,7 @@ def widen(ends: Tensor, now: Tensor) -> None:
 def recentre(state: State, K_path: Tensor, M: Tensor, econ: Tables, cfg: Config) -> None:
     """Where mean K has moved by more than a tenth, or a moment by half its unit, the inputs are centred there anew; the
     first layer takes the difference up, so that the policy network stays the function it was."""
-    W1, b1, *_ = unpack(state.policy, policy_shapes(econ, cfg))
+    W1, b1, *_ = policy_net(state, econ, cfg).layers
     shift = torch.log(K_path / state.K_centre).mean()
     shift = torch.where(shift.abs() > 0.1, shift, 0.0)
     state.K_centre.mul_(torch.exp(shift))
@@ -1652,18 +1652,17 @@ def policy_residual(batch: Batch, econ: Tables) -> Tensor:
 def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
     """Gauss-Newton: the output of the policy network, the log of what is consumed, moves by policy_residual() wherever
     the borrowing limit leaves room. Whether the step was taken."""
-    shapes, net, at = policy_shapes(econ, cfg), policy_net(state, econ, cfg), batch.at
+    net, at = policy_net(state, econ, cfg), batch.at
     m, _ = cash_on_hand(at, econ)
     x, seen = features(at, m, net, econ), learnt_seen(batch, paths, cfg)
     f, missed = network(net.layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
     free = free * robust(missed, free)
-    slopes = None if seen is None else learnt_slopes(seen_moments(state, econ, cfg).Q, seen, net, econ)
+    slopes = learnt_slopes(net.layers[6:], seen, net, econ) if seen else None
 
     def residuals(theta):
-        layers = unpack(theta, shapes)
-        moved = x if seen is None else with_learnt(x, learnt_layers(theta, econ, cfg), seen, net, econ)
-        return ((f + missed - network(layers, moved)) * free).unsqueeze(0)
+        layers = unpack(theta, shapes_of(net))
+        return ((f + missed - network(layers, with_learnt(x, layers[6:], seen, net, econ))) * free).unsqueeze(0)
 
     def jacobians(part):
         jacobian = fast.network_jacobian(net.layers, x[None, part], free[None, part])
@@ -1761,7 +1760,7 @@ def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: T
     if econ.equilibrium == "market":
         U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
     net, (m, _) = value_net(state, econ, cfg), cash_on_hand(states.at, econ)
-    g = network(unpack(theta, value_shapes(econ, cfg)), for_value(features(states.at, m, net, econ)))
+    g = network(unpack(theta, shapes_of(net)), for_value(features(states.at, m, net, econ)))
     return (equivalent_of(U, states.at, econ) - g).square().mean() / 2
 
 
@@ -1769,10 +1768,9 @@ def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: T
     """Minus the utility of roll-outs up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
     back-propagation through time without the graph through time."""
     net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths, cfg)
-    x = features(batch.at, m, net, econ)
-    if seen is not None:
-        x = with_learnt(x, learnt_layers(theta, econ, cfg), seen, net, econ)
-    f, beta = network(unpack(theta, policy_shapes(econ, cfg)), x).clamp(max=0.0), econ.beta[batch.at.s]
+    layers = unpack(theta, shapes_of(net))
+    x = with_learnt(features(batch.at, m, net, econ), layers[6:], seen, net, econ)
+    f, beta = network(layers, x).clamp(max=0.0), econ.beta[batch.at.s]
     first_order = (marginal_utility(batch.c, econ) - beta * batch.worth) * batch.c
     return -(beta.cumprod(0) / beta * first_order * f).sum(0).mean()
 
@@ -1822,7 +1820,7 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
 def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config):
     """A Gauss-Newton step of the value network: as gauss_newton_step() returns it."""
     net, at, beta = value_net(state, econ, cfg), batch.at, econ.beta[batch.at.s]
-    (m, R), shapes = cash_on_hand(at, econ), value_shapes(econ, cfg)
+    m, R = cash_on_hand(at, econ)
     x = for_value(features(at, m, net, econ))
     dx = for_value(feature_slopes(at.k, m, R, x.shape[-1] - 1, econ))
     nexts = successors(at, m - batch.c, batch.ahead, econ)
@@ -1838,7 +1836,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[here].T * beta * V_g_next])  # of minus the residual
 
     def both(theta):
-        layers = unpack(theta, shapes)
+        layers = unpack(theta, shapes_of(net))
         g, g_k = network_and_slope(layers, x, dx)
         V_next = value_of(network(layers, x_next), nexts, econ)[0]
         return flow + beta * expected(V_next, at, econ) - value_of(g, at, econ)[0], V_k - V_g * g_k
@@ -1901,24 +1899,11 @@ def n_moments(econ: Tables, cfg: Config) -> int:
     return n
 
 
-def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    n, p, H = 2 + econ.sees.shape[1], cfg.learnt_moments, Q_HIDDEN
-    return [(H, n), (H,), (H, H), (H,), (p, H), (p,)] if p else []
-
-
-def n_inputs(econ: Tables, cfg: Config) -> int:
-    """How many inputs features() gives."""
-    return N_OWN + econ.sees.shape[1] + econ.labour_moves + n_moments(econ, cfg)
-
-
 def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    """Layers of the policy network, without those of Q."""
-    return layer_shapes(n_inputs(econ, cfg), cfg.hidden)
-
-
-def value_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    """Layers of the value network, which has one input more: see for_value()."""
-    return layer_shapes(n_inputs(econ, cfg) + 1, cfg.hidden)
+    """Six layers of the policy network and, where moments are learnt, six of Q."""
+    n, p, H = N_OWN + econ.sees.shape[1] + econ.labour_moves + n_moments(econ, cfg), cfg.learnt_moments, Q_HIDDEN
+    Q = [(H, 2 + econ.sees.shape[1]), (H,), (H, H), (H,), (p, H), (p,)]
+    return layer_shapes(n, cfg.hidden) + (Q if p else [])
 
 
 def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
@@ -1926,17 +1911,17 @@ def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
 
 
 def value_net(state: State, econ: Tables, cfg: Config) -> Net:
-    return Net(unpack(state.value, value_shapes(econ, cfg)), state.K_centre, state.M_mean, state.M_std)
+    """It has one input more: see for_value()."""
+    shapes = layer_shapes(policy_shapes(econ, cfg)[0][1] + 1, cfg.hidden)
+    return Net(unpack(state.value, shapes), state.K_centre, state.M_mean, state.M_std)
 
 
-def learnt_layers(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
-    """Layers of Q, views of the end of the policy's parameters."""
-    shapes = learnt_shapes(econ, cfg)
-    return unpack(theta[len(theta) - sum(map(math.prod, shapes)) :], shapes) if shapes else []
+def shapes_of(net: Net) -> List[tuple]:
+    return [layer.shape for layer in net.layers]
 
 
 def seen_moments(state: State, econ: Tables, cfg: Config) -> Moments:
-    return Moments(given_moments(cfg), learnt_layers(state.policy, econ, cfg))
+    return Moments(given_moments(cfg), policy_net(state, econ, cfg).layers[6:])
 
 
 def Q(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
@@ -2004,31 +1989,32 @@ def path_moments(k: Tensor, s: Tensor, weight: Tensor, k_next: Tensor, z: Tensor
     return torch.cat(M).view(periods, B, -1), torch.cat(M_next).view(periods, B, len(econ.TFP), -1)[:-1]
 
 
-def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> Tuple[Tensor, Tensor, Tensor] | None:
-    """k, s, weight (n, N or 0) of the cross-sections that the states of a batch see, where moments of them are
-    learnt."""
-    if not cfg.learnt_moments:
-        return None
-    return tuple(x.flatten(0, 1)[batch.date] for x in (paths.k, paths.s, paths.weight))
+def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> tuple:
+    """k, s, weight (n, N or 0) of the cross-sections that the states of a batch see; () where nothing is learnt."""
+    held = (paths.k, paths.s, paths.weight) if cfg.learnt_moments else ()
+    return tuple(x.flatten(0, 1)[batch.date] for x in held)
 
 
-def learnt_units(net: Net, p: int) -> Tuple[Tensor, Tensor]:
-    """Centre and unit (p,) of the learnt moments as inputs."""
-    return net.M_mean[-p:], len(net.M_mean) ** 0.5 * net.M_std[-p:]
+def learnt_unit(net: Net, p: int) -> Tensor:
+    """Unit (p,) of the learnt moments, the last of all, as inputs."""
+    return len(net.M_mean) ** 0.5 * net.M_std[-p:]
 
 
 def with_learnt(x: Tensor, layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
-    """Inputs x (n, inputs) with the learnt moments as Q of these layers has them."""
-    centre, unit = learnt_units(net, len(layers[5]))
-    learnt = (mean_over(Q(layers, *seen[:2], econ), seen[2]) - centre) / unit
-    return torch.cat([x[..., : -len(unit)], learnt], -1)
+    """Inputs x (n, inputs), the learnt moments among them as Q of these layers has them."""
+    if not seen:
+        return x
+    k, s, weight = seen
+    p = len(layers[5])
+    learnt = (mean_over(Q(layers, k, s, econ), weight) - net.M_mean[-p:]) / learnt_unit(net, p)
+    return torch.cat([x[..., :-p], learnt], -1)
 
 
 def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
     """d learnt moments / d parameters of Q as inputs at the states, (n, p, parameters)."""
-    size, (_, unit) = max(1, 2**18 // seen[0].shape[1]), learnt_units(net, len(layers[5]))
+    size = max(1, 2**18 // seen[0].shape[1])
     parts = [Q_jacobian(layers, *part, econ) for part in zip(*[x.split(size) for x in seen])]
-    return torch.cat(parts) / unit.unsqueeze(1)
+    return torch.cat(parts) / learnt_unit(net, len(layers[5])).unsqueeze(1)
 
 
 def sized(cfg: Config, economy: Economy) -> Config:
@@ -2048,8 +2034,9 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     Y = float(of_z @ a.TFP * K**a.alpha * (of_z @ a.L) ** (1 - a.alpha))
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
     rng_Q = torch.Generator().manual_seed(seed + 2)
-    Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
-    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
+    (_, inputs), *_ = shapes = policy_shapes(econ, cfg)
+    Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in shapes[6:]]
+    panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
     policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
     value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
@@ -2356,7 +2343,7 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
     laws = [regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num().cpu()
             for i in range(M.shape[-1])]
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
-    layers = {"policy": [*policy_net(state, econ, cfg).layers, *learnt_layers(state.policy, econ, cfg)],
+    layers = {"policy": policy_net(state, econ, cfg).layers,
               "value": value_net(state, econ, cfg).layers}
     networks = {name: dict(zip(LAYERS, (layer.cpu().clone() for layer in of))) for name, of in layers.items()}
     units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
@@ -3650,17 +3637,13 @@ def own_share(cfg: Config) -> Config:
 
 # ---------------------------------------------------------------------------------------------- around the loop
 
-BUSY = 150  # involuntary switches a second, in all threads; a quiet machine has a tenth of that
-
-
 class Guard:
     """What surrounds learn(): an iteration as a CUDA graph, one that went wrong taken back and tried again with new
-    draws and half the step (three in a row raise UserError), the checkpoint, progress, a busy machine."""
+    draws and half the step (three in a row raise UserError), the checkpoint and progress."""
 
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
-        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []
-        self.mind_the_machine()
+        self.graphs, self.graph = graphs and not cfg.published, None
         hidden = True if RANK else None  # None: on a terminal only
         self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
 
@@ -3715,21 +3698,7 @@ class Guard:
         self.bar.update()
         if self.bar.disable:
             print(f"iteration {state.iteration} of at most {self.cfg.iterations}: {words}", flush=True)
-        self.mind_the_machine()
         require(state.unbounded < 10 or state.iteration < 25, why)  # before the 25th no policy is near a solution
-
-    def mind_the_machine(self) -> None:
-        """Threads that wait for each other on cores that others use are far slower than one: where the system took a
-        core away hundreds of times a second in two iterations in a row, one thread goes on alone."""
-        with contextlib.suppress(ImportError):  # Windows does not count
-            import resource
-
-            self.switches.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw))
-            (start, before), (now, after) = self.switches[-3:][0], self.switches[-1]
-            if len(self.switches) > 2 and torch.get_num_threads() > 1 and after - before > BUSY * (now - start):
-                torch.set_num_threads(1)
-                tqdm.write("this machine is busy with other work: going on with one thread (OMP_NUM_THREADS=1 does so "
-                           "from the start)")
 
 
 def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
