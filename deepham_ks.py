@@ -1269,56 +1269,50 @@ def still_moving(history: dict, settled: int, cfg: Config) -> str:
 class Paths(NamedTuple):
     """What a simulation of B economies leaves to learn from."""
 
-    K: Tensor  # (periods, B)
-    z: Tensor  # (periods, B)
-    K_next: Tensor  # (periods - 1, B) what is expected of K'
-    labour: Tensor  # (periods, B, 2) L and tax where labour moves, else (periods, B, 0), and
-    labour_next: Tensor  # (periods - 1, B, Z, 2) the same given z'
-    M: Tensor  # (periods, B, n) moments, and
-    M_next: Tensor  # (periods - 1, B, Z, n) what is expected of them given z'
-    k: Tensor  # (periods, B, N) the cross-sections, where moments are seen; else (0, B, N)
-    s: Tensor
-    weight: Tensor  # (periods, B, N or 0)
+    at: At  # (periods, B) where they are; k and s are nobody's
+    ahead: Ahead  # (periods - 1, B)
+    held: tuple  # k, s and weight (periods, B, N or 0) of the cross-sections, where moments are learnt; else ()
 
 
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
     net, moments = policy_net(state, econ, cfg), seen_moments(state, econ, cfg)
-    n, planner = len(state.M_mean), econ.equilibrium == "planner"
-    K_path, z_path, p_path, held, gains = [], [], [], [], []
+    now, ahead, M, held, gains = [], [], [], [], []
 
     def policy(at, weight):
-        M = moments_of(at.k, at.s, moments, econ, weight).unsqueeze(1)
-        return fast.network_capital(net, at._replace(M=M), econ)
+        M.append(moments_of(at.k, at.s, moments, econ, weight))
+        return fast.network_capital(net, at._replace(M=M[-1].unsqueeze(1)), econ)
 
     for panel, at, k_next in simulate(policy, scaled(state, econ, cfg, rng), cfg.periods, econ, rng):
-        K_path.append(at.K[:, 0])
-        z_path.append(at.z[:, 0])
-        p_path.append(panel.p)
-        if n:
-            held.append((*panel[:3], k_next))
-        if planner:
-            gains.append(mean_over(gain_from_K(k_next, at, econ), panel.weight))
-    K_path, z_path = torch.stack(K_path), torch.stack(z_path)
-    labour, labour_next = path_labour(torch.stack(p_path), z_path, econ)
-    every_K, every_z, every_labour = gathered(K_path, 1), gathered(z_path, 1), gathered(labour, 1)
-    if planner:
-        found, _ = regress_by_z(gathered(torch.stack(gains), 1), terms(every_K, every_labour), every_z, 0 * econ.TFP)
-        approach(state.Delta_law, found, state.rates[2])
-    if n:  # which are there to tell what the law of K cannot
-        K_next = K_path[1:]
+        k, s, weight, z, p = panel
+        now.append((at.K[:, 0], z[:, 0], at.labour[:, 0]))
+        ahead.append((next_moments(k_next, s, z, moments, econ, weight), labour_ahead(p, z, econ)[:, 0]))
+        if moments.Q:
+            held.append((k, s, weight))
+        if econ.equilibrium == "planner":
+            gains.append(mean_over(gain_from_K(k_next, at, econ), weight))
+    (K, z, labour), M = [torch.stack(x) for x in zip(*now)], torch.stack(M)
+    M_next, labour_next = [torch.stack(x[:-1]) for x in zip(*ahead)]
+    held = tuple(torch.stack(x) for x in zip(*held))
+    every_K, every_z, every_labour = [gathered(x, 1) for x in (K, z, labour)]
+    if M.numel():  # which are there to tell what the law of K cannot
+        K_next = K[1:]
     else:
         approach(state.K_law, law_of_motion(every_K, every_labour, every_z, 0 * econ.TFP)[0], state.rates[1])
-        ln_K_next = by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()), labour[:-1].double())
-        K_next = torch.exp(ln_K_next).to(K_path.dtype)
+        K_next = torch.exp(by_law(state.K_law[z[:-1]], torch.log(K[:-1].double()), labour[:-1].double())).to(K.dtype)
+    Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
+    if gains:
+        found, _ = regress_by_z(gathered(torch.stack(gains), 1), terms(every_K, every_labour), every_z, 0 * econ.TFP)
+        approach(state.Delta_law, found, state.rates[2])
+        law = state.Delta_law.to(K.dtype)
+        Delta = by_law(law[z], torch.log(K), labour)
+        Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
     widen(state.k_range, gathered(torch.stack(ends_of(panel)), 0))
-    widen(state.K_range, torch.stack([every_K.min(), every_K.max()]))
-    *held, k_next = [torch.stack(x) for x in zip(*held)] or [x.unsqueeze(0)[:0] for x in (*panel[:3], k_next)]
-    M, M_next = path_moments(*held, k_next, z_path, moments, econ)
-    for name, now in panel._asdict().items():  # only here: the first date of the paths was the state itself
-        getattr(state, name).copy_(now)
+    widen(state.K_range, every_K)
+    for name, x in panel._asdict().items():  # only here: the first date was the state itself
+        getattr(state, name).copy_(x)
     recentre(state, every_K, gathered(M, 1), econ, cfg)
-    return Paths(K_path, z_path, K_next, labour, labour_next, M, M_next, *held)
+    return Paths(At(K, z, K, z, M, Delta, labour), Ahead(K_next, M_next, Delta_next, labour_next), held)
 
 
 def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Panel:
@@ -1347,14 +1341,6 @@ def ends_of(panel: Panel) -> List[Tensor]:
     reached = (share > RARE) & (share.roll(1, 1) < 1 - RARE)
     reached[:, 0] = share[:, 0] > RARE
     return [torch.where(reached, k, torch.inf).min(), torch.where(reached, k, -torch.inf).max()]
-
-
-def path_labour(p: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """Labour (periods, B, 2) and what it is next period for each z' (periods - 1, B, Z, 2): p (periods, B, S), z
-    (periods, B)."""
-    (periods, B), p, z = z.shape, p.flatten(0, 1), z.flatten().unsqueeze(1)
-    ahead = labour_ahead(p[: -B], z[: -B], econ)
-    return labour_of(p, z, econ).view(periods, B, -1), ahead.view(periods - 1, B, len(econ.TFP), -1)
 
 
 def terms(K: Tensor, labour: Tensor) -> List[Tensor]:
@@ -1400,8 +1386,9 @@ def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
 def widen(ends: Tensor, now: Tensor) -> None:
     """A simulated range (2,), in place: it grows at once and shrinks by a tenth an iteration, so that rare states are
     learnt from all the time and not by fits."""
-    low, high, slowly = now.min(), now.max(), ends + 0.1 * (torch.stack([now.min(), now.max()]) - ends)
-    ends.copy_(torch.stack([torch.minimum(low, slowly[0]), torch.maximum(high, slowly[1])]))
+    now = torch.stack([now.min(), now.max()])
+    slowly = ends + 0.1 * (now - ends)
+    ends.copy_(torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]]))
 
 
 def recentre(state: State, K_path: Tensor, M: Tensor, econ: Tables, cfg: Config) -> None:
@@ -1440,9 +1427,8 @@ class Batch(NamedTuple):
 
 
 def pick(x, index):
-    """A tensor, or tuples of tensors however deep, at an index of the first dimensions."""
-    return type(x)(*[pick(part, index) for part in x]) if hasattr(x, "_fields") else \
-        tuple(pick(part, index) for part in x) if isinstance(x, tuple) else x[index]
+    """A tensor, or named tuples of tensors however deep, at an index of the first dimensions."""
+    return x[index] if isinstance(x, Tensor) else type(x)(*[pick(part, index) for part in x])
 
 
 TAUGHT = 5  # periods of a roll-out that teach
@@ -1462,7 +1448,7 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     the simulated economies, s drawn anew. A share of them starts anywhere in the simulated range of k and a little
     beyond: the ergodic set of a wrong policy never visits the tails that decide the distribution. And in any s alike:
     rare states hold most of the error."""
-    M, (periods, B), device = cfg.batch, paths.K.shape, paths.K.device
+    M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
     window = start + torch.arange(cfg.horizon + 1, device=device).unsqueeze(1)
@@ -1473,19 +1459,10 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     k = torch.where(start_wide < wide_share, wide, k)
     any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
     s = s if cfg.published else any_s
-    z = paths.z[window, economy]
-    shocks = uniform(z.shape, rng, device)
-    s_path = follow(lambda t, s: shocks[t], s, z, econ)
-    K, now = paths.K[window, economy], window[:-1]
-    K_next = paths.K_next[now, economy]
-    labour, labour_next = paths.labour[window, economy], paths.labour_next[now, economy]
-    Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
-    if econ.equilibrium == "planner":
-        law = state.Delta_law.to(K.dtype)
-        Delta = by_law(law[z], torch.log(K), labour)
-        Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
-    path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta, labour)
-    return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next, labour_next), now * B + economy
+    path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
+    shocks = uniform(path.z.shape, rng, device)
+    path = path._replace(s=follow(lambda t, s: shocks[t], s, path.z, econ))
+    return k, path, ahead, window[:-1] * B + economy
 
 
 def some_households(state: State, M: int, econ: Tables, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
@@ -1511,17 +1488,20 @@ def roll_out_households(state: State, paths: Paths, wide_share: float, econ: Tab
     """M fresh households under the current policy, with their labels; the states that teach, as one list (n,)."""
     net = policy_net(state, econ, cfg)
     k0, path, ahead, date = sample_households(state, paths, wide_share, econ, cfg, rng)
-    k = fast.roll_out(net, k0, path, econ)
-    at = rows(path._replace(k=k), 0, cfg.horizon)
-    c, dc = fast.consumption_and_slope(net, at, econ)
+    path = path._replace(k=fast.roll_out(net, k0, path, econ))
+    at, k_next = rows(path, 0, cfg.horizon), path.k[1:]
+    # a few periods at once stay in a CPU's cache; a GPU, which waits for launches, gets four million states
+    n = max(1, 2**22 // (econ.next_s.shape[1] * cfg.batch)) if k0.is_cuda else 2
+    parts = [slice(t, t + n) for t in range(0, cfg.horizon, n)]
+    found = [fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]
+    c, dc = [torch.cat(x) for x in zip(*found)]
     if cfg.published:
-        last = pick(path._replace(k=k), -1)
-        U, worth = fast.published_labels(*fast.network_value(value_net(state, econ, cfg), last, econ), c, dc, at, econ)
-        batch = Batch(at, ahead, c, worth, worth, U, date)
-    else:
-        expected = fast.expected_worth(net, at, k[1:], ahead, econ)
-        batch = Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date)
-    return batch if cfg.published else thin(batch, cfg)
+        V_T = fast.network_value(value_net(state, econ, cfg), pick(path, -1), econ)
+        U, worth = fast.published_labels(*V_T, c, dc, at, econ)
+        return Batch(at, ahead, c, worth, worth, U, date)
+    expected = torch.cat([fast.expected_worth(net, pick(at, part), k_next[part], pick(ahead, part), econ)
+                          for part in parts])
+    return thin(Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date), cfg)
 
 
 def thin(batch: Batch, cfg: Config) -> Batch:
@@ -1529,41 +1509,23 @@ def thin(batch: Batch, cfg: Config) -> Batch:
     if isinstance(batch, Tensor):
         return torch.cat([batch[t] for t in taught(cfg)])
     return type(batch)(*[thin(part, cfg) for part in batch])
+
+
 def consumption_and_slope(net: Net, at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """c and dc/dk of the policy network along a path, (T, M)."""
-    c, dc = torch.empty_like(at.k), torch.empty_like(at.k)
-    chunk = periods_at_once(at.k, 1)
-    for t in range(0, at.k.shape[0], chunk):
-        now = rows(at, t, t + chunk)
-        m, R = cash_on_hand(now, econ)
-        x = features(now, m, net, econ)
-        f, f_k = network_and_slope(net.layers, x, feature_slopes(now.k, m, R, x.shape[-1], econ))
-        share, above = consumed_share(f), above_limit(m, econ)
-        c[t : t + chunk], dc[t : t + chunk] = share * above, torch.where(f < 0, share * (R + above * f_k), R)
-    return c, dc
-
-
-def periods_at_once(k: Tensor, successors: int) -> int:
-    """How many periods of paths (T, M) to evaluate together: on a CPU few, which stay in its cache; on a GPU, which
-    waits for launches, as many as hold four million states."""
-    on_cpu = 4 if successors == 1 else 2
-    return max(1, 4_194_304 // (successors * k.shape[1])) if k.is_cuda else on_cpu
+    """c and dc/dk of the policy network."""
+    m, R = cash_on_hand(at, econ)
+    x = features(at, m, net, econ)
+    f, f_k = network_and_slope(net.layers, x, feature_slopes(at.k, m, R, x.shape[-1], econ))
+    share, above = consumed_share(f), above_limit(m, econ)
+    return share * above, torch.where(f < 0, share * (R + above * f_k), R)
 
 
 def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> Tensor:
-    """E[R' u'(c') + Delta'] along a path (T, M): what k' is worth next period under the policy network, an exact sum
-    over (s', z')."""
-    worth = torch.empty_like(at.k)
-    chunk = periods_at_once(at.k, econ.next_s.shape[1])
-    for t in range(0, at.k.shape[0], chunk):
-        now = rows(at, t, t + chunk)
-        nexts = successors(now, k_next[t : t + chunk],
-                           Ahead(ahead.K[t : t + chunk], ahead.M[t : t + chunk], ahead.Delta[t : t + chunk],
-                                 ahead.labour[t : t + chunk]), econ)
-        m, R = cash_on_hand(nexts, econ)
-        c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
-        worth[t : t + chunk] = expected(worth_of_cash(c, R, nexts, econ), now, econ)
-    return worth
+    """E[R' u'(c') + Delta']: what k' is worth next period under the policy network, an exact sum over (s', z')."""
+    nexts = successors(at, k_next, ahead, econ)
+    m, R = cash_on_hand(nexts, econ)
+    c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
+    return expected(worth_of_cash(c, R, nexts, econ), at, econ)
 
 
 def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
@@ -1619,24 +1581,21 @@ def published_labels(V_T: Tensor, V_k_T: Tensor, c: Tensor, dc: Tensor, at: At,
 
 KERNELS = ("network_capital", "network_value", "roll_out", "consumption_and_slope", "expected_worth", "worth_of_saving",
            "published_labels", "network_jacobian", "slope_jacobian")
-fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # functions of loops, as they run
+fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # as they run
 
 
 def compile_kernels(mode: str) -> None:
     """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where
     TorchScript is gone or does not compile, one line says so and the run goes on eagerly; what it says of its end
     where it does compile is not the user's trouble."""
-    eager = {name: globals()[name] for name in KERNELS}
-    vars(fast).update(eager)
-    if mode != "torchscript":
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            vars(fast).update({name: torch.jit.script(function) for name, function in eager.items()})
-    except Exception as error:
-        vars(fast).update(eager)
-        print(f"TorchScript does not compile here ({first_line(error)}): running eagerly")
+    vars(fast).update({name: globals()[name] for name in KERNELS})
+    if mode == "torchscript":
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                vars(fast).update({name: torch.jit.script(function) for name, function in vars(fast).items()})
+        except Exception as error:
+            print(f"TorchScript does not compile here ({first_line(error)}): running eagerly")
 
 
 # ---------------------------------------------------------------------------------------------- 3. move the policy
@@ -1654,7 +1613,7 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
     the borrowing limit leaves room. Whether the step was taken."""
     net, at = policy_net(state, econ, cfg), batch.at
     m, _ = cash_on_hand(at, econ)
-    x, seen = features(at, m, net, econ), learnt_seen(batch, paths, cfg)
+    x, seen = features(at, m, net, econ), learnt_seen(batch, paths)
     f, missed = network(net.layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
     free = free * robust(missed, free)
@@ -1767,7 +1726,7 @@ def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: T
 def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
     """Minus the utility of roll-outs up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
     back-propagation through time without the graph through time."""
-    net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths, cfg)
+    net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths)
     layers = unpack(theta, shapes_of(net))
     x = with_learnt(features(batch.at, m, net, econ), layers[6:], seen, net, econ)
     f, beta = network(layers, x).clamp(max=0.0), econ.beta[batch.at.s]
@@ -1974,25 +1933,9 @@ def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: T
     return torch.stack([mean_over((of_z * q).sum(2), weight) for of_z in p], 1)
 
 
-def path_moments(k: Tensor, s: Tensor, weight: Tensor, k_next: Tensor, z: Tensor, moments: Moments,
-                 econ: Tables) -> Tuple[Tensor, Tensor]:
-    """M (periods, B, n) and E[M' | z'] (periods - 1, B, Z, n) of simulated economies k, s, weight, k' (periods, B, N),
-    z (periods, B); without moments n is 0, and so are the periods of k."""
-    (periods, B), n = z.shape, len(k)
-    if not n:
-        return k.new_zeros(periods, B, 0), k.new_zeros(periods - 1, B, len(econ.TFP), 0)
-    of_dates = [x.flatten(0, 1).split(max(1, 2**16 // k.shape[2])) for x in (k, s, weight, k_next, z.unsqueeze(2))]
-    M, M_next = [], []
-    for k, s, weight, k_next, z in zip(*of_dates):
-        M.append(moments_of(k, s, moments, econ, weight))
-        M_next.append(next_moments(k_next, s, z, moments, econ, weight))
-    return torch.cat(M).view(periods, B, -1), torch.cat(M_next).view(periods, B, len(econ.TFP), -1)[:-1]
-
-
-def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> tuple:
+def learnt_seen(batch: Batch, paths: Paths) -> tuple:
     """k, s, weight (n, N or 0) of the cross-sections that the states of a batch see; () where nothing is learnt."""
-    held = (paths.k, paths.s, paths.weight) if cfg.learnt_moments else ()
-    return tuple(x.flatten(0, 1)[batch.date] for x in held)
+    return tuple(x.flatten(0, 1)[batch.date] for x in paths.held)
 
 
 def learnt_unit(net: Net, p: int) -> Tensor:
@@ -2338,7 +2281,7 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
     with torch.no_grad():  # the economies a while longer, as they are
         rng = generator(state.policy.device.type, seed + state.iteration + 1)
         paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
-    K, z, M, labour = [gathered(x, 1) for x in (paths.K, paths.z, paths.M, paths.labour)]
+    K, z, M, labour = [gathered(x, 1) for x in (paths.at.K, paths.at.z, paths.at.M, paths.at.labour)]
     require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy(), labour.double().cpu().numpy())
     laws = [regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num().cpu()
             for i in range(M.shape[-1])]
