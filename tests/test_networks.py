@@ -444,9 +444,10 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     (Z, S), g = economy.arrays.income.shape, torch.Generator().manual_seed(1)
     k, weight = torch.rand(2, 5, 3, 8, generator=g, dtype=F64)
     weight = weight / weight.mean(2, keepdim=True) if name == "toy" else weight[..., :0]
-    paths = dk.Paths(*[None] * 7, economy.k_min + 2 * economy.K_ss * k, torch.randint(S, k.shape, generator=g), weight)
+    held = economy.k_min + 2 * economy.K_ss * k, torch.randint(S, k.shape, generator=g), weight
+    paths = dk.Paths(None, None, held if learnt else ())
     date, rates = torch.randint(15, (n,), generator=g), torch.tensor([0.2, 0, 0], dtype=F64)
-    *_, weight = seen = [x.flatten(0, 1)[date] for x in paths[-3:]]
+    *_, weight = seen = [x.flatten(0, 1)[date] for x in held]
     state.rates, moments = rates, dk.seen_moments(state, econ, cfg)
     k = economy.k_min + economy.K_ss * torch.rand(n, generator=g, dtype=F64) ** 3
     s, z = [torch.randint(of, (n,), generator=g) for of in (S, Z)]
@@ -454,13 +455,13 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
         M=dk.moments_of(*seen[:2], moments, econ, weight))
     net, shapes = dk.policy_net(state, econ, cfg), dk.policy_shapes(econ, cfg)
     f = dk.network(net.layers, dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ))
-    state.policy[sum(map(math.prod, shapes)) - 1] -= f.median()
+    state.policy[sum(map(math.prod, shapes[:6])) - 1] -= f.median()
     m = dk.cash_on_hand(at, econ)[0]
     c = m - dk.network_capital(net, at, econ)
     worth = dk.marginal_utility(c * torch.exp(-0.4 * torch.randn(n, generator=g, dtype=F64)), econ)
 
     def output(theta):
-        of = dk.Moments(moments.given, dk.learnt_layers(theta, econ, cfg))
+        of = dk.Moments(moments.given, dk.unpack(theta, shapes)[6:])
         M_now = dk.moments_of(*seen[:2], of, econ, weight)
         of = net._replace(layers=dk.unpack(theta, shapes))
         return dk.network(of.layers, dk.features(at._replace(M=M_now), m, of, econ))
@@ -481,7 +482,7 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     assert torch.equal(state.policy_before, before)
     assert torch.allclose(state.policy, before + 0.2 * step, rtol=1e-7, atol=1e-9)
     if learnt:
-        size = sum(map(math.prod, dk.learnt_shapes(econ, cfg)))
+        size = sum(map(math.prod, shapes[6:]))
         assert (state.policy - before)[-size:].abs().max() > 1e-5
 
 
@@ -495,7 +496,7 @@ def test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope(de
     batch, (m, R), value_net = dk.Batch(at, ahead, c, c, c, c, at.s), dk.cash_on_hand(at, econ), world.value_net
     u_prime, weight = dk.marginal_utility(c, econ), torch.tensor(world.economy.arrays.weight)[at.s].sqrt()
     gain = dk.Delta(u_prime, at, econ)
-    D, shapes = torch.tensor(world.economy.arrays.annuity)[at.z, at.s], dk.value_shapes(econ, CFG)
+    D, shapes = torch.tensor(world.economy.arrays.annuity)[at.z, at.s], dk.shapes_of(value_net)
     V, V_k = dk.network_value(value_net, at, econ)
     V_g = dk.value_of(dk.equivalent_of(V, at, econ), at, econ)[1]
 
@@ -535,7 +536,8 @@ def test_states_that_teach_are_early_ones_of_the_roll_out():
 def constant_paths(K, z, Z):
     """Paths of K, z (periods, B) that expect twice the K that comes, in economies without moments."""
     none, none_next = torch.zeros(*K.shape, 0), torch.zeros(len(K) - 1, K.shape[1], Z, 0)
-    return dk.Paths(K, z, 2 * K[1:], none, none_next, none, none_next, None, None, None)
+    ahead = dk.Ahead(2 * K[1:], none_next, none_next.sum(-1), none_next)
+    return dk.Paths(dk.At(K, z, K, z, none, 0 * K, none), ahead, ())
 
 
 @pytest.mark.parametrize("name, N", [("log", 300), ("toy", 300), ("toy", 0)])
@@ -554,7 +556,7 @@ def test_sampled_households(economies, name, N, rng):
     first, economy_of = date[0] // B, date[0] % B
     for t in range(6):
         assert torch.equal(path.K[t], K[first + t, economy_of])
-        assert torch.equal(path.z[t], paths.z[first + t, economy_of])
+        assert torch.equal(path.z[t], paths.at.z[first + t, economy_of])
     assert torch.equal(ahead.K, 2 * path.K[1:]) and torch.equal(date[4], (first + 4) * B + economy_of)
     assert len(economy_of.unique()) == B and first.min() == 0 and first.max() == 24
     for at in np.ndindex(Z, Z, S):  # who comes next follows the transition
