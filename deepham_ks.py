@@ -1186,9 +1186,9 @@ DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.aver
 
 
 def set_rates(state: State, cfg: Config) -> None:
-    """Sizes of the steps: of the policy; of the law of K that is believed in, which follows by halves; of the planner's
-    Delta, which waits until the policy is near its first-order condition, as the cross-section of any other says
-    nothing of it. All fall like 1 / n after savings have settled, and are smaller for a while after trouble."""
+    """Sizes of the steps: of the policy; of the law of K, which follows by halves; of the planner's Delta, which waits
+    until the policy is near its first-order condition. The first two fall like 1 / n once savings have settled, and are
+    smaller for a while after trouble."""
     fall = 1 + DECAY * max(state.iteration - full_steps(state, cfg), 0)
     step, near = state.caution / fall, min(state.history["policy_residual"][-3:], default=1.0) < 0.05
     law = 1.0 if state.iteration == 0 or cfg.published else 0.5
@@ -1200,12 +1200,11 @@ WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mea
 
 def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
     """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its centre: (10,)."""
-    Z, S = econ.shares.shape
-    device, K = econ.TFP.device, state.K_centre
+    K, (z, s) = state.K_centre, torch.meshgrid(*[torch.arange(n, device=econ.TFP.device) for n in econ.shares.shape],
+                                               indexing="ij")
     k = econ.k_min + torch.stack([multiple * (K - econ.k_min) for multiple in WATCHED]).view(-1, 1, 1, 1)
     of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
-    at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
-    at = place(*at, econ)._replace(M=state.M_mean)
+    at = place(*torch.broadcast_tensors(k, s, of_K, z), econ)._replace(M=state.M_mean)
     k_next = network_capital(policy_net(state, econ, cfg), at, econ)  # (10, 3, Z, S)
     return (k_next * econ.shares).sum((2, 3)).mean(1) / K
 
@@ -1215,8 +1214,8 @@ def movement(watched: list) -> float:
     n = min(5, len(watched) // 2)
     if n == 0:
         return 1.0
-    means = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
-    return float(np.abs(means[1] - means[0]).mean())
+    before, last = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
+    return float(np.abs(last - before).mean())
 
 
 def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables, cfg: Config) -> Tensor:
@@ -1227,12 +1226,11 @@ def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables,
         batch = batch._replace(expected=fast.expected_worth(net, at, k_next, batch.ahead, econ))
     m, _ = cash_on_hand(at, econ)
     free = batch.c < above_limit(m, econ) * (1 - 1e-6)
-    missed = torch.where(free, policy_residual(batch, econ), 0.0).square().mean()
     error = 1 - inverse_marginal_utility((econ.beta[at.s] * batch.expected).clamp(min=1e-30), econ) / batch.c
-    euler, n = torch.where(free, error.abs(), 0.0).sum(), free.sum()
-    mean_K = mean_over(state.k, state.weight).mean()
-    mean_K, missed, at_limit, euler, n = total(torch.stack([mean_K, missed, 1 - free.float().mean(), euler,
-                                                            n.float()])) / RANKS
+    missed, error = [torch.where(free, x, 0.0) for x in (policy_residual(batch, econ), error)]
+    means = [mean_over(state.k, state.weight).mean(), missed.square().mean(), error.abs().sum(), free.sum().float(),
+             1 - free.float().mean()]
+    mean_K, missed, euler, n, at_limit = total(torch.stack(means)) / RANKS
     figures = torch.stack([mean_K, missed.sqrt(), euler / n, at_limit, taken, state.damping])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
@@ -1249,16 +1247,13 @@ def has_settled(state: State, cfg: Config) -> bool:
 
 
 def still_moving(history: dict, settled: int, cfg: Config) -> str:
-    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of fresh roll-outs, at K' and
-    Delta' as their laws expect them: noise-free but for the choice of states."""
-    if cfg.published:
-        return ""
+    """Which quantity a run left moving, or nothing."""
     euler = history["euler"][settled:]
     n = min(len(euler) // 3, 10)
-    if n and change_of(euler, n) < 0.8:
-        last, before = np.mean(euler[-n:]), np.mean(euler[-2 * n : -n])
+    if n and change_of(euler, n) < 0.8 and not cfg.published:
+        before, last = np.array(euler[-2 * n :]).reshape(2, n).mean(1)
         return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
-    if not settled:
+    if not settled and not cfg.published:
         return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
     return ""
 
@@ -1316,8 +1311,8 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
 
 
 def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Panel:
-    """The economies with each group's capital scaled by a factor of its own, up to cfg.K_spread off: K off its usual
-    path. Nodes of infinitely many households reach a good deal further than any of them."""
+    """The economies with each group's capital scaled by up to cfg.K_spread: K off its usual path. Nodes of infinitely
+    many households reach further than any of them."""
     k, s, weight, z, p = (getattr(state, name) for name in Panel._fields)
     scale = 1 + cfg.K_spread * (2 * uniform((len(k), econ.of_group.shape[1]), rng, k.device) - 1)
     k = econ.k_min + (k - econ.k_min) * scale.gather(1, econ.of_group.argmax(1)[s])
@@ -1384,24 +1379,22 @@ def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
 
 
 def widen(ends: Tensor, now: Tensor) -> None:
-    """A simulated range (2,), in place: it grows at once and shrinks by a tenth an iteration, so that rare states are
-    learnt from all the time and not by fits."""
+    """A simulated range (2,), in place: it grows at once and shrinks slowly, so that rare states always teach."""
     now = torch.stack([now.min(), now.max()])
     slowly = ends + 0.1 * (now - ends)
     ends.copy_(torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]]))
 
 
 def recentre(state: State, K_path: Tensor, M: Tensor, econ: Tables, cfg: Config) -> None:
-    """Where mean K has moved by more than a tenth, or a moment by half its unit, the inputs are centred there anew; the
-    first layer takes the difference up, so that the policy network stays the function it was."""
+    """Inputs are centred anew where mean K has moved by a tenth, or a moment by half its unit; the first layer takes
+    the difference up, so that the policy network stays the function it was."""
     W1, b1, *_ = policy_net(state, econ, cfg).layers
     shift = torch.log(K_path / state.K_centre).mean()
     shift = torch.where(shift.abs() > 0.1, shift, 0.0)
     state.K_centre.mul_(torch.exp(shift))
     b1.add_(K_SCALE * shift * W1[:, K_INPUT])
-    n = len(state.M_mean)
+    n, M = len(state.M_mean), M.flatten(0, 1)
     if n:
-        M = M.flatten(0, 1)
         shift, unit = (M.mean(0) - state.M_mean) / state.M_std, M.std(0) / state.M_std
         moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
         shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
@@ -1435,8 +1428,8 @@ TAUGHT = 5  # periods of a roll-out that teach
 
 
 def taught(cfg: Config) -> List[int]:
-    """Periods of a roll-out whose states teach, all of them in its first half, so that T / 2 periods follow; many of
-    them early, where households are where they were put. In the published algorithm all that V learns from."""
+    """Periods of a roll-out whose states teach: in its first half, so that T / 2 periods follow, and many of them
+    early, where households are where they were put. In the published algorithm all that V learns from."""
     last = max(cfg.horizon // 2 - 1, 0)
     if cfg.published:
         return list(range(last + 1))
@@ -1444,10 +1437,10 @@ def taught(cfg: Config) -> List[int]:
 
 
 def sample_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config, rng: torch.Generator):
-    """Path of M households (T + 1, M), who start with k (M,), the dates that they pass and what they expect: windows of
-    the simulated economies, s drawn anew. A share of them starts anywhere in the simulated range of k and a little
-    beyond: the ergodic set of a wrong policy never visits the tails that decide the distribution. And in any s alike:
-    rare states hold most of the error."""
+    """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
+    simulated economies. A share of them starts anywhere in the simulated range of k and a little beyond: the ergodic
+    set of a wrong policy never visits the tails that decide the distribution. And in any s alike: rare states hold most
+    of the error."""
     M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
@@ -1458,10 +1451,9 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     k, s = some_households(state, M, econ, rng)
     k = torch.where(start_wide < wide_share, wide, k)
     any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
-    s = s if cfg.published else any_s
     path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
     shocks = uniform(path.z.shape, rng, device)
-    path = path._replace(s=follow(lambda t, s: shocks[t], s, path.z, econ))
+    path = path._replace(s=follow(lambda t, s: shocks[t], s if cfg.published else any_s, path.z, econ))
     return k, path, ahead, window[:-1] * B + economy
 
 
@@ -1478,8 +1470,7 @@ def some_households(state: State, M: int, econ: Tables, rng: torch.Generator) ->
 
 
 def learnt_top(k_high, K):
-    """Largest k that roll-outs start from: a half more than any household holds, and five times K, as at first the
-    cross-section is too narrow."""
+    """Largest k that roll-outs start from; at first the cross-section is too narrow."""
     return torch.maximum(1.5 * k_high, 5 * K)
 
 
@@ -1529,8 +1520,7 @@ def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables)
 
 
 def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
-    """k (T + 1, M) of M price-taking households along a path of s, K, z and what else is seen (T + 1, M), from k
-    (M,)."""
+    """k (T + 1, M) of M households from k (M,) along a path (T + 1, M) of all that is not theirs."""
     k_path, T = torch.empty_like(path.K), path.K.shape[0] - 1
     k_path[0] = k
     y, R = earnings(path, econ)
@@ -1585,9 +1575,7 @@ fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # a
 
 
 def compile_kernels(mode: str) -> None:
-    """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where
-    TorchScript is gone or does not compile, one line says so and the run goes on eagerly; what it says of its end
-    where it does compile is not the user's trouble."""
+    """`fast` holds the compiled functions (mode 'torchscript') or the eager ones ('none', and where none compiles)."""
     vars(fast).update({name: globals()[name] for name in KERNELS})
     if mode == "torchscript":
         try:
@@ -1609,8 +1597,8 @@ def policy_residual(batch: Batch, econ: Tables) -> Tensor:
 
 
 def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """Gauss-Newton: the output of the policy network, the log of what is consumed, moves by policy_residual() wherever
-    the borrowing limit leaves room. Whether the step was taken."""
+    """The output of the policy network, the log of what is consumed, moves by policy_residual() wherever the borrowing
+    limit leaves room. Whether the step was taken."""
     net, at = policy_net(state, econ, cfg), batch.at
     m, _ = cash_on_hand(at, econ)
     x, seen = features(at, m, net, econ), learnt_seen(batch, paths)
@@ -1632,25 +1620,20 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
         yield jacobian
 
     state.policy_before.copy_(state.policy)
-    theta, damping, taken = gauss_newton_step(state.policy, state.damping, state.rates[0], residuals, jacobians)
-    state.policy.copy_(theta)
-    state.damping.copy_(damping)
-    agreed(state.policy)
-    return taken.to(damping.dtype)
+    return gauss_newton_step(state.policy, state.damping, state.rates[0], residuals, jacobians)
 
 
 LEAST_DAMPING = 3e-5  # in units of the diagonal: less lets noise bend the networks where there are few states
 
 
 def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable, jacobians: Callable,
-                      floor: float = LEAST_DAMPING) -> Tuple[Tensor, Tensor, Tensor]:
-    """rate times a Levenberg-Marquardt step of theta (P,), solved in float64: the one way in which networks learn.
+                      floor: float = LEAST_DAMPING) -> Tensor:
+    """rate times a Levenberg-Marquardt step of theta (P,), in place, solved in float64; returns whether it was taken.
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
-    states see, the bends near the limit, is free to move, and of a tenth of the mean one. The mean squared residual is
-    added to it (Yamashita & Fukushima 2001): careful far from the solution, free near it. The step, or a third or a
-    ninth of it, whichever leaves the smallest residuals, is taken if that lowers them; if none does the damping rises
-    tenfold. All is decided on the device. Returns theta, damping and whether a step was taken."""
+    states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
+    Fukushima 2001): careful far from the solution, free near it. Of the step, a third and a ninth of it the one that
+    leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
     A, gradient, best = theta.new_zeros(len(theta), len(theta)), torch.zeros_like(theta), theta
@@ -1669,13 +1652,13 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
         better = left < least
         best, least = torch.where(better, trial, best), torch.where(better, left, least)
     taken = least < at_start
-    damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
-    return best, damping, taken
+    damping.copy_(torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6)))
+    agreed(theta.copy_(best))
+    return taken.to(damping.dtype)
 
 
 def add_gram(A: Tensor, jacobian: Tensor) -> None:
-    """A += jacobian' jacobian in the lower triangle and the blocks on the diagonal, which is all that a Cholesky factor
-    is made of: seven twelfths of the work."""
+    """A += jacobian' jacobian below the diagonal, which is all that a Cholesky factor is made of."""
     P = len(A)
     for block in range(6):
         low, high = P * block // 6, P * (block + 1) // 6
@@ -1683,9 +1666,8 @@ def add_gram(A: Tensor, jacobian: Tensor) -> None:
 
 
 def robust(residual: Tensor, weight: Tensor) -> Tensor:
-    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
-    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the network
-    everywhere else."""
+    """Root weights (n,) of the pseudo-Huber loss: residuals many times the mean one, next to the kinks that the limit
+    makes in c, count by their size and not its square, or they would bend the network everywhere else."""
     of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
     return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
 
@@ -1694,8 +1676,8 @@ def robust(residual: Tensor, weight: Tensor) -> Tensor:
 
 
 def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Tensor:
-    """Han, Yang & E (2021): value_steps of Adam on realised utility, a roll-out for every twenty, then policy_steps on
-    the utility of roll-outs, each on one of its own, in economies that follow."""
+    """Han, Yang & E (2021): value_steps of Adam on realised utility, then policy_steps on the utility of roll-outs, in
+    economies that follow."""
 
     def fresh():
         return roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
@@ -1712,10 +1694,9 @@ def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: 
 
 
 def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """Half the mean squared error of g against realised utility, held to half the least and twice the most consumption
-    for ever, as utility may have a bound that a noisy sample passes."""
-    D = econ.annuity[joint(states.at.s, states.at.z, econ)]
-    U = states.U
+    """Half the mean squared error of g against realised utility, held to what half the least and twice the most
+    consumption give for ever, as utility may have a bound."""
+    D, U = econ.annuity[joint(states.at.s, states.at.z, econ)], states.U
     if econ.equilibrium == "market":
         U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
     net, (m, _) = value_net(state, econ, cfg), cash_on_hand(states.at, econ)
@@ -1724,8 +1705,8 @@ def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: T
 
 
 def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """Minus the utility of roll-outs up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
-    back-propagation through time without the graph through time."""
+    """Its gradient is that of minus utility, -sum_t beta^t (dU/d log c) d log c / d theta: back-propagation through
+    time without the graph through time."""
     net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths)
     layers = unpack(theta, shapes_of(net))
     x = with_learnt(features(batch.at, m, net, econ), layers[6:], seen, net, econ)
@@ -1736,20 +1717,18 @@ def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: T
 
 def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> None:
     """A step of Adam (Kingma & Ba 2015) with the momentum of the authors' code, .99 for both means."""
-    of_value = name == "value"
+    of_value, P = name == "value", len(state.policy)
     theta, count = getattr(state, name), state.adam_steps[int(of_value)]
-    mean, square = state.adam[:, len(state.policy) :] if of_value else state.adam[:, : len(state.policy)]
+    mean, square = state.adam[:, P:] if of_value else state.adam[:, :P]
     with torch.enable_grad():
         at = theta.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(at, state, batch, paths, econ, cfg), at)
     gradient = total(gradient) / RANKS
-    count += 1
     mean.lerp_(gradient, 0.01)
     square.lerp_(gradient.square(), 0.01)
-    unbiased = (1 - 0.99**count).to(theta.dtype)
+    unbiased = (1 - 0.99 ** count.add_(1)).to(theta.dtype)
     rate = state.caution * (cfg.value_rate if of_value else cfg.policy_rate)
-    theta.sub_(rate * mean / unbiased / ((square / unbiased).sqrt() + 1e-8))
-    agreed(theta)
+    agreed(theta.sub_(rate * mean / unbiased / ((square / unbiased).sqrt() + 1e-8)))
 
 
 # ---------------------------------------------------------------------------------------------- 5. fit V
@@ -1770,14 +1749,11 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
         batch = roll_out_households(state, paths, 0.0, econ, cfg, rng)
         n = min(4, len(batch.c))
         for i in range(VALUE_STEPS):
-            step = value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
-            state.value.copy_(step[0])
-            damping = step[1]
-        agreed(state.value)
+            value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
 
 
-def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config):
-    """A Gauss-Newton step of the value network: as gauss_newton_step() returns it."""
+def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config) -> Tensor:
+    """A Gauss-Newton step of the value network. Whether it was taken."""
     net, at, beta = value_net(state, econ, cfg), batch.at, econ.beta[batch.at.s]
     m, R = cash_on_hand(at, econ)
     x = for_value(features(at, m, net, econ))
@@ -1816,8 +1792,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
 
 # ---------------------------------------------------------------------------------------------- moments
 # Beside K and z the networks may see moments M of the cross-section: means over households of given functions of
-# (k, s) and of learnt ones, Q(k, s), a small network whose parameters stand behind those of the policy network. It is
-# the policy that they are learnt for; the value network sees the same.
+# (k, s) and of learnt ones, Q(k, s), a small network whose parameters stand behind those of the policy network.
 
 # name -> (k, s, econ) -> (..., n), of which a moment is the mean over households: a line more is a moment more
 MOMENTS = {
@@ -1961,8 +1936,7 @@ def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> 
 
 
 def sized(cfg: Config, economy: Economy) -> Config:
-    """With the sizes that are left to the method. What finite economies alone differ in, who is in which s, is to be
-    seen in finite economies."""
+    """With the sizes that are left to the method. Who is in which s differs in finite economies alone."""
     a = economy.arrays
     N = cfg.n_agents or (125 if sees_who_earns(cfg) and not a.labour_moves else 0)
     B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 48))
@@ -1985,19 +1959,16 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
         theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n - econ.labour_moves :] = 0
     value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
+    law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
+    law[:, 1] = 1  # K' = K
     k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in
                 (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
-
-    def law(a, b):
-        of_z = torch.zeros(len(econ.TFP), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
-        of_z[:, 0], of_z[:, 1] = a, b
-        return of_z
 
     return State(
         policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
         rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
         M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
-        K_law=law(0.0, 1.0), Delta_law=law(economy.Delta_start, 0.0),
+        K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1),
         k_range=torch.stack([k.min(), k.max()]), K_range=torch.stack([K_all.min(), K_all.max()]),
         adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
         adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
@@ -3503,12 +3474,11 @@ def panels_by_state(fig, a, *strips):
 
 # ---------------------------------------------------------------------------------------------- ranks
 # Under torchrun each rank has its share of the economies and of the roll-out's households, and its own random stream.
-# What the run decides on are sums over all of them, so that every rank decides alike. With one process these functions
-# do nothing.
+# Decisions rest on sums over all of them, so every rank decides alike. With one process these functions do nothing.
 
 RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
                for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
-SHARED = ("k", "s", "weight", "z", "p")  # tensors of the state of which each rank has a part
+SHARED = Panel._fields  # tensors of the state of which each rank has a part
 
 
 def join_ranks(device: str, task: str) -> None:
@@ -3541,8 +3511,7 @@ def together():
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce it is not, and a
-    rank that hangs or is lost in the middle of a message would leave this one there."""
+    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce none is."""
     if RANKS > 1:
         with together():
             sums = dist.all_reduce(x, async_op=not x.is_cuda)
@@ -3647,10 +3616,9 @@ class Guard:
 def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
     saves more and more; what bounds its wealth is R < 1 alone."""
-    k, s, weight, z = (gathered(x, 0) for x in (state.k, state.s, state.weight, state.z))
-    K = mean_over(k, weight).unsqueeze(1)
+    k, s, weight, z, p = (gathered(getattr(state, name), 0) for name in Panel._fields)
+    K, labour = mean_over(k, weight).unsqueeze(1), labour_of(p, z, econ)
     M = moments_of(k, s, seen_moments(state, econ, cfg), econ, weight).unsqueeze(1)
-    labour = labour_of(gathered(state.p, 0), z, econ)
     at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
     c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(at, econ)[0]
     richest, R = torch.where(k <= state.k_range[1], k, -torch.inf).argmax(), float(R.mean())
