@@ -1604,7 +1604,7 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
     x, seen = features(at, m, net, econ), learnt_seen(batch, paths)
     f, missed = network(net.layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
-    free = free * robust(missed, free)
+    free *= robust(missed, free)
     slopes = learnt_slopes(net.layers[6:], seen, net, econ) if seen else None
 
     def residuals(theta):
@@ -1678,18 +1678,15 @@ def robust(residual: Tensor, weight: Tensor) -> Tensor:
 def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Tensor:
     """Han, Yang & E (2021): value_steps of Adam on realised utility, then policy_steps on the utility of roll-outs, in
     economies that follow."""
-
-    def fresh():
-        return roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
-
     for step in range(cfg.value_steps):
         if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
-            states = thin(fresh(), cfg)
+            states = thin(roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng), cfg)
         adam_step(state, "value", value_loss, states, paths, econ, cfg)
     for step in range(cfg.policy_steps):
         if step % 20 == 19:  # prices follow what households save
             paths = simulate_on(state, econ, cfg, rng)
-        adam_step(state, "policy", policy_loss, fresh(), paths, econ, cfg)
+        batch = roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+        adam_step(state, "policy", policy_loss, batch, paths, econ, cfg)
     return torch.ones_like(state.damping)
 
 
@@ -1763,10 +1760,9 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     u_prime = marginal_utility(batch.c, econ)
     flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k, worth_of_cash(batch.c, R, at, econ)
     V_g, V_g_next = value_of(network(net.layers, x), at, econ)[1], value_of(network(net.layers, x_next), nexts, econ)[1]
-    here = joint(at.s, at.z, econ)
+    here, weight = joint(at.s, at.z, econ), econ.root_weight[at.s]
     # V_g brings both into units of g; 1 - beta is small, so the Bellman residual counts 1 / (1 - beta) times
-    level = LEVEL_WEIGHT * econ.root_weight[at.s] * econ.annuity[here] / V_g
-    slope = econ.root_weight[at.s] / u_prime
+    level, slope = LEVEL_WEIGHT * weight * econ.annuity[here] / V_g, weight / u_prime
     all_x = torch.cat([x.unsqueeze(0), x_next])
     all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[here].T * beta * V_g_next])  # of minus the residual
 
@@ -1777,11 +1773,10 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
         return flow + beta * expected(V_next, at, econ) - value_of(g, at, econ)[0], V_k - V_g * g_k
 
     # there is no noise in the residuals, so what is large is next to a kink
-    level, slope = [weight * robust(weight * r, torch.ones_like(r)) for weight, r in
-                    zip((level, slope), both(state.value))]
+    level, slope = [w * robust(w * r, torch.ones_like(r)) for w, r in zip((level, slope), both(state.value))]
 
     def residuals(theta):
-        return torch.stack([weight * r for weight, r in zip((level, slope), both(theta))])
+        return torch.stack([w * r for w, r in zip((level, slope), both(theta))])
 
     def jacobians(part):
         yield fast.network_jacobian(net.layers, all_x[:, part], (level * all_V_g)[:, part])
@@ -1913,26 +1908,20 @@ def learnt_seen(batch: Batch, paths: Paths) -> tuple:
     return tuple(x.flatten(0, 1)[batch.date] for x in paths.held)
 
 
-def learnt_unit(net: Net, p: int) -> Tensor:
-    """Unit (p,) of the learnt moments, the last of all, as inputs."""
-    return len(net.M_mean) ** 0.5 * net.M_std[-p:]
-
-
 def with_learnt(x: Tensor, layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
     """Inputs x (n, inputs), the learnt moments among them as Q of these layers has them."""
     if not seen:
         return x
-    k, s, weight = seen
-    p = len(layers[5])
-    learnt = (mean_over(Q(layers, k, s, econ), weight) - net.M_mean[-p:]) / learnt_unit(net, p)
+    (k, s, weight), p, n = seen, len(layers[5]), len(net.M_mean)
+    learnt = (mean_over(Q(layers, k, s, econ), weight) - net.M_mean[-p:]) / (n**0.5 * net.M_std[-p:])
     return torch.cat([x[..., :-p], learnt], -1)
 
 
 def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
     """d learnt moments / d parameters of Q as inputs at the states, (n, p, parameters)."""
-    size = max(1, 2**18 // seen[0].shape[1])
+    size, p, n = max(1, 2**18 // seen[0].shape[1]), len(layers[5]), len(net.M_mean)
     parts = [Q_jacobian(layers, *part, econ) for part in zip(*[x.split(size) for x in seen])]
-    return torch.cat(parts) / learnt_unit(net, len(layers[5])).unsqueeze(1)
+    return torch.cat(parts) / (n**0.5 * net.M_std[-p:]).unsqueeze(1)
 
 
 def sized(cfg: Config, economy: Economy) -> Config:
@@ -3556,8 +3545,8 @@ class Guard:
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
         self.graphs, self.graph = graphs and not cfg.published, None
-        hidden = True if RANK else None  # None: on a terminal only
-        self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
+        self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", unit="it",
+                        disable=True if RANK else None)  # None: on a terminal only
 
     def run(self, iteration: Callable) -> dict:
         """Figures of an iteration that went well."""
