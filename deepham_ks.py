@@ -1228,9 +1228,9 @@ def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables,
     free = batch.c < above_limit(m, econ) * (1 - 1e-6)
     error = 1 - inverse_marginal_utility((econ.beta[at.s] * batch.expected).clamp(min=1e-30), econ) / batch.c
     missed, error = [torch.where(free, x, 0.0) for x in (policy_residual(batch, econ), error)]
-    means = [mean_over(state.k, state.weight).mean(), missed.square().mean(), error.abs().sum(), free.sum().float(),
-             1 - free.float().mean()]
-    mean_K, missed, euler, n, at_limit = total(torch.stack(means)) / RANKS
+    mean_K, share = mean_over(state.k, state.weight).mean(), free.float().mean()
+    means = torch.stack([mean_K, missed.square().mean(), error.abs().sum(), free.sum().float(), 1 - share])
+    mean_K, missed, euler, n, at_limit = total(means) / RANKS
     figures = torch.stack([mean_K, missed.sqrt(), euler / n, at_limit, taken, state.damping])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
@@ -1271,7 +1271,8 @@ class Paths(NamedTuple):
 
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
-    net, moments = policy_net(state, econ, cfg), seen_moments(state, econ, cfg)
+    net = policy_net(state, econ, cfg)
+    moments = Moments(given_moments(cfg), net.layers[6:])
     now, ahead, M, held, gains = [], [], [], [], []
 
     def policy(at, weight):
@@ -1329,7 +1330,7 @@ RARE = 1e-6  # a share of infinitely many households that does not count as any
 def ends_of(panel: Panel) -> List[Tensor]:
     """Least and largest k that households hold."""
     if not panel.weight.numel():
-        return [panel.k.min(), panel.k.max()]
+        return list(panel.k.aminmax())
     k, order = panel.k[0].sort(stable=True)
     below = panel.weight.clamp(min=0)[:, order].double().cumsum(1)
     share = below / below[:, -1:]
@@ -1380,7 +1381,7 @@ def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
 
 def widen(ends: Tensor, now: Tensor) -> None:
     """A simulated range (2,), in place: it grows at once and shrinks slowly, so that rare states always teach."""
-    now = torch.stack([now.min(), now.max()])
+    now = torch.stack(now.aminmax())
     slowly = ends + 0.1 * (now - ends)
     ends.copy_(torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]]))
 
@@ -1849,10 +1850,6 @@ def shapes_of(net: Net) -> List[tuple]:
     return [layer.shape for layer in net.layers]
 
 
-def seen_moments(state: State, econ: Tables, cfg: Config) -> Moments:
-    return Moments(given_moments(cfg), policy_net(state, econ, cfg).layers[6:])
-
-
 def Q(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
     """(..., p) of households k, s (...)."""
     h = torch.tanh(linear(learnt_inputs(k, s, econ), layers[0], layers[1]))
@@ -1904,7 +1901,7 @@ def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: T
 
 
 def learnt_seen(batch: Batch, paths: Paths) -> tuple:
-    """k, s, weight (n, N or 0) of the cross-sections that the states of a batch see; () where nothing is learnt."""
+    """k, s and weight (n, N or 0) of the cross-sections that a batch sees; () where nothing is learnt."""
     return tuple(x.flatten(0, 1)[batch.date] for x in paths.held)
 
 
@@ -1950,15 +1947,13 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
     law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
     law[:, 1] = 1  # K' = K
-    k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in
-                (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
-
+    k, K_all = [gathered(x, 0).aminmax() for x in (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
     return State(
         policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
         rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
         M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
         K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1),
-        k_range=torch.stack([k.min(), k.max()]), K_range=torch.stack([K_all.min(), K_all.max()]),
+        k_range=torch.stack(k), K_range=torch.stack(K_all),
         adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
         adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
 
@@ -3585,10 +3580,9 @@ class Guard:
         return ""
 
     def after_iteration(self) -> None:
-        state, why = self.state, ""
-        if self.econ.equilibrium == "planner":
-            why = unbounded_saving(state, self.econ, self.cfg)
-            state.unbounded = state.unbounded + 1 if why else 0
+        state, planner = self.state, self.econ.equilibrium == "planner"
+        why = unbounded_saving(state, self.econ, self.cfg) if planner else ""
+        state.unbounded = state.unbounded + 1 if why else 0
         self.save()
         K, euler, moved, seconds = (state.history[name][-1] for name in ("mean_K", "euler", "movement", "seconds"))
         words = f"K {K:.4g}, Euler error {euler:.1e}, savings move {moved:.0e} of K"
@@ -3606,10 +3600,10 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
     saves more and more; what bounds its wealth is R < 1 alone."""
     k, s, weight, z, p = (gathered(getattr(state, name), 0) for name in Panel._fields)
-    K, labour = mean_over(k, weight).unsqueeze(1), labour_of(p, z, econ)
-    M = moments_of(k, s, seen_moments(state, econ, cfg), econ, weight).unsqueeze(1)
+    K, labour, net = mean_over(k, weight).unsqueeze(1), labour_of(p, z, econ), policy_net(state, econ, cfg)
+    M = moments_of(k, s, Moments(given_moments(cfg), net.layers[6:]), econ, weight).unsqueeze(1)
     at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
-    c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(at, econ)[0]
+    c, R = cash_on_hand(at, econ)[0] - network_capital(net, at, econ), prices(at, econ)[0]
     richest, R = torch.where(k <= state.k_range[1], k, -torch.inf).argmax(), float(R.mean())
     u_prime, beta = marginal_utility(c.flatten()[richest], econ), econ.beta[s.flatten()[richest]]
     gain = float(beta * (at.Delta.mean() + R * u_prime) / u_prime)

@@ -31,7 +31,7 @@ class World:
             if x.is_floating_point():
                 setattr(self.state, name, x.double())
         self.state.policy += 0.3 * torch.randn(self.state.policy.shape, generator=g, dtype=F64)
-        self.moments = dk.seen_moments(self.state, self.econ, cfg)
+        self.moments = dk.Moments(dk.given_moments(cfg), dk.policy_net(self.state, self.econ, cfg).layers[6:])
         Z, S = economy.arrays.income.shape
         self.k = economy.k_min + economy.K_ss * 2 * torch.rand(B, N, generator=g, dtype=F64)
         self.s = torch.randint(S, (B, N), generator=g)

@@ -451,7 +451,7 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     paths = dk.Paths(None, None, held if learnt else ())
     date, rates = torch.randint(15, (n,), generator=g), torch.tensor([0.2, 0, 0], dtype=F64)
     *_, weight = seen = [x.flatten(0, 1)[date] for x in held]
-    state.rates, moments = rates, dk.seen_moments(state, econ, cfg)
+    state.rates, moments = rates, dk.Moments(dk.given_moments(cfg), dk.policy_net(state, econ, cfg).layers[6:])
     k = economy.k_min + economy.K_ss * torch.rand(n, generator=g, dtype=F64) ** 3
     s, z = [torch.randint(of, (n,), generator=g) for of in (S, Z)]
     at = dk.place(k, s, dk.mean_over(seen[0], weight), z, econ)._replace(
