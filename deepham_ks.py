@@ -1146,7 +1146,7 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
 
         # 2. Roll out. M households on windows of these paths, half of them put anywhere in the range of k. The label
         #    of a period is what a unit of k' is worth in it, lambda' = E[R' u'(c')] + what is left of this later on.
-        batch = roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+        batch = roll_out_households(state, paths, econ, cfg, rng)
 
         # 3. Move the policy: a damped Gauss-Newton step of log c towards u'(c) = beta lambda'.
         if cfg.published:
@@ -1437,7 +1437,7 @@ def taught(cfg: Config) -> List[int]:
     return sorted({round(last * (i / (TAUGHT - 1)) ** 3) for i in range(TAUGHT)})
 
 
-def sample_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config, rng: torch.Generator):
+def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator):
     """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
     simulated economies. A share of them starts anywhere in the simulated range of k and a little beyond: the ergodic
     set of a wrong policy never visits the tails that decide the distribution. And in any s alike: rare states hold most
@@ -1450,7 +1450,7 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     top, low = learnt_top(state.k_range[1], state.K_centre), (state.k_range[0] - econ.k_min) / 10
     wide = low + k_nodes(drawn, top - low, econ)
     k, s = some_households(state, M, econ, rng)
-    k = torch.where(start_wide < wide_share, wide, k)
+    k = torch.where(start_wide < cfg.wide_share, wide, k)
     any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
     path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
     shocks = uniform(path.z.shape, rng, device)
@@ -1475,11 +1475,10 @@ def learnt_top(k_high, K):
     return torch.maximum(1.5 * k_high, 5 * K)
 
 
-def roll_out_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config,
-                        rng: torch.Generator) -> Batch:
+def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Batch:
     """M fresh households under the current policy, with their labels; the states that teach, as one list (n,)."""
     net = policy_net(state, econ, cfg)
-    k0, path, ahead, date = sample_households(state, paths, wide_share, econ, cfg, rng)
+    k0, path, ahead, date = sample_households(state, paths, econ, cfg, rng)
     path = path._replace(k=fast.roll_out(net, k0, path, econ))
     at, k_next = rows(path, 0, cfg.horizon), path.k[1:]
     # a few periods at once stay in a CPU's cache; a GPU, which waits for launches, gets four million states
@@ -1605,7 +1604,7 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
     x, seen = features(at, m, net, econ), learnt_seen(batch, paths)
     f, missed = network(net.layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
-    free *= robust(missed, free)
+    free = free * robust(missed, free)
     slopes = learnt_slopes(net.layers[6:], seen, net, econ) if seen else None
 
     def residuals(theta):
@@ -1681,12 +1680,12 @@ def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: 
     economies that follow."""
     for step in range(cfg.value_steps):
         if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
-            states = thin(roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng), cfg)
+            states = thin(roll_out_households(state, paths, econ, cfg, rng), cfg)
         adam_step(state, "value", value_loss, states, paths, econ, cfg)
     for step in range(cfg.policy_steps):
         if step % 20 == 19:  # prices follow what households save
             paths = simulate_on(state, econ, cfg, rng)
-        batch = roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+        batch = roll_out_households(state, paths, econ, cfg, rng)
         adam_step(state, "policy", policy_loss, batch, paths, econ, cfg)
     return torch.ones_like(state.damping)
 
@@ -1740,11 +1739,11 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
     """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k
     + beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
     Huge & Savine 2020)."""
-    damping = torch.full_like(state.damping, 1e-2)
+    damping, cfg = torch.full_like(state.damping, 1e-2), dataclasses.replace(cfg, wide_share=0.0)
     state.rates[1:] = 0  # what households believe stays what it is
     for _ in range(VALUE_ROUNDS):
         paths = simulate_on(state, econ, cfg, rng)
-        batch = roll_out_households(state, paths, 0.0, econ, cfg, rng)
+        batch = roll_out_households(state, paths, econ, cfg, rng)
         n = min(4, len(batch.c))
         for i in range(VALUE_STEPS):
             value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)

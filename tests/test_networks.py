@@ -555,7 +555,7 @@ def test_sampled_households(economies, name, N, rng):
     K = economy.K_ss * (1 + torch.rand(30, B, generator=rng, dtype=F64))  # every date and economy its own number
     z = [torch.tensor(dk.draw_z_path(30, economy.arrays.P_z, np.random.default_rng(b))) for b in range(B)]
     paths = constant_paths(K, torch.stack(z, 1), Z)
-    k, path, ahead, date = dk.sample_households(state, paths, 0.5, econ, cfg, rng)
+    k, path, ahead, date = dk.sample_households(state, paths, econ, cfg, rng)
     assert k.shape == (4000,) and path.K.shape == path.s.shape == path.z.shape == (6, 4000) == (6, *ahead.K.shape[1:])
     first, economy_of = date[0] // B, date[0] % B
     for t in range(6):
@@ -597,11 +597,12 @@ def test_households_drawn_from_nodes_are_distributed_as_they_are(economies, name
 
 
 def test_published_households_keep_their_states(econ, rng):
-    cfg = dataclasses.replace(CFG, optimizer="adam", periods=20, horizon=5, batch=500, moments="", n_agents=200)
+    cfg = dataclasses.replace(CFG, optimizer="adam", periods=20, horizon=5, batch=500, moments="", n_agents=200,
+                              wide_share=0.0)
     state = dk.initial_state(econ, dk.krusell_smith(), cfg, 0, rng)
     state.s.copy_((state.k > 40).long())  # so that each k says which s is its
     z = torch.zeros(20, cfg.n_economies, dtype=torch.long)
-    k, path, *_ = dk.sample_households(state, constant_paths(z + 39.0, z, 2), 0.0, econ, cfg, rng)
+    k, path, *_ = dk.sample_households(state, constant_paths(z + 39.0, z, 2), econ, cfg, rng)
     assert torch.equal(path.s[0], (k > 40).long()) and torch.isin(k, state.k).all()
 
 

@@ -164,7 +164,8 @@ def test_fitting_V_lowers_the_bellman_error_and_leaves_the_policy(economies, nam
 
     policy, centre, law = state.policy.clone(), state.K_centre.clone(), state.K_law.clone()
     with torch.no_grad():
-        batch = dk.roll_out_households(state, dk.simulate_on(state, econ, cfg, rng), 0.0, econ, cfg, rng)
+        near = dataclasses.replace(cfg, wide_share=0.0)
+        batch = dk.roll_out_households(state, dk.simulate_on(state, econ, cfg, rng), econ, near, rng)
         state.K_law.copy_(law)
         before = bellman_error(batch)
         real(state, econ, cfg, rng)
@@ -180,7 +181,7 @@ def test_fitting_V_lowers_the_bellman_error_and_leaves_the_policy(economies, nam
 def test_V_is_fitted_where_the_policy_leads(monkeypatch):
     """Roll-outs start anywhere until the policy is final, then in the simulated cross-section alone."""
     shares, real = [], dk.sample_households
-    monkeypatch.setattr(dk, "sample_households", lambda *of: (shares.append(of[2]), real(*of))[1])
+    monkeypatch.setattr(dk, "sample_households", lambda *of: (shares.append(of[3].wide_share), real(*of))[1])
     train(SMOKE)
     assert shares == [SMOKE.wide_share] * SMOKE.iterations + [0.0] * dk.VALUE_ROUNDS and SMOKE.wide_share > 0
 
