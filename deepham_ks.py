@@ -946,7 +946,7 @@ def above_limit(m: Tensor, econ: Tables) -> Tensor:
 
 
 def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
-    """Inputs of the policy network, (...) -> (..., n_inputs())."""
+    """Inputs of the policy network, (...) -> (..., inputs)."""
     return with_own(at.k, m, features_of_others(at.k, at, net, econ), econ)
 
 
@@ -1147,7 +1147,7 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
 
         # 2. Roll out. M households on windows of these paths, half of them put anywhere in the range of k. The label
         #    of a period is what a unit of k' is worth in it, lambda' = E[R' u'(c')] + what is left of this later on.
-        batch = roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+        batch = roll_out_households(state, paths, econ, cfg, rng)
 
         # 3. Move the policy: a damped Gauss-Newton step of log c towards u'(c) = beta lambda'.
         if cfg.published:
@@ -1187,9 +1187,9 @@ DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.aver
 
 
 def set_rates(state: State, cfg: Config) -> None:
-    """Sizes of the steps: of the policy; of the law of K that is believed in, which follows by halves; of the planner's
-    Delta, which waits until the policy is near its first-order condition, as the cross-section of any other says
-    nothing of it. All fall like 1 / n after savings have settled, and are smaller for a while after trouble."""
+    """Sizes of the steps: of the policy; of the law of K, which follows by halves; of the planner's Delta, which waits
+    until the policy is near its first-order condition. The first two fall like 1 / n once savings have settled, and are
+    smaller for a while after trouble."""
     fall = 1 + DECAY * max(state.iteration - full_steps(state, cfg), 0)
     step, near = state.caution / fall, min(state.history["policy_residual"][-3:], default=1.0) < 0.05
     law = 1.0 if state.iteration == 0 or cfg.published else 0.5
@@ -1201,12 +1201,11 @@ WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mea
 
 def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
     """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its centre: (10,)."""
-    Z, S = econ.shares.shape
-    device, K = econ.TFP.device, state.K_centre
+    K, (z, s) = state.K_centre, torch.meshgrid(*[torch.arange(n, device=econ.TFP.device) for n in econ.shares.shape],
+                                               indexing="ij")
     k = econ.k_min + torch.stack([multiple * (K - econ.k_min) for multiple in WATCHED]).view(-1, 1, 1, 1)
     of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
-    at = torch.broadcast_tensors(k, torch.arange(S, device=device), of_K, torch.arange(Z, device=device).view(-1, 1))
-    at = place(*at, econ)._replace(M=state.M_mean)
+    at = place(*torch.broadcast_tensors(k, s, of_K, z), econ)._replace(M=state.M_mean)
     k_next = network_capital(policy_net(state, econ, cfg), at, econ)  # (10, 3, Z, S)
     return (k_next * econ.shares).sum((2, 3)).mean(1) / K
 
@@ -1216,8 +1215,8 @@ def movement(watched: list) -> float:
     n = min(5, len(watched) // 2)
     if n == 0:
         return 1.0
-    means = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
-    return float(np.abs(means[1] - means[0]).mean())
+    before, last = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
+    return float(np.abs(last - before).mean())
 
 
 def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables, cfg: Config) -> Tensor:
@@ -1228,12 +1227,11 @@ def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables,
         batch = batch._replace(expected=fast.expected_worth(net, at, k_next, batch.ahead, econ))
     m, _ = cash_on_hand(at, econ)
     free = batch.c < above_limit(m, econ) * (1 - 1e-6)
-    missed = torch.where(free, policy_residual(batch, econ), 0.0).square().mean()
     error = 1 - inverse_marginal_utility((econ.beta[at.s] * batch.expected).clamp(min=1e-30), econ) / batch.c
-    euler, n = torch.where(free, error.abs(), 0.0).sum(), free.sum()
-    mean_K = mean_over(state.k, state.weight).mean()
-    mean_K, missed, at_limit, euler, n = total(torch.stack([mean_K, missed, 1 - free.float().mean(), euler,
-                                                            n.float()])) / RANKS
+    missed, error = [torch.where(free, x, 0.0) for x in (policy_residual(batch, econ), error)]
+    mean_K, share = mean_over(state.k, state.weight).mean(), free.float().mean()
+    means = torch.stack([mean_K, missed.square().mean(), error.abs().sum(), free.sum().float(), 1 - share])
+    mean_K, missed, euler, n, at_limit = total(means) / RANKS
     figures = torch.stack([mean_K, missed.sqrt(), euler / n, at_limit, taken, state.damping])
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
@@ -1250,16 +1248,13 @@ def has_settled(state: State, cfg: Config) -> bool:
 
 
 def still_moving(history: dict, settled: int, cfg: Config) -> str:
-    """Which quantity a run left moving, or nothing. Euler errors are exact sums on states of fresh roll-outs, at K' and
-    Delta' as their laws expect them: noise-free but for the choice of states."""
-    if cfg.published:
-        return ""
+    """Which quantity a run left moving, or nothing."""
     euler = history["euler"][settled:]
     n = min(len(euler) // 3, 10)
-    if n and change_of(euler, n) < 0.8:
-        last, before = np.mean(euler[-n:]), np.mean(euler[-2 * n : -n])
+    if n and change_of(euler, n) < 0.8 and not cfg.published:
+        before, last = np.array(euler[-2 * n :]).reshape(2, n).mean(1)
         return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
-    if not settled:
+    if not settled and not cfg.published:
         return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
     return ""
 
@@ -1270,61 +1265,56 @@ def still_moving(history: dict, settled: int, cfg: Config) -> str:
 class Paths(NamedTuple):
     """What a simulation of B economies leaves to learn from."""
 
-    K: Tensor  # (periods, B)
-    z: Tensor  # (periods, B)
-    K_next: Tensor  # (periods - 1, B) what is expected of K'
-    labour: Tensor  # (periods, B, 2) L and tax where labour moves, else (periods, B, 0), and
-    labour_next: Tensor  # (periods - 1, B, Z, 2) the same given z'
-    M: Tensor  # (periods, B, n) moments, and
-    M_next: Tensor  # (periods - 1, B, Z, n) what is expected of them given z'
-    k: Tensor  # (periods, B, N) the cross-sections, where moments are seen; else (0, B, N)
-    s: Tensor
-    weight: Tensor  # (periods, B, N or 0)
+    at: At  # (periods, B) where they are; k and s are nobody's
+    ahead: Ahead  # (periods - 1, B)
+    held: tuple  # k, s and weight (periods, B, N or 0) of the cross-sections, where moments are learnt; else ()
 
 
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
-    net, moments = policy_net(state, econ, cfg), seen_moments(state, econ, cfg)
-    n, planner = len(state.M_mean), econ.equilibrium == "planner"
-    K_path, z_path, p_path, held, gains = [], [], [], [], []
+    net = policy_net(state, econ, cfg)
+    moments = Moments(given_moments(cfg), net.layers[6:])
+    now, ahead, M, held, gains = [], [], [], [], []
 
     def policy(at, weight):
-        M = moments_of(at.k, at.s, moments, econ, weight).unsqueeze(1)
-        return fast.network_capital(net, at._replace(M=M), econ)
+        M.append(moments_of(at.k, at.s, moments, econ, weight))
+        return fast.network_capital(net, at._replace(M=M[-1].unsqueeze(1)), econ)
 
     for panel, at, k_next in simulate(policy, scaled(state, econ, cfg, rng), cfg.periods, econ, rng):
-        K_path.append(at.K[:, 0])
-        z_path.append(at.z[:, 0])
-        p_path.append(panel.p)
-        if n:
-            held.append((*panel[:3], k_next))
-        if planner:
-            gains.append(mean_over(gain_from_K(k_next, at, econ), panel.weight))
-    K_path, z_path = torch.stack(K_path), torch.stack(z_path)
-    labour, labour_next = path_labour(torch.stack(p_path), z_path, econ)
-    every_K, every_z, every_labour = gathered(K_path, 1), gathered(z_path, 1), gathered(labour, 1)
-    if planner:
-        found, _ = regress_by_z(gathered(torch.stack(gains), 1), terms(every_K, every_labour), every_z, 0 * econ.TFP)
-        approach(state.Delta_law, found, state.rates[2])
-    if n:  # which are there to tell what the law of K cannot
-        K_next = K_path[1:]
+        k, s, weight, z, p = panel
+        now.append((at.K[:, 0], z[:, 0], at.labour[:, 0]))
+        ahead.append((next_moments(k_next, s, z, moments, econ, weight), labour_ahead(p, z, econ)[:, 0]))
+        if moments.Q:
+            held.append((k, s, weight))
+        if econ.equilibrium == "planner":
+            gains.append(mean_over(gain_from_K(k_next, at, econ), weight))
+    (K, z, labour), M = [torch.stack(x) for x in zip(*now)], torch.stack(M)
+    M_next, labour_next = [torch.stack(x[:-1]) for x in zip(*ahead)]
+    held = tuple(torch.stack(x) for x in zip(*held))
+    every_K, every_z, every_labour = [gathered(x, 1) for x in (K, z, labour)]
+    if M.numel():  # which are there to tell what the law of K cannot
+        K_next = K[1:]
     else:
         approach(state.K_law, law_of_motion(every_K, every_labour, every_z, 0 * econ.TFP)[0], state.rates[1])
-        ln_K_next = by_law(state.K_law[z_path[:-1]], torch.log(K_path[:-1].double()), labour[:-1].double())
-        K_next = torch.exp(ln_K_next).to(K_path.dtype)
+        K_next = torch.exp(by_law(state.K_law[z[:-1]], torch.log(K[:-1].double()), labour[:-1].double())).to(K.dtype)
+    Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
+    if gains:
+        found, _ = regress_by_z(gathered(torch.stack(gains), 1), terms(every_K, every_labour), every_z, 0 * econ.TFP)
+        approach(state.Delta_law, found, state.rates[2])
+        law = state.Delta_law.to(K.dtype)
+        Delta = by_law(law[z], torch.log(K), labour)
+        Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
     widen(state.k_range, gathered(torch.stack(ends_of(panel)), 0))
-    widen(state.K_range, torch.stack([every_K.min(), every_K.max()]))
-    *held, k_next = [torch.stack(x) for x in zip(*held)] or [x.unsqueeze(0)[:0] for x in (*panel[:3], k_next)]
-    M, M_next = path_moments(*held, k_next, z_path, moments, econ)
-    for name, now in panel._asdict().items():  # only here: the first date of the paths was the state itself
-        getattr(state, name).copy_(now)
+    widen(state.K_range, every_K)
+    for name, x in panel._asdict().items():  # only here: the first date was the state itself
+        getattr(state, name).copy_(x)
     recentre(state, every_K, gathered(M, 1), econ, cfg)
-    return Paths(K_path, z_path, K_next, labour, labour_next, M, M_next, *held)
+    return Paths(At(K, z, K, z, M, Delta, labour), Ahead(K_next, M_next, Delta_next, labour_next), held)
 
 
 def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Panel:
-    """The economies with each group's capital scaled by a factor of its own, up to cfg.K_spread off: K off its usual
-    path. Nodes of infinitely many households reach a good deal further than any of them."""
+    """The economies with each group's capital scaled by up to cfg.K_spread: K off its usual path. Nodes of infinitely
+    many households reach further than any of them."""
     k, s, weight, z, p = (getattr(state, name) for name in Panel._fields)
     scale = 1 + cfg.K_spread * (2 * uniform((len(k), econ.of_group.shape[1]), rng, k.device) - 1)
     k = econ.k_min + (k - econ.k_min) * scale.gather(1, econ.of_group.argmax(1)[s])
@@ -1341,21 +1331,13 @@ RARE = 1e-6  # a share of infinitely many households that does not count as any
 def ends_of(panel: Panel) -> List[Tensor]:
     """Least and largest k that households hold."""
     if not panel.weight.numel():
-        return [panel.k.min(), panel.k.max()]
+        return list(panel.k.aminmax())
     k, order = panel.k[0].sort(stable=True)
     below = panel.weight.clamp(min=0)[:, order].double().cumsum(1)
     share = below / below[:, -1:]
     reached = (share > RARE) & (share.roll(1, 1) < 1 - RARE)
     reached[:, 0] = share[:, 0] > RARE
     return [torch.where(reached, k, torch.inf).min(), torch.where(reached, k, -torch.inf).max()]
-
-
-def path_labour(p: Tensor, z: Tensor, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """Labour (periods, B, 2) and what it is next period for each z' (periods - 1, B, Z, 2): p (periods, B, S), z
-    (periods, B)."""
-    (periods, B), p, z = z.shape, p.flatten(0, 1), z.flatten().unsqueeze(1)
-    ahead = labour_ahead(p[: -B], z[: -B], econ)
-    return labour_of(p, z, econ).view(periods, B, -1), ahead.view(periods - 1, B, len(econ.TFP), -1)
 
 
 def terms(K: Tensor, labour: Tensor) -> List[Tensor]:
@@ -1399,23 +1381,22 @@ def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
 
 
 def widen(ends: Tensor, now: Tensor) -> None:
-    """A simulated range (2,), in place: it grows at once and shrinks by a tenth an iteration, so that rare states are
-    learnt from all the time and not by fits."""
-    low, high, slowly = now.min(), now.max(), ends + 0.1 * (torch.stack([now.min(), now.max()]) - ends)
-    ends.copy_(torch.stack([torch.minimum(low, slowly[0]), torch.maximum(high, slowly[1])]))
+    """A simulated range (2,), in place: it grows at once and shrinks slowly, so that rare states always teach."""
+    now = torch.stack(now.aminmax())
+    slowly = ends + 0.1 * (now - ends)
+    ends.copy_(torch.stack([torch.minimum(now, slowly)[0], torch.maximum(now, slowly)[1]]))
 
 
 def recentre(state: State, K_path: Tensor, M: Tensor, econ: Tables, cfg: Config) -> None:
-    """Where mean K has moved by more than a tenth, or a moment by half its unit, the inputs are centred there anew; the
-    first layer takes the difference up, so that the policy network stays the function it was."""
-    W1, b1, *_ = unpack(state.policy, policy_shapes(econ, cfg))
+    """Inputs are centred anew where mean K has moved by a tenth, or a moment by half its unit; the first layer takes
+    the difference up, so that the policy network stays the function it was."""
+    W1, b1, *_ = policy_net(state, econ, cfg).layers
     shift = torch.log(K_path / state.K_centre).mean()
     shift = torch.where(shift.abs() > 0.1, shift, 0.0)
     state.K_centre.mul_(torch.exp(shift))
     b1.add_(K_SCALE * shift * W1[:, K_INPUT])
-    n = len(state.M_mean)
+    n, M = len(state.M_mean), M.flatten(0, 1)
     if n:
-        M = M.flatten(0, 1)
         shift, unit = (M.mean(0) - state.M_mean) / state.M_std, M.std(0) / state.M_std
         moved = (shift.abs() > 0.5) | (unit > 2) | ((unit < 0.5) & (unit > 1e-6))
         shift, unit = torch.where(moved, shift, 0.0), torch.where(moved & (unit > 1e-6), unit, 1.0)
@@ -1441,29 +1422,28 @@ class Batch(NamedTuple):
 
 
 def pick(x, index):
-    """A tensor, or tuples of tensors however deep, at an index of the first dimensions."""
-    return type(x)(*[pick(part, index) for part in x]) if hasattr(x, "_fields") else \
-        tuple(pick(part, index) for part in x) if isinstance(x, tuple) else x[index]
+    """A tensor, or named tuples of tensors however deep, at an index of the first dimensions."""
+    return x[index] if isinstance(x, Tensor) else type(x)(*[pick(part, index) for part in x])
 
 
 TAUGHT = 5  # periods of a roll-out that teach
 
 
 def taught(cfg: Config) -> List[int]:
-    """Periods of a roll-out whose states teach, all of them in its first half, so that T / 2 periods follow; many of
-    them early, where households are where they were put. In the published algorithm all that V learns from."""
+    """Periods of a roll-out whose states teach: in its first half, so that T / 2 periods follow, and many of them
+    early, where households are where they were put. In the published algorithm all that V learns from."""
     last = max(cfg.horizon // 2 - 1, 0)
     if cfg.published:
         return list(range(last + 1))
     return sorted({round(last * (i / (TAUGHT - 1)) ** 3) for i in range(TAUGHT)})
 
 
-def sample_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config, rng: torch.Generator):
-    """Path of M households (T + 1, M), who start with k (M,), the dates that they pass and what they expect: windows of
-    the simulated economies, s drawn anew. A share of them starts anywhere in the simulated range of k and a little
-    beyond: the ergodic set of a wrong policy never visits the tails that decide the distribution. And in any s alike:
-    rare states hold most of the error."""
-    M, (periods, B), device = cfg.batch, paths.K.shape, paths.K.device
+def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator):
+    """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
+    simulated economies. A share of them starts anywhere in the simulated range of k and a little beyond: the ergodic
+    set of a wrong policy never visits the tails that decide the distribution. And in any s alike: rare states hold most
+    of the error."""
+    M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
     window = start + torch.arange(cfg.horizon + 1, device=device).unsqueeze(1)
@@ -1471,22 +1451,12 @@ def sample_households(state: State, paths: Paths, wide_share: float, econ: Table
     top, low = learnt_top(state.k_range[1], state.K_centre), (state.k_range[0] - econ.k_min) / 10
     wide = low + k_nodes(drawn, top - low, econ)
     k, s = some_households(state, M, econ, rng)
-    k = torch.where(start_wide < wide_share, wide, k)
+    k = torch.where(start_wide < cfg.wide_share, wide, k)
     any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
-    s = s if cfg.published else any_s
-    z = paths.z[window, economy]
-    shocks = uniform(z.shape, rng, device)
-    s_path = follow(lambda t, s: shocks[t], s, z, econ)
-    K, now = paths.K[window, economy], window[:-1]
-    K_next = paths.K_next[now, economy]
-    labour, labour_next = paths.labour[window, economy], paths.labour_next[now, economy]
-    Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
-    if econ.equilibrium == "planner":
-        law = state.Delta_law.to(K.dtype)
-        Delta = by_law(law[z], torch.log(K), labour)
-        Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
-    path = At(torch.zeros_like(K), s_path, K, z, paths.M[window, economy], Delta, labour)
-    return k, path, Ahead(K_next, paths.M_next[now, economy], Delta_next, labour_next), now * B + economy
+    path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
+    shocks = uniform(path.z.shape, rng, device)
+    path = path._replace(s=follow(lambda t, s: shocks[t], s if cfg.published else any_s, path.z, econ))
+    return k, path, ahead, window[:-1] * B + economy
 
 
 def some_households(state: State, M: int, econ: Tables, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
@@ -1502,27 +1472,28 @@ def some_households(state: State, M: int, econ: Tables, rng: torch.Generator) ->
 
 
 def learnt_top(k_high, K):
-    """Largest k that roll-outs start from: a half more than any household holds, and five times K, as at first the
-    cross-section is too narrow."""
+    """Largest k that roll-outs start from; at first the cross-section is too narrow."""
     return torch.maximum(1.5 * k_high, 5 * K)
 
 
-def roll_out_households(state: State, paths: Paths, wide_share: float, econ: Tables, cfg: Config,
-                        rng: torch.Generator) -> Batch:
+def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Batch:
     """M fresh households under the current policy, with their labels; the states that teach, as one list (n,)."""
     net = policy_net(state, econ, cfg)
-    k0, path, ahead, date = sample_households(state, paths, wide_share, econ, cfg, rng)
-    k = fast.roll_out(net, k0, path, econ)
-    at = rows(path._replace(k=k), 0, cfg.horizon)
-    c, dc = fast.consumption_and_slope(net, at, econ)
+    k0, path, ahead, date = sample_households(state, paths, econ, cfg, rng)
+    path = path._replace(k=fast.roll_out(net, k0, path, econ))
+    at, k_next = rows(path, 0, cfg.horizon), path.k[1:]
+    # a few periods at once stay in a CPU's cache; a GPU, which waits for launches, gets four million states
+    n = max(1, 2**22 // (econ.next_s.shape[1] * cfg.batch)) if k0.is_cuda else 2
+    parts = [slice(t, t + n) for t in range(0, cfg.horizon, n)]
+    found = [fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]
+    c, dc = [torch.cat(x) for x in zip(*found)]
     if cfg.published:
-        last = pick(path._replace(k=k), -1)
-        U, worth = fast.published_labels(*fast.network_value(value_net(state, econ, cfg), last, econ), c, dc, at, econ)
-        batch = Batch(at, ahead, c, worth, worth, U, date)
-    else:
-        expected = fast.expected_worth(net, at, k[1:], ahead, econ)
-        batch = Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date)
-    return batch if cfg.published else thin(batch, cfg)
+        V_T = fast.network_value(value_net(state, econ, cfg), pick(path, -1), econ)
+        U, worth = fast.published_labels(*V_T, c, dc, at, econ)
+        return Batch(at, ahead, c, worth, worth, U, date)
+    expected = torch.cat([fast.expected_worth(net, pick(at, part), k_next[part], pick(ahead, part), econ)
+                          for part in parts])
+    return thin(Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date), cfg)
 
 
 def thin(batch: Batch, cfg: Config) -> Batch:
@@ -1530,46 +1501,27 @@ def thin(batch: Batch, cfg: Config) -> Batch:
     if isinstance(batch, Tensor):
         return torch.cat([batch[t] for t in taught(cfg)])
     return type(batch)(*[thin(part, cfg) for part in batch])
+
+
 def consumption_and_slope(net: Net, at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
-    """c and dc/dk of the policy network along a path, (T, M)."""
-    c, dc = torch.empty_like(at.k), torch.empty_like(at.k)
-    chunk = periods_at_once(at.k, 1)
-    for t in range(0, at.k.shape[0], chunk):
-        now = rows(at, t, t + chunk)
-        m, R = cash_on_hand(now, econ)
-        x = features(now, m, net, econ)
-        f, f_k = network_and_slope(net.layers, x, feature_slopes(now.k, m, R, x.shape[-1], econ))
-        share, above = consumed_share(f), above_limit(m, econ)
-        c[t : t + chunk], dc[t : t + chunk] = share * above, torch.where(f < 0, share * (R + above * f_k), R)
-    return c, dc
-
-
-def periods_at_once(k: Tensor, successors: int) -> int:
-    """How many periods of paths (T, M) to evaluate together: on a CPU few, which stay in its cache; on a GPU, which
-    waits for launches, as many as hold four million states."""
-    on_cpu = 4 if successors == 1 else 2
-    return max(1, 4_194_304 // (successors * k.shape[1])) if k.is_cuda else on_cpu
+    """c and dc/dk of the policy network."""
+    m, R = cash_on_hand(at, econ)
+    x = features(at, m, net, econ)
+    f, f_k = network_and_slope(net.layers, x, feature_slopes(at.k, m, R, x.shape[-1], econ))
+    share, above = consumed_share(f), above_limit(m, econ)
+    return share * above, torch.where(f < 0, share * (R + above * f_k), R)
 
 
 def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> Tensor:
-    """E[R' u'(c') + Delta'] along a path (T, M): what k' is worth next period under the policy network, an exact sum
-    over (s', z')."""
-    worth = torch.empty_like(at.k)
-    chunk = periods_at_once(at.k, econ.next_s.shape[1])
-    for t in range(0, at.k.shape[0], chunk):
-        now = rows(at, t, t + chunk)
-        nexts = successors(now, k_next[t : t + chunk],
-                           Ahead(ahead.K[t : t + chunk], ahead.M[t : t + chunk], ahead.Delta[t : t + chunk],
-                                 ahead.labour[t : t + chunk]), econ)
-        m, R = cash_on_hand(nexts, econ)
-        c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
-        worth[t : t + chunk] = expected(worth_of_cash(c, R, nexts, econ), now, econ)
-    return worth
+    """E[R' u'(c') + Delta']: what k' is worth next period under the policy network, an exact sum over (s', z')."""
+    nexts = successors(at, k_next, ahead, econ)
+    m, R = cash_on_hand(nexts, econ)
+    c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
+    return expected(worth_of_cash(c, R, nexts, econ), at, econ)
 
 
 def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
-    """k (T + 1, M) of M price-taking households along a path of s, K, z and what else is seen (T + 1, M), from k
-    (M,)."""
+    """k (T + 1, M) of M households from k (M,) along a path (T + 1, M) of all that is not theirs."""
     k_path, T = torch.empty_like(path.K), path.K.shape[0] - 1
     k_path[0] = k
     y, R = earnings(path, econ)
@@ -1620,24 +1572,19 @@ def published_labels(V_T: Tensor, V_k_T: Tensor, c: Tensor, dc: Tensor, at: At,
 
 KERNELS = ("network_capital", "network_value", "roll_out", "consumption_and_slope", "expected_worth", "worth_of_saving",
            "published_labels", "network_jacobian", "slope_jacobian")
-fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # functions of loops, as they run
+fast = types.SimpleNamespace(**{name: globals()[name] for name in KERNELS})  # as they run
 
 
 def compile_kernels(mode: str) -> None:
-    """`fast` holds the TorchScript-compiled functions (mode 'torchscript') or the eager ones ('none'). Where
-    TorchScript is gone or does not compile, one line says so and the run goes on eagerly; what it says of its end
-    where it does compile is not the user's trouble."""
-    eager = {name: globals()[name] for name in KERNELS}
-    vars(fast).update(eager)
-    if mode != "torchscript":
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            vars(fast).update({name: torch.jit.script(function) for name, function in eager.items()})
-    except Exception as error:
-        vars(fast).update(eager)
-        print(f"TorchScript does not compile here ({first_line(error)}): running eagerly")
+    """`fast` holds the compiled functions (mode 'torchscript') or the eager ones ('none', and where none compiles)."""
+    vars(fast).update({name: globals()[name] for name in KERNELS})
+    if mode == "torchscript":
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                vars(fast).update({name: torch.jit.script(function) for name, function in vars(fast).items()})
+        except Exception as error:
+            print(f"TorchScript does not compile here ({first_line(error)}): running eagerly")
 
 
 # ---------------------------------------------------------------------------------------------- 3. move the policy
@@ -1651,20 +1598,19 @@ def policy_residual(batch: Batch, econ: Tables) -> Tensor:
 
 
 def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """Gauss-Newton: the output of the policy network, the log of what is consumed, moves by policy_residual() wherever
-    the borrowing limit leaves room. Whether the step was taken."""
-    shapes, net, at = policy_shapes(econ, cfg), policy_net(state, econ, cfg), batch.at
+    """The output of the policy network, the log of what is consumed, moves by policy_residual() wherever the borrowing
+    limit leaves room. Whether the step was taken."""
+    net, at = policy_net(state, econ, cfg), batch.at
     m, _ = cash_on_hand(at, econ)
-    x, seen = features(at, m, net, econ), learnt_seen(batch, paths, cfg)
+    x, seen = features(at, m, net, econ), learnt_seen(batch, paths)
     f, missed = network(net.layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
     free = free * robust(missed, free)
-    slopes = None if seen is None else learnt_slopes(seen_moments(state, econ, cfg).Q, seen, net, econ)
+    slopes = learnt_slopes(net.layers[6:], seen, net, econ) if seen else None
 
     def residuals(theta):
-        layers = unpack(theta, shapes)
-        moved = x if seen is None else with_learnt(x, learnt_layers(theta, econ, cfg), seen, net, econ)
-        return ((f + missed - network(layers, moved)) * free).unsqueeze(0)
+        layers = unpack(theta, shapes_of(net))
+        return ((f + missed - network(layers, with_learnt(x, layers[6:], seen, net, econ))) * free).unsqueeze(0)
 
     def jacobians(part):
         jacobian = fast.network_jacobian(net.layers, x[None, part], free[None, part])
@@ -1675,25 +1621,20 @@ def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Con
         yield jacobian
 
     state.policy_before.copy_(state.policy)
-    theta, damping, taken = gauss_newton_step(state.policy, state.damping, state.rates[0], residuals, jacobians)
-    state.policy.copy_(theta)
-    state.damping.copy_(damping)
-    agreed(state.policy)
-    return taken.to(damping.dtype)
+    return gauss_newton_step(state.policy, state.damping, state.rates[0], residuals, jacobians)
 
 
 LEAST_DAMPING = 3e-5  # in units of the diagonal: less lets noise bend the networks where there are few states
 
 
 def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable, jacobians: Callable,
-                      floor: float = LEAST_DAMPING) -> Tuple[Tensor, Tensor, Tensor]:
-    """rate times a Levenberg-Marquardt step of theta (P,), solved in float64: the one way in which networks learn.
+                      floor: float = LEAST_DAMPING) -> Tensor:
+    """rate times a Levenberg-Marquardt step of theta (P,), in place, solved in float64; returns whether it was taken.
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
-    states see, the bends near the limit, is free to move, and of a tenth of the mean one. The mean squared residual is
-    added to it (Yamashita & Fukushima 2001): careful far from the solution, free near it. The step, or a third or a
-    ninth of it, whichever leaves the smallest residuals, is taken if that lowers them; if none does the damping rises
-    tenfold. All is decided on the device. Returns theta, damping and whether a step was taken."""
+    states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
+    Fukushima 2001): careful far from the solution, free near it. Of the step, a third and a ninth of it the one that
+    leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
     A, gradient, best = theta.new_zeros(len(theta), len(theta)), torch.zeros_like(theta), theta
@@ -1712,13 +1653,13 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
         better = left < least
         best, least = torch.where(better, trial, best), torch.where(better, left, least)
     taken = least < at_start
-    damping = torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6))
-    return best, damping, taken
+    damping.copy_(torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6)))
+    agreed(theta.copy_(best))
+    return taken.to(damping.dtype)
 
 
 def add_gram(A: Tensor, jacobian: Tensor) -> None:
-    """A += jacobian' jacobian in the lower triangle and the blocks on the diagonal, which is all that a Cholesky factor
-    is made of: seven twelfths of the work."""
+    """A += jacobian' jacobian below the diagonal, which is all that a Cholesky factor is made of."""
     P = len(A)
     for block in range(6):
         low, high = P * block // 6, P * (block + 1) // 6
@@ -1726,9 +1667,8 @@ def add_gram(A: Tensor, jacobian: Tensor) -> None:
 
 
 def robust(residual: Tensor, weight: Tensor) -> Tensor:
-    """Root weights (n,) of the pseudo-Huber loss: residuals that are many times the weighted mean one, next to the
-    kinks that the limit makes in c, count by their size and no longer by its square, or they would bend the network
-    everywhere else."""
+    """Root weights (n,) of the pseudo-Huber loss: residuals many times the mean one, next to the kinks that the limit
+    makes in c, count by their size and not its square, or they would bend the network everywhere else."""
     of_all = total(torch.stack([(weight.square() * residual.abs()).sum(), weight.square().sum()]))
     return (1 + (residual * of_all[1] / of_all[0].clamp(min=1e-30)).square()) ** -0.25
 
@@ -1737,63 +1677,56 @@ def robust(residual: Tensor, weight: Tensor) -> Tensor:
 
 
 def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Tensor:
-    """Han, Yang & E (2021): value_steps of Adam on realised utility, a roll-out for every twenty, then policy_steps on
-    the utility of roll-outs, each on one of its own, in economies that follow."""
-
-    def fresh():
-        return roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
-
+    """Han, Yang & E (2021): value_steps of Adam on realised utility, then policy_steps on the utility of roll-outs, in
+    economies that follow."""
     for step in range(cfg.value_steps):
         if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
-            states = thin(fresh(), cfg)
+            states = thin(roll_out_households(state, paths, econ, cfg, rng), cfg)
         adam_step(state, "value", value_loss, states, paths, econ, cfg)
     for step in range(cfg.policy_steps):
         if step % 20 == 19:  # prices follow what households save
             paths = simulate_on(state, econ, cfg, rng)
-        adam_step(state, "policy", policy_loss, fresh(), paths, econ, cfg)
+        batch = roll_out_households(state, paths, econ, cfg, rng)
+        adam_step(state, "policy", policy_loss, batch, paths, econ, cfg)
     return torch.ones_like(state.damping)
 
 
 def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """Half the mean squared error of g against realised utility, held to half the least and twice the most consumption
-    for ever, as utility may have a bound that a noisy sample passes."""
-    D = econ.annuity[joint(states.at.s, states.at.z, econ)]
-    U = states.U
+    """Half the mean squared error of g against realised utility, held to what half the least and twice the most
+    consumption give for ever, as utility may have a bound."""
+    D, U = econ.annuity[joint(states.at.s, states.at.z, econ)], states.U
     if econ.equilibrium == "market":
         U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
     net, (m, _) = value_net(state, econ, cfg), cash_on_hand(states.at, econ)
-    g = network(unpack(theta, value_shapes(econ, cfg)), for_value(features(states.at, m, net, econ)))
+    g = network(unpack(theta, shapes_of(net)), for_value(features(states.at, m, net, econ)))
     return (equivalent_of(U, states.at, econ) - g).square().mean() / 2
 
 
 def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """Minus the utility of roll-outs up to a constant: its gradient is -sum_t beta^t (dU/d log c) d log c / d theta,
-    back-propagation through time without the graph through time."""
-    net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths, cfg)
-    x = features(batch.at, m, net, econ)
-    if seen is not None:
-        x = with_learnt(x, learnt_layers(theta, econ, cfg), seen, net, econ)
-    f, beta = network(unpack(theta, policy_shapes(econ, cfg)), x).clamp(max=0.0), econ.beta[batch.at.s]
+    """Its gradient is that of minus utility, -sum_t beta^t (dU/d log c) d log c / d theta: back-propagation through
+    time without the graph through time."""
+    net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths)
+    layers = unpack(theta, shapes_of(net))
+    x = with_learnt(features(batch.at, m, net, econ), layers[6:], seen, net, econ)
+    f, beta = network(layers, x).clamp(max=0.0), econ.beta[batch.at.s]
     first_order = (marginal_utility(batch.c, econ) - beta * batch.worth) * batch.c
     return -(beta.cumprod(0) / beta * first_order * f).sum(0).mean()
 
 
 def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> None:
     """A step of Adam (Kingma & Ba 2015) with the momentum of the authors' code, .99 for both means."""
-    of_value = name == "value"
+    of_value, P = name == "value", len(state.policy)
     theta, count = getattr(state, name), state.adam_steps[int(of_value)]
-    mean, square = state.adam[:, len(state.policy) :] if of_value else state.adam[:, : len(state.policy)]
+    mean, square = state.adam[:, P:] if of_value else state.adam[:, :P]
     with torch.enable_grad():
         at = theta.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(at, state, batch, paths, econ, cfg), at)
     gradient = total(gradient) / RANKS
-    count += 1
     mean.lerp_(gradient, 0.01)
     square.lerp_(gradient.square(), 0.01)
-    unbiased = (1 - 0.99**count).to(theta.dtype)
+    unbiased = (1 - 0.99 ** count.add_(1)).to(theta.dtype)
     rate = state.caution * (cfg.value_rate if of_value else cfg.policy_rate)
-    theta.sub_(rate * mean / unbiased / ((square / unbiased).sqrt() + 1e-8))
-    agreed(theta)
+    agreed(theta.sub_(rate * mean / unbiased / ((square / unbiased).sqrt() + 1e-8)))
 
 
 # ---------------------------------------------------------------------------------------------- 5. fit V
@@ -1807,23 +1740,20 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
     """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k
     + beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
     Huge & Savine 2020)."""
-    damping = torch.full_like(state.damping, 1e-2)
+    damping, cfg = torch.full_like(state.damping, 1e-2), dataclasses.replace(cfg, wide_share=0.0)
     state.rates[1:] = 0  # what households believe stays what it is
     for _ in range(VALUE_ROUNDS):
         paths = simulate_on(state, econ, cfg, rng)
-        batch = roll_out_households(state, paths, 0.0, econ, cfg, rng)
+        batch = roll_out_households(state, paths, econ, cfg, rng)
         n = min(4, len(batch.c))
         for i in range(VALUE_STEPS):
-            step = value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
-            state.value.copy_(step[0])
-            damping = step[1]
-        agreed(state.value)
+            value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
 
 
-def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config):
-    """A Gauss-Newton step of the value network: as gauss_newton_step() returns it."""
+def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config) -> Tensor:
+    """A Gauss-Newton step of the value network. Whether it was taken."""
     net, at, beta = value_net(state, econ, cfg), batch.at, econ.beta[batch.at.s]
-    (m, R), shapes = cash_on_hand(at, econ), value_shapes(econ, cfg)
+    m, R = cash_on_hand(at, econ)
     x = for_value(features(at, m, net, econ))
     dx = for_value(feature_slopes(at.k, m, R, x.shape[-1] - 1, econ))
     nexts = successors(at, m - batch.c, batch.ahead, econ)
@@ -1831,25 +1761,23 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     u_prime = marginal_utility(batch.c, econ)
     flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k, worth_of_cash(batch.c, R, at, econ)
     V_g, V_g_next = value_of(network(net.layers, x), at, econ)[1], value_of(network(net.layers, x_next), nexts, econ)[1]
-    here = joint(at.s, at.z, econ)
+    here, weight = joint(at.s, at.z, econ), econ.root_weight[at.s]
     # V_g brings both into units of g; 1 - beta is small, so the Bellman residual counts 1 / (1 - beta) times
-    level = LEVEL_WEIGHT * econ.root_weight[at.s] * econ.annuity[here] / V_g
-    slope = econ.root_weight[at.s] / u_prime
+    level, slope = LEVEL_WEIGHT * weight * econ.annuity[here] / V_g, weight / u_prime
     all_x = torch.cat([x.unsqueeze(0), x_next])
     all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[here].T * beta * V_g_next])  # of minus the residual
 
     def both(theta):
-        layers = unpack(theta, shapes)
+        layers = unpack(theta, shapes_of(net))
         g, g_k = network_and_slope(layers, x, dx)
         V_next = value_of(network(layers, x_next), nexts, econ)[0]
         return flow + beta * expected(V_next, at, econ) - value_of(g, at, econ)[0], V_k - V_g * g_k
 
     # there is no noise in the residuals, so what is large is next to a kink
-    level, slope = [weight * robust(weight * r, torch.ones_like(r)) for weight, r in
-                    zip((level, slope), both(state.value))]
+    level, slope = [w * robust(w * r, torch.ones_like(r)) for w, r in zip((level, slope), both(state.value))]
 
     def residuals(theta):
-        return torch.stack([weight * r for weight, r in zip((level, slope), both(theta))])
+        return torch.stack([w * r for w, r in zip((level, slope), both(theta))])
 
     def jacobians(part):
         yield fast.network_jacobian(net.layers, all_x[:, part], (level * all_V_g)[:, part])
@@ -1860,8 +1788,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
 
 # ---------------------------------------------------------------------------------------------- moments
 # Beside K and z the networks may see moments M of the cross-section: means over households of given functions of
-# (k, s) and of learnt ones, Q(k, s), a small network whose parameters stand behind those of the policy network. It is
-# the policy that they are learnt for; the value network sees the same.
+# (k, s) and of learnt ones, Q(k, s), a small network whose parameters stand behind those of the policy network.
 
 # name -> (k, s, econ) -> (..., n), of which a moment is the mean over households: a line more is a moment more
 MOMENTS = {
@@ -1902,24 +1829,11 @@ def n_moments(econ: Tables, cfg: Config) -> int:
     return n
 
 
-def learnt_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    n, p, H = 2 + econ.sees.shape[1], cfg.learnt_moments, Q_HIDDEN
-    return [(H, n), (H,), (H, H), (H,), (p, H), (p,)] if p else []
-
-
-def n_inputs(econ: Tables, cfg: Config) -> int:
-    """How many inputs features() gives."""
-    return N_OWN + econ.sees.shape[1] + econ.labour_moves + n_moments(econ, cfg)
-
-
 def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    """Layers of the policy network, without those of Q."""
-    return layer_shapes(n_inputs(econ, cfg), cfg.hidden)
-
-
-def value_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    """Layers of the value network, which has one input more: see for_value()."""
-    return layer_shapes(n_inputs(econ, cfg) + 1, cfg.hidden)
+    """Six layers of the policy network and, where moments are learnt, six of Q."""
+    n, p, H = N_OWN + econ.sees.shape[1] + econ.labour_moves + n_moments(econ, cfg), cfg.learnt_moments, Q_HIDDEN
+    Q = [(H, 2 + econ.sees.shape[1]), (H,), (H, H), (H,), (p, H), (p,)]
+    return layer_shapes(n, cfg.hidden) + (Q if p else [])
 
 
 def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
@@ -1927,17 +1841,13 @@ def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
 
 
 def value_net(state: State, econ: Tables, cfg: Config) -> Net:
-    return Net(unpack(state.value, value_shapes(econ, cfg)), state.K_centre, state.M_mean, state.M_std)
+    """It has one input more: see for_value()."""
+    shapes = layer_shapes(policy_shapes(econ, cfg)[0][1] + 1, cfg.hidden)
+    return Net(unpack(state.value, shapes), state.K_centre, state.M_mean, state.M_std)
 
 
-def learnt_layers(theta: Tensor, econ: Tables, cfg: Config) -> List[Tensor]:
-    """Layers of Q, views of the end of the policy's parameters."""
-    shapes = learnt_shapes(econ, cfg)
-    return unpack(theta[len(theta) - sum(map(math.prod, shapes)) :], shapes) if shapes else []
-
-
-def seen_moments(state: State, econ: Tables, cfg: Config) -> Moments:
-    return Moments(given_moments(cfg), learnt_layers(state.policy, econ, cfg))
+def shapes_of(net: Net) -> List[tuple]:
+    return [layer.shape for layer in net.layers]
 
 
 def Q(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
@@ -1990,51 +1900,29 @@ def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: T
     return torch.stack([mean_over((of_z * q).sum(2), weight) for of_z in p], 1)
 
 
-def path_moments(k: Tensor, s: Tensor, weight: Tensor, k_next: Tensor, z: Tensor, moments: Moments,
-                 econ: Tables) -> Tuple[Tensor, Tensor]:
-    """M (periods, B, n) and E[M' | z'] (periods - 1, B, Z, n) of simulated economies k, s, weight, k' (periods, B, N),
-    z (periods, B); without moments n is 0, and so are the periods of k."""
-    (periods, B), n = z.shape, len(k)
-    if not n:
-        return k.new_zeros(periods, B, 0), k.new_zeros(periods - 1, B, len(econ.TFP), 0)
-    of_dates = [x.flatten(0, 1).split(max(1, 2**16 // k.shape[2])) for x in (k, s, weight, k_next, z.unsqueeze(2))]
-    M, M_next = [], []
-    for k, s, weight, k_next, z in zip(*of_dates):
-        M.append(moments_of(k, s, moments, econ, weight))
-        M_next.append(next_moments(k_next, s, z, moments, econ, weight))
-    return torch.cat(M).view(periods, B, -1), torch.cat(M_next).view(periods, B, len(econ.TFP), -1)[:-1]
-
-
-def learnt_seen(batch: Batch, paths: Paths, cfg: Config) -> Tuple[Tensor, Tensor, Tensor] | None:
-    """k, s, weight (n, N or 0) of the cross-sections that the states of a batch see, where moments of them are
-    learnt."""
-    if not cfg.learnt_moments:
-        return None
-    return tuple(x.flatten(0, 1)[batch.date] for x in (paths.k, paths.s, paths.weight))
-
-
-def learnt_units(net: Net, p: int) -> Tuple[Tensor, Tensor]:
-    """Centre and unit (p,) of the learnt moments as inputs."""
-    return net.M_mean[-p:], len(net.M_mean) ** 0.5 * net.M_std[-p:]
+def learnt_seen(batch: Batch, paths: Paths) -> tuple:
+    """k, s and weight (n, N or 0) of the cross-sections that a batch sees; () where nothing is learnt."""
+    return tuple(x.flatten(0, 1)[batch.date] for x in paths.held)
 
 
 def with_learnt(x: Tensor, layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
-    """Inputs x (n, inputs) with the learnt moments as Q of these layers has them."""
-    centre, unit = learnt_units(net, len(layers[5]))
-    learnt = (mean_over(Q(layers, *seen[:2], econ), seen[2]) - centre) / unit
-    return torch.cat([x[..., : -len(unit)], learnt], -1)
+    """Inputs x (n, inputs), the learnt moments among them as Q of these layers has them."""
+    if not seen:
+        return x
+    (k, s, weight), p, n = seen, len(layers[5]), len(net.M_mean)
+    learnt = (mean_over(Q(layers, k, s, econ), weight) - net.M_mean[-p:]) / (n**0.5 * net.M_std[-p:])
+    return torch.cat([x[..., :-p], learnt], -1)
 
 
 def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
     """d learnt moments / d parameters of Q as inputs at the states, (n, p, parameters)."""
-    size, (_, unit) = max(1, 2**18 // seen[0].shape[1]), learnt_units(net, len(layers[5]))
+    size, p, n = max(1, 2**18 // seen[0].shape[1]), len(layers[5]), len(net.M_mean)
     parts = [Q_jacobian(layers, *part, econ) for part in zip(*[x.split(size) for x in seen])]
-    return torch.cat(parts) / unit.unsqueeze(1)
+    return torch.cat(parts) / (n**0.5 * net.M_std[-p:]).unsqueeze(1)
 
 
 def sized(cfg: Config, economy: Economy) -> Config:
-    """With the sizes that are left to the method. What finite economies alone differ in, who is in which s, is to be
-    seen in finite economies."""
+    """With the sizes that are left to the method. Who is in which s differs in finite economies alone."""
     a = economy.arrays
     N = cfg.n_agents or (125 if sees_who_earns(cfg) and not a.labour_moves else 0)
     B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 48))
@@ -2049,27 +1937,23 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     Y = float(of_z @ a.TFP * K**a.alpha * (of_z @ a.L) ** (1 - a.alpha))
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
     rng_Q = torch.Generator().manual_seed(seed + 2)
-    Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in learnt_shapes(econ, cfg)]
-    inputs, panel = policy_shapes(econ, cfg)[0][1], initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
+    (_, inputs), *_ = shapes = policy_shapes(econ, cfg)
+    Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in shapes[6:]]
+    panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
     policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
     value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
     for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
         theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n - econ.labour_moves :] = 0
     value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
-    k, K_all = [gathered(torch.stack([x.min(), x.max()]), 0) for x in
-                (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
-
-    def law(a, b):
-        of_z = torch.zeros(len(econ.TFP), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
-        of_z[:, 0], of_z[:, 1] = a, b
-        return of_z
-
+    law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
+    law[:, 1] = 1  # K' = K
+    k, K_all = [gathered(x, 0).aminmax() for x in (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
     return State(
         policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
         rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
         M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
-        K_law=law(0.0, 1.0), Delta_law=law(economy.Delta_start, 0.0),
-        k_range=torch.stack([k.min(), k.max()]), K_range=torch.stack([K_all.min(), K_all.max()]),
+        K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1),
+        k_range=torch.stack(k), K_range=torch.stack(K_all),
         adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
         adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
 
@@ -2352,12 +2236,12 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
     with torch.no_grad():  # the economies a while longer, as they are
         rng = generator(state.policy.device.type, seed + state.iteration + 1)
         paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
-    K, z, M, labour = [gathered(x, 1) for x in (paths.K, paths.z, paths.M, paths.labour)]
+    K, z, M, labour = [gathered(x, 1) for x in (paths.at.K, paths.at.z, paths.at.M, paths.at.labour)]
     require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy(), labour.double().cpu().numpy())
     laws = [regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num().cpu()
             for i in range(M.shape[-1])]
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
-    layers = {"policy": [*policy_net(state, econ, cfg).layers, *learnt_layers(state.policy, econ, cfg)],
+    layers = {"policy": policy_net(state, econ, cfg).layers,
               "value": value_net(state, econ, cfg).layers}
     networks = {name: dict(zip(LAYERS, (layer.cpu().clone() for layer in of))) for name, of in layers.items()}
     units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
@@ -3574,12 +3458,11 @@ def panels_by_state(fig, a, *strips):
 
 # ---------------------------------------------------------------------------------------------- ranks
 # Under torchrun each rank has its share of the economies and of the roll-out's households, and its own random stream.
-# What the run decides on are sums over all of them, so that every rank decides alike. With one process these functions
-# do nothing.
+# Decisions rest on sums over all of them, so every rank decides alike. With one process these functions do nothing.
 
 RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
                for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
-SHARED = ("k", "s", "weight", "z", "p")  # tensors of the state of which each rank has a part
+SHARED = Panel._fields  # tensors of the state of which each rank has a part
 
 
 def join_ranks(device: str, task: str) -> None:
@@ -3612,8 +3495,7 @@ def together():
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce it is not, and a
-    rank that hangs or is lost in the middle of a message would leave this one there."""
+    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce none is."""
     if RANKS > 1:
         with together():
             sums = dist.all_reduce(x, async_op=not x.is_cuda)
@@ -3651,19 +3533,15 @@ def own_share(cfg: Config) -> Config:
 
 # ---------------------------------------------------------------------------------------------- around the loop
 
-BUSY = 150  # involuntary switches a second, in all threads; a quiet machine has a tenth of that
-
-
 class Guard:
     """What surrounds learn(): an iteration as a CUDA graph, one that went wrong taken back and tried again with new
-    draws and half the step (three in a row raise UserError), the checkpoint, progress, a busy machine."""
+    draws and half the step (three in a row raise UserError), the checkpoint and progress."""
 
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
-        self.graphs, self.graph, self.switches = graphs and not cfg.published, None, []
-        self.mind_the_machine()
-        hidden = True if RANK else None  # None: on a terminal only
-        self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", disable=hidden, unit="it")
+        self.graphs, self.graph = graphs and not cfg.published, None
+        self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", unit="it",
+                        disable=True if RANK else None)  # None: on a terminal only
 
     def run(self, iteration: Callable) -> dict:
         """Figures of an iteration that went well."""
@@ -3702,10 +3580,9 @@ class Guard:
         return ""
 
     def after_iteration(self) -> None:
-        state, why = self.state, ""
-        if self.econ.equilibrium == "planner":
-            why = unbounded_saving(state, self.econ, self.cfg)
-            state.unbounded = state.unbounded + 1 if why else 0
+        state, planner = self.state, self.econ.equilibrium == "planner"
+        why = unbounded_saving(state, self.econ, self.cfg) if planner else ""
+        state.unbounded = state.unbounded + 1 if why else 0
         self.save()
         K, euler, moved, seconds = (state.history[name][-1] for name in ("mean_K", "euler", "movement", "seconds"))
         words = f"K {K:.4g}, Euler error {euler:.1e}, savings move {moved:.0e} of K"
@@ -3716,32 +3593,17 @@ class Guard:
         self.bar.update()
         if self.bar.disable:
             print(f"iteration {state.iteration} of at most {self.cfg.iterations}: {words}", flush=True)
-        self.mind_the_machine()
         require(state.unbounded < 10 or state.iteration < 25, why)  # before the 25th no policy is near a solution
-
-    def mind_the_machine(self) -> None:
-        """Threads that wait for each other on cores that others use are far slower than one: where the system took a
-        core away hundreds of times a second in two iterations in a row, one thread goes on alone."""
-        with contextlib.suppress(ImportError):  # Windows does not count
-            import resource
-
-            self.switches.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw))
-            (start, before), (now, after) = self.switches[-3:][0], self.switches[-1]
-            if len(self.switches) > 2 and torch.get_num_threads() > 1 and after - before > BUSY * (now - start):
-                torch.set_num_threads(1)
-                tqdm.write("this machine is busy with other work: going on with one thread (OMP_NUM_THREADS=1 does so "
-                           "from the start)")
 
 
 def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     """Why a planner's problem has no stationary answer, or nothing. A household with u'(c) (1 - beta R) < beta Delta
     saves more and more; what bounds its wealth is R < 1 alone."""
-    k, s, weight, z = (gathered(x, 0) for x in (state.k, state.s, state.weight, state.z))
-    K = mean_over(k, weight).unsqueeze(1)
-    M = moments_of(k, s, seen_moments(state, econ, cfg), econ, weight).unsqueeze(1)
-    labour = labour_of(gathered(state.p, 0), z, econ)
+    k, s, weight, z, p = (gathered(getattr(state, name), 0) for name in Panel._fields)
+    K, labour, net = mean_over(k, weight).unsqueeze(1), labour_of(p, z, econ), policy_net(state, econ, cfg)
+    M = moments_of(k, s, Moments(given_moments(cfg), net.layers[6:]), econ, weight).unsqueeze(1)
     at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
-    c, R = cash_on_hand(at, econ)[0] - network_capital(policy_net(state, econ, cfg), at, econ), prices(at, econ)[0]
+    c, R = cash_on_hand(at, econ)[0] - network_capital(net, at, econ), prices(at, econ)[0]
     richest, R = torch.where(k <= state.k_range[1], k, -torch.inf).argmax(), float(R.mean())
     u_prime, beta = marginal_utility(c.flatten()[richest], econ), econ.beta[s.flatten()[richest]]
     gain = float(beta * (at.Delta.mean() + R * u_prime) / u_prime)

@@ -73,11 +73,11 @@ def stages(cfg, device):
     state = dk.initial_state(econ, economy, cfg, 0, rng)
     dk.set_rates(state, cfg)
     paths = dk.simulate_on(state, econ, cfg, rng)
-    batch = dk.roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng)
+    batch = dk.roll_out_households(state, paths, econ, cfg, rng)
     damping = torch.full_like(state.damping, 1e-2)
     return {"1. simulate": median_seconds(lambda: dk.simulate_on(state, econ, cfg, rng), device),
             "2. roll out": median_seconds(
-                lambda: dk.roll_out_households(state, paths, cfg.wide_share, econ, cfg, rng), device),
+                lambda: dk.roll_out_households(state, paths, econ, cfg, rng), device),
             "3. move the policy": median_seconds(lambda: dk.policy_step(state, batch, paths, econ, cfg), device),
             "5. a step of V on all states": median_seconds(
                 lambda: dk.value_step(state, batch, damping, econ, cfg), device)}

@@ -104,8 +104,8 @@ MISTAKES = {
         "any_s = torch.randint(2, (M,)",
         NETWORKS, "test_sampled_households"),
     "labels that see V": (
-        "batch = Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date)",
-        "batch = Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ) + 1e-3 * "
+        "thin(Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date)",
+        "thin(Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ) + 1e-3 * "
         "fast.network_value(value_net(state, econ, cfg), at, econ)[1], c, date)",
         TRAINING, "test_V_does_not_move_the_policy"),
     "beliefs move while V is fitted": (

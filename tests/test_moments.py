@@ -31,7 +31,7 @@ class World:
             if x.is_floating_point():
                 setattr(self.state, name, x.double())
         self.state.policy += 0.3 * torch.randn(self.state.policy.shape, generator=g, dtype=F64)
-        self.moments = dk.seen_moments(self.state, self.econ, cfg)
+        self.moments = dk.Moments(dk.given_moments(cfg), dk.policy_net(self.state, self.econ, cfg).layers[6:])
         Z, S = economy.arrays.income.shape
         self.k = economy.k_min + economy.K_ss * 2 * torch.rand(B, N, generator=g, dtype=F64)
         self.s = torch.randint(S, (B, N), generator=g)
@@ -108,19 +108,6 @@ def test_next_moments_against_every_combination_of_next_states(economies, name, 
             assert mass == pytest.approx(1) and torch.allclose(found[b, z_next], total, atol=1e-10)
 
 
-def test_moments_of_paths_are_those_of_their_dates(world):
-    g, (Z, S) = torch.Generator().manual_seed(1), world.economy.arrays.income.shape
-    k, k_next, weight = torch.rand(3, 30, 4, 50, generator=g, dtype=F64)
-    s, z = torch.randint(S, (30, 4, 50), generator=g), torch.randint(Z, (30, 4), generator=g)
-    weight = weight if world.weight.numel() else weight[..., :0]
-    M, M_next = dk.path_moments(k, s, weight, k_next, z, world.moments, world.econ)
-    assert len(M) == 30 and len(M_next) == 29
-    for t in (0, 13, 28):
-        assert torch.allclose(M[t], dk.moments_of(k[t], s[t], world.moments, world.econ, weight[t]))
-        now = dk.next_moments(k_next[t], s[t], z[t].unsqueeze(1), world.moments, world.econ, weight[t])
-        assert torch.allclose(M_next[t], now)
-
-
 def test_derivatives_through_the_mean_of_the_cross_section(world):
     """Q_jacobian, and the inputs with learnt moments in the place of their values, by autograd."""
     econ, cfg, state, seen = world.econ, world.cfg, world.state, world.section
@@ -129,7 +116,7 @@ def test_derivatives_through_the_mean_of_the_cross_section(world):
 
     def means(tail):
         theta = torch.cat([state.policy[:-size], tail])
-        return dk.mean_over(dk.Q(dk.learnt_layers(theta, econ, cfg), *seen[:2], econ), seen[2])
+        return dk.mean_over(dk.Q(dk.unpack(theta, dk.policy_shapes(econ, cfg))[6:], *seen[:2], econ), seen[2])
 
     by_graph = torch.autograd.functional.jacobian(means, state.policy[-size:])
     assert torch.allclose(by_hand, by_graph, atol=1e-12) and by_graph.abs().max() > 1e-4
@@ -208,7 +195,7 @@ def test_training_with_moments_learns_them():
     weights = trained(None, cfg).weights
     econ = dk.krusell_smith().tables(dtype=torch.float32)
     first = dk.initial_state(econ, dk.krusell_smith(), cfg, 0, torch.Generator().manual_seed(0))
-    assert (dk.learnt_layers(first.policy, econ, cfg)[0] - weights["policy"]["V1"]).abs().max() > 1e-5
+    assert (dk.policy_net(first, econ, cfg).layers[6] - weights["policy"]["V1"]).abs().max() > 1e-5
     assert weights["M_law"].abs().max() > 0 and "V1" not in weights["value"]
 
 

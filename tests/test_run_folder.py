@@ -535,27 +535,6 @@ def test_solve_says_in_one_line_what_an_argument_should_be(tmp_path):
             raise AssertionError(f"call {number} was accepted")
 
 
-def test_a_busy_machine_goes_on_with_one_thread_and_says_so_once(tmp_path, quick):
-    """Cores taken away hundreds of times a second, as the system counts."""
-    usage, switches = resource.getrusage, [0]
-
-    class Busy:
-        ru_maxrss = usage(resource.RUSAGE_SELF).ru_maxrss
-
-        def __init__(self):
-            switches[0] += 10**5
-            self.ru_nivcsw = switches[0]
-
-    threads = [2]
-    quick.setattr(torch, "get_num_threads", lambda: threads[-1])
-    quick.setattr(torch, "set_num_threads", threads.append)
-    with quick.context() as patch:
-        patch.setattr(resource, "getrusage", lambda who: Busy())
-        status, out, err = main(tmp_path, "--iterations", 8)
-    assert (status, err, threads) == (0, "", [2, 1])
-    assert out.count("this machine is busy with other work: going on with one thread") == 1
-
-
 def test_an_interrupted_run_of_one_s_own_script_says_how_to_go_on(tmp_path, monkeypatch, quick):
     """With its own name and folder, whatever blanks are in them."""
     monkeypatch.setattr(sys, "argv", ["my runs/mine.py"])

@@ -164,7 +164,8 @@ def test_fitting_V_lowers_the_bellman_error_and_leaves_the_policy(economies, nam
 
     policy, centre, law = state.policy.clone(), state.K_centre.clone(), state.K_law.clone()
     with torch.no_grad():
-        batch = dk.roll_out_households(state, dk.simulate_on(state, econ, cfg, rng), 0.0, econ, cfg, rng)
+        near = dataclasses.replace(cfg, wide_share=0.0)
+        batch = dk.roll_out_households(state, dk.simulate_on(state, econ, cfg, rng), econ, near, rng)
         state.K_law.copy_(law)
         before = bellman_error(batch)
         real(state, econ, cfg, rng)
@@ -180,7 +181,7 @@ def test_fitting_V_lowers_the_bellman_error_and_leaves_the_policy(economies, nam
 def test_V_is_fitted_where_the_policy_leads(monkeypatch):
     """Roll-outs start anywhere until the policy is final, then in the simulated cross-section alone."""
     shares, real = [], dk.sample_households
-    monkeypatch.setattr(dk, "sample_households", lambda *of: (shares.append(of[2]), real(*of))[1])
+    monkeypatch.setattr(dk, "sample_households", lambda *of: (shares.append(of[3].wide_share), real(*of))[1])
     train(SMOKE)
     assert shares == [SMOKE.wide_share] * SMOKE.iterations + [0.0] * dk.VALUE_ROUNDS and SMOKE.wide_share > 0
 
@@ -325,7 +326,7 @@ def test_economies_are_scaled_before_each_simulation(k_min, spread, N):
     start = dk.mean_over(state.k, state.weight)
     with torch.no_grad():
         paths = dk.simulate_on(state, econ, cfg, rng)
-    scale = (paths.K[0] - k_min) / (start - k_min)
+    scale = (paths.at.K[0] - k_min) / (start - k_min)
     assert (scale - 1).abs().max() <= spread + 1e-5 and scale.std() == pytest.approx(spread / np.sqrt(3), rel=0.3,
                                                                                    abs=1e-5)
     assert state.k.min() >= k_min
@@ -338,8 +339,7 @@ def test_groups_are_scaled_each_by_a_factor_of_its_own():
     econ, state, rng = begin(cfg, economy)
     k, s = state.k.clone(), state.s.clone()
     with torch.no_grad():
-        paths = dk.simulate_on(state, econ, cfg, rng)
-    ratio = paths.k[0] / k
+        ratio = dk.scaled(state, econ, cfg, rng).k / k
     of = torch.stack([ratio.masked_fill(s != i, 0).sum(1) / (s == i).sum(1) for i in (0, 1)])
     assert torch.allclose(ratio, of.T.gather(1, s), rtol=1e-4)
     assert (of[0] - of[1]).abs().min() > 1e-4 and of.min() > 0.69 and of.max() < 1.31
@@ -358,27 +358,28 @@ def test_what_a_simulation_leaves(economy, N):
             dk.set_rates(state, cfg)
             law = state.K_law.clone()
             paths = dk.simulate_on(state, econ, cfg, rng)
-            assert paths.K.shape == (cfg.periods, 12)
-            assert torch.allclose(dk.mean_over(state.k, state.weight), paths.K[-1])
-            assert torch.equal(state.z[:, 0], paths.z[-1])
-            found, _ = dk.law_of_motion(paths.K, paths.labour, paths.z, torch.zeros(len(econ.TFP)))
+            assert paths.at.K.shape == (cfg.periods, 12)
+            assert torch.allclose(dk.mean_over(state.k, state.weight), paths.at.K[-1])
+            assert torch.equal(state.z[:, 0], paths.at.z[-1])
+            found, _ = dk.law_of_motion(paths.at.K, paths.at.labour, paths.at.z, torch.zeros(len(econ.TFP)))
             share = (1.0, 0.5)[iteration]
             assert torch.allclose(state.K_law, torch.where(found.isnan(), law, law + share * (found - law)))
-            a, b = state.K_law[paths.z[:-1]].movedim(-1, 0)
-            assert torch.allclose(paths.K_next, torch.exp(a + b * paths.K[:-1].double().log()).float(), rtol=1e-5)
+            a, b = state.K_law[paths.at.z[:-1]].movedim(-1, 0)
+            assert torch.allclose(paths.ahead.K, torch.exp(a + b * paths.at.K[:-1].double().log()).float(), rtol=1e-5)
             laws.append(state.K_law.clone())
     assert not torch.equal(*laws)
 
 
 @pytest.mark.parametrize("N", [0, 20])
 def test_where_moments_are_seen_next_capital_is_what_is_saved(N):
-    cfg = dataclasses.replace(SMOKE, moments="variance", n_agents=N)
+    cfg = dataclasses.replace(SMOKE, moments="variance", learnt_moments=1, n_agents=N)
     econ, state, rng = begin(cfg)
     with torch.no_grad():
         paths = dk.simulate_on(state, econ, cfg, rng)
-    assert torch.equal(paths.K_next, paths.K[1:])
-    K = [dk.mean_over(k, weight) for k, weight in zip(paths.k, paths.weight)]
-    assert torch.allclose(paths.K, torch.stack(K), rtol=1e-5) and paths.M.shape == (cfg.periods, cfg.n_economies, 1)
+    assert torch.equal(paths.ahead.K, paths.at.K[1:])
+    K = [dk.mean_over(k, weight) for k, _, weight in zip(*paths.held)]
+    assert torch.allclose(paths.at.K, torch.stack(K), rtol=1e-5)
+    assert paths.at.M.shape == (cfg.periods, cfg.n_economies, 2)
 
 
 def test_simulated_range_grows_at_once_and_shrinks_slowly():
@@ -528,7 +529,7 @@ def test_prices_follow_the_policy_between_the_steps_of_adam(monkeypatch):
     """V's steps see a new roll-out every twentieth, the policy's each its own, in economies that go on every
     twentieth."""
     seen, real = [], dk.roll_out_households
-    monkeypatch.setattr(dk, "roll_out_households", lambda state, paths, *of: (seen.append(paths.K), real(
+    monkeypatch.setattr(dk, "roll_out_households", lambda state, paths, *of: (seen.append(paths.at.K), real(
         state, paths, *of))[1])
     econ, state, rng = begin(ADAM)
     with torch.no_grad():
