@@ -5,13 +5,17 @@ DEEPHAM_ROOT names another folder with a deepham_ks.py: how the tests are tried 
 
 import contextlib
 import copy
+import fcntl
 import functools
 import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest -n 2 has a worker on each core
 
 import numpy as np
 import pytest
@@ -138,10 +142,17 @@ def deepham():
 
 
 @pytest.fixture(scope="session")
-def smoke_run(deepham, tmp_path_factory):
-    """(output directory, finished process) of one smoke run."""
-    folder = tmp_path_factory.mktemp("smoke")
-    return folder / "run", deepham("--preset", "smoke", "--output-dir", "run", cwd=folder)
+def smoke_run(deepham, tmp_path_factory, pytestconfig):
+    """(output directory, finished process) of one smoke run, which the workers of pytest -n share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(pytestconfig, "workerinput") else folder) / "smoke"
+    folder.mkdir(exist_ok=True)
+    with open(folder.with_name("smoke.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = folder.with_name("smoke.pickle")
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(deepham("--preset", "smoke", "--output-dir", "run", cwd=folder)))
+        return folder / "run", pickle.loads(kept.read_bytes())
 
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--compile", "none"]
@@ -158,9 +169,14 @@ def main(folder, *flags):
 CANNED = {}
 
 
+PICTURES = ["distribution_validation.png", *(f"figures/{name}.png" for name in (
+    "bellman_errors", "capital_path", "consumption_functions", "euler_errors", "impulse_responses", "lorenz_curves",
+    "policy_functions", "training_history"))]
+
+
 def make_quick(patch):
-    """The first judging of a session's default economy stands for all, and pictures are 100 kB of noise: for tests of
-    files and endings. Should compare() get another name, they only take longer."""
+    """The first judging of a session's default economy stands for all, V is fitted in two rounds, and pictures are
+    100 kB of noise: for tests of files and endings. Should a function get another name, they only take longer."""
     import matplotlib.figure
 
     judge = getattr(dk, "compare", None)
@@ -176,7 +192,14 @@ def make_quick(patch):
         figures["network"]["limit"]["capital"]["mean"] = network.K_mean  # pictures are drawn there
         return figures, arrays
 
+    def draw(folder, *_):
+        (folder / "figures").mkdir()
+        for name in PICTURES:
+            matplotlib.figure.Figure().savefig(folder / name)
+
     patch.setattr(dk, "compare", canned, raising=False)
+    patch.setattr(dk, "VALUE_ROUNDS", 2, raising=False)
+    patch.setattr(dk, "draw_pictures", draw, raising=False)
     patch.setattr(matplotlib.figure.Figure, "savefig",
                   lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
 
