@@ -174,10 +174,23 @@ PICTURES = ["distribution_validation.png", *(f"figures/{name}.png" for name in (
     "policy_functions", "training_history"))]
 
 
+def noise_for_pictures(patch):
+    """Every picture is 100 kB of noise; what is patched into Figure.savefig after this is called once for each."""
+    import matplotlib.figure
+
+    def draw(folder, *_):
+        (folder / "figures").mkdir()
+        for name in PICTURES:
+            matplotlib.figure.Figure().savefig(folder / name)
+
+    patch.setattr(dk, "draw_pictures", draw, raising=False)
+    patch.setattr(matplotlib.figure.Figure, "savefig",
+                  lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
+
+
 def make_quick(patch):
     """The first judging of a session's default economy stands for all, V is fitted in two rounds, and pictures are
-    100 kB of noise: for tests of files and endings. Should a function get another name, they only take longer."""
-    import matplotlib.figure
+    noise: for tests of files and endings. Should a function get another name, they only take longer."""
 
     judge = getattr(dk, "compare", None)
 
@@ -192,16 +205,14 @@ def make_quick(patch):
         figures["network"]["limit"]["capital"]["mean"] = network.K_mean  # pictures are drawn there
         return figures, arrays
 
-    def draw(folder, *_):
-        (folder / "figures").mkdir()
-        for name in PICTURES:
-            matplotlib.figure.Figure().savefig(folder / name)
-
     patch.setattr(dk, "compare", canned, raising=False)
     patch.setattr(dk, "VALUE_ROUNDS", 2, raising=False)
-    patch.setattr(dk, "draw_pictures", draw, raising=False)
-    patch.setattr(matplotlib.figure.Figure, "savefig",
-                  lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
+    noise_for_pictures(patch)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    noise_for_pictures(monkeypatch)
 
 
 @pytest.fixture
