@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, main, make_quick
+from conftest import ROOT, main, make_quick, noise_for_pictures
 from test_nothing_lost import one_line, tree
 
 import deepham_ks as dk
@@ -249,9 +249,8 @@ def test_a_smoke_run_whose_grid_does_not_converge_says_so(tmp_path, quick):
 def test_rows_that_fail_and_rows_that_nobody_judges(tmp_path, capsys, monkeypatch, smoke_grid):
     """A settled network far from the grid: status 1 and the rows by name, in training as in --evaluate. Without a grid
     nothing passes or fails, and nothing is said to."""
-    import matplotlib.figure
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: None)
+    noise_for_pictures(monkeypatch)
+    monkeypatch.setattr(dk, "VALUE_ROUNDS", 2)
     monkeypatch.setattr(dk, "solve_grid", lambda *_, **__: smoke_grid)
     flags = [*SETTLED, "--output-dir", tmp_path]
     line = last_line(capsys, 1, *flags, *SMALL_GRID)
