@@ -235,6 +235,14 @@ def make_quick(patch):
     noise_for_pictures(patch)
 
 
+@pytest.fixture(scope="module")
+def rough_V():
+    """V, which moves no policy, is fitted in two rounds of eight: for files that ask nothing of its errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dk, "VALUE_ROUNDS", 2, raising=False)
+        yield
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     noise_for_pictures(monkeypatch)

@@ -66,6 +66,11 @@ def test_households_far_above_the_first_nodes():
     assert any("the largest k is" in note for note in grid.notes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def rough(rough_V):
+    pass
+
+
 @pytest.fixture(scope="module")
 def aiyagari_grid():
     return dk.solve_grid(aiyagari(), GRID)
