@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from conftest import axes_of, dk, example, toy
 
-GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=4000, tolerance=1e-5)
+GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=1500, tolerance=1e-5)
 ROUGH = dataclasses.replace(GRID, tolerance=1e-3)  # where any policy will do
 SMOKE = dk.PRESETS["smoke"]
 # a network that has learnt Aiyagari's economies, in seconds

@@ -12,7 +12,7 @@ from test_cli import EXAMPLES, FILES, leaves, run_script, strict_json
 from test_nothing_lost import one_line, tree
 
 F64 = torch.float64
-GRID = dk.GridConfig(n_k=60, n_K=5, n_L=3, n_fine=150, n_K_fine=9, n_L_fine=5, periods=4000, tolerance=1e-4)
+GRID = dk.GridConfig(n_k=60, n_K=5, n_L=3, n_fine=150, n_K_fine=9, n_L_fine=5, periods=2000, tolerance=1e-4)
 
 
 def three():
