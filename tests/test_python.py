@@ -55,7 +55,8 @@ SOLUTIONS = {
     "planner": lambda: train(dataclasses.replace(dk.krusell_smith(), equilibrium="planner"), iterations=3),
     "no z": lambda: train(ECONOMIES["one_z"]()),
     "labour moves": lambda: train(labour_flows(), learnt_moments=1),
-    "labour moves, grid": lambda: dk.solve_grid(labour_flows(), COARSE),
+    "labour moves, grid": lambda: dk.solve_grid(labour_flows(), dataclasses.replace(
+        COARSE, n_L=3, n_L_fine=5, periods=2000)),
     "groups": lambda: train(groups(), moments="groups")}
 
 
