@@ -126,15 +126,36 @@ SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, toler
 
 
 @pytest.fixture(scope="session")
-def small_grids(economies):
-    """name -> the economy's solution on few nodes, found once."""
-    return functools.cache(lambda name: dk.solve_grid(economies[name], SMALL))
+def folder_of_all(pytestconfig, tmp_path_factory):
+    """A temporary folder that the workers of pytest -n have in common."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if hasattr(pytestconfig, "workerinput") else folder
 
 
 @pytest.fixture(scope="session")
-def smoke_grid():
+def shared(folder_of_all):
+    """shared(name, make): what make() gives; one worker makes it and the others read it."""
+    def read(name, make):
+        with open(folder_of_all / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = folder_of_all / f"{name}.pickle"
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(make()))
+            return pickle.loads(kept.read_bytes())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def small_grids(economies, shared):
+    """name -> the economy's solution on few nodes, found once."""
+    return functools.cache(lambda name: shared(f"small-{name}", lambda: dk.solve_grid(economies[name], SMALL)))
+
+
+@pytest.fixture(scope="session")
+def smoke_grid(shared):
     """The grid solution of the preset smoke."""
-    return dk.solve_grid(config=dk.SMOKE_GRID)
+    return shared("smoke-grid", lambda: dk.solve_grid(config=dk.SMOKE_GRID))
 
 
 def ahead_of(K_next, Z, n_m=0):
@@ -167,17 +188,11 @@ def deepham():
 
 
 @pytest.fixture(scope="session")
-def smoke_run(deepham, tmp_path_factory, pytestconfig):
-    """(output directory, finished process) of one smoke run, which the workers of pytest -n share."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if hasattr(pytestconfig, "workerinput") else folder) / "smoke"
+def smoke_run(deepham, folder_of_all, shared):
+    """(output directory, finished process) of one smoke run."""
+    folder = folder_of_all / "smoke"
     folder.mkdir(exist_ok=True)
-    with open(folder.with_name("smoke.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = folder.with_name("smoke.pickle")
-        if not kept.exists():
-            kept.write_bytes(pickle.dumps(deepham("--preset", "smoke", "--output-dir", "run", cwd=folder)))
-        return folder / "run", pickle.loads(kept.read_bytes())
+    return folder / "run", shared("smoke-run", lambda: deepham("--preset", "smoke", "--output-dir", "run", cwd=folder))
 
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--compile", "none"]
