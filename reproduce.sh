@@ -14,7 +14,7 @@ pip show --quiet torch 2>/dev/null || pip install --quiet "torch==2.13.*"
 if [ "${1:-}" = test ]; then
   pip install --quiet -r requirements-dev.txt
   .venv/bin/ruff check .
-  .venv/bin/python -m pytest -q tests
+  .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 else
   pip install --quiet -r requirements.txt
   .venv/bin/python deepham_ks.py "$@"

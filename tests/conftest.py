@@ -5,13 +5,17 @@ DEEPHAM_ROOT names another folder with a deepham_ks.py: how the tests are tried 
 
 import contextlib
 import copy
+import fcntl
 import functools
 import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest -n 2 has a worker on each core
 
 import numpy as np
 import pytest
@@ -23,6 +27,31 @@ sys.path.insert(0, str(ROOT))
 import deepham_ks as dk  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: threads would only wait for each other
+
+
+def remembered(function, key):
+    """function, whose result for a key is worked out once; a copy of it each time."""
+    found = {}
+
+    @functools.wraps(function)
+    def remembering(*args):
+        of = key(*args)
+        if of not in found:
+            if len(found) == 50:
+                del found[next(iter(found))]
+            found[of] = function(*args), [x.bit_generator.state for x in args if isinstance(x, np.random.Generator)]
+        x, states = found[of]
+        for generator, state in zip((x for x in args if isinstance(x, np.random.Generator)), states):
+            generator.bit_generator.state = state  # as if it had drawn
+        return x.copy()
+
+    return remembering
+
+
+# A tenth of a second for every economy that is made, and the tests make a thousand of a few kinds.
+dk.draw_z_path = remembered(dk.draw_z_path, lambda periods, P_z, rng: (
+    periods, P_z.tobytes(), str(rng.bit_generator.state)))
+dk.share_path = remembered(dk.share_path, lambda a, z_path, p: (a.Pi.tobytes(), z_path.tobytes(), p.tobytes()))
 
 
 def toy():
@@ -97,15 +126,36 @@ SMALL = dk.GridConfig(n_k=60, n_K=6, n_fine=150, n_K_fine=9, periods=5000, toler
 
 
 @pytest.fixture(scope="session")
-def small_grids(economies):
-    """name -> the economy's solution on few nodes, found once."""
-    return functools.cache(lambda name: dk.solve_grid(economies[name], SMALL))
+def folder_of_all(pytestconfig, tmp_path_factory):
+    """A temporary folder that the workers of pytest -n have in common."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if hasattr(pytestconfig, "workerinput") else folder
 
 
 @pytest.fixture(scope="session")
-def smoke_grid():
+def shared(folder_of_all):
+    """shared(name, make): what make() gives; one worker makes it and the others read it."""
+    def read(name, make):
+        with open(folder_of_all / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = folder_of_all / f"{name}.pickle"
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(make()))
+            return pickle.loads(kept.read_bytes())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def small_grids(economies, shared):
+    """name -> the economy's solution on few nodes, found once."""
+    return functools.cache(lambda name: shared(f"small-{name}", lambda: dk.solve_grid(economies[name], SMALL)))
+
+
+@pytest.fixture(scope="session")
+def smoke_grid(shared):
     """The grid solution of the preset smoke."""
-    return dk.solve_grid(config=dk.SMOKE_GRID)
+    return shared("smoke-grid", lambda: dk.solve_grid(config=dk.SMOKE_GRID))
 
 
 def ahead_of(K_next, Z, n_m=0):
@@ -138,10 +188,11 @@ def deepham():
 
 
 @pytest.fixture(scope="session")
-def smoke_run(deepham, tmp_path_factory):
+def smoke_run(deepham, folder_of_all, shared):
     """(output directory, finished process) of one smoke run."""
-    folder = tmp_path_factory.mktemp("smoke")
-    return folder / "run", deepham("--preset", "smoke", "--output-dir", "run", cwd=folder)
+    folder = folder_of_all / "smoke"
+    folder.mkdir(exist_ok=True)
+    return folder / "run", shared("smoke-run", lambda: deepham("--preset", "smoke", "--output-dir", "run", cwd=folder))
 
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--compile", "none"]
@@ -158,10 +209,28 @@ def main(folder, *flags):
 CANNED = {}
 
 
-def make_quick(patch):
-    """The first judging of a session's default economy stands for all, and pictures are 100 kB of noise: for tests of
-    files and endings. Should compare() get another name, they only take longer."""
+PICTURES = ["distribution_validation.png", *(f"figures/{name}.png" for name in (
+    "bellman_errors", "capital_path", "consumption_functions", "euler_errors", "impulse_responses", "lorenz_curves",
+    "policy_functions", "training_history"))]
+
+
+def noise_for_pictures(patch):
+    """Every picture is 100 kB of noise; what is patched into Figure.savefig after this is called once for each."""
     import matplotlib.figure
+
+    def draw(folder, *_):
+        (folder / "figures").mkdir()
+        for name in PICTURES:
+            matplotlib.figure.Figure().savefig(folder / name)
+
+    patch.setattr(dk, "draw_pictures", draw, raising=False)
+    patch.setattr(matplotlib.figure.Figure, "savefig",
+                  lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
+
+
+def make_quick(patch):
+    """The first judging of a session's default economy stands for all, V is fitted in two rounds, and pictures are
+    noise: for tests of files and endings. Should a function get another name, they only take longer."""
 
     judge = getattr(dk, "compare", None)
 
@@ -177,8 +246,21 @@ def make_quick(patch):
         return figures, arrays
 
     patch.setattr(dk, "compare", canned, raising=False)
-    patch.setattr(matplotlib.figure.Figure, "savefig",
-                  lambda self, path, **_: Path(path).write_bytes(os.urandom(10**5)))
+    patch.setattr(dk, "VALUE_ROUNDS", 2, raising=False)
+    noise_for_pictures(patch)
+
+
+@pytest.fixture(scope="module")
+def rough_V():
+    """V, which moves no policy, is fitted in two rounds of eight: for files that ask nothing of its errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dk, "VALUE_ROUNDS", 2, raising=False)
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    noise_for_pictures(monkeypatch)
 
 
 @pytest.fixture

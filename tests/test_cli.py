@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, main, make_quick
+from conftest import ROOT, main, make_quick, noise_for_pictures
 from test_nothing_lost import one_line, tree
 
 import deepham_ks as dk
@@ -149,11 +149,13 @@ def test_metrics(metrics):
 # ---- --evaluate
 
 
-def test_evaluate_reproduces_the_run(smoke_run, metrics, deepham, tmp_path):
-    """From the weights alone, in another folder and another process: the same bytes."""
+def test_evaluate_reproduces_the_run(smoke_run, metrics, no_pictures, capsys, tmp_path):
+    """From the weights alone, in another folder and another process, this one: the same bytes."""
     shutil.copy(smoke_run[0] / dk.WEIGHTS, tmp_path)
-    process = deepham("--preset", "smoke", "--evaluate", "--output-dir", ".", cwd=tmp_path)
-    assert (process.returncode, process.stderr) == (0, "") and "\niteration " not in process.stdout
+    assert dk.main(["--preset", "smoke", "--device", "cpu", "--evaluate", "--output-dir", str(tmp_path)]) == 0
+    dk.compile_kernels("none")
+    out, err = capsys.readouterr()
+    assert err == "" and "\niteration " not in out
     again = strict_json(tmp_path / "metrics.json")
     changing = ("seconds", "peak_memory_gb")
     assert {k: x for k, x in again.items() if k not in changing} == {
@@ -247,9 +249,8 @@ def test_a_smoke_run_whose_grid_does_not_converge_says_so(tmp_path, quick):
 def test_rows_that_fail_and_rows_that_nobody_judges(tmp_path, capsys, monkeypatch, smoke_grid):
     """A settled network far from the grid: status 1 and the rows by name, in training as in --evaluate. Without a grid
     nothing passes or fails, and nothing is said to."""
-    import matplotlib.figure
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: None)
+    noise_for_pictures(monkeypatch)
+    monkeypatch.setattr(dk, "VALUE_ROUNDS", 2)
     monkeypatch.setattr(dk, "solve_grid", lambda *_, **__: smoke_grid)
     flags = [*SETTLED, "--output-dir", tmp_path]
     line = last_line(capsys, 1, *flags, *SMALL_GRID)

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from conftest import axes_of, dk, example, toy
 
-GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=4000, tolerance=1e-5)
+GRID = dk.GridConfig(n_k=60, n_K=4, n_fine=150, n_K_fine=11, periods=1500, tolerance=1e-5)
 ROUGH = dataclasses.replace(GRID, tolerance=1e-3)  # where any policy will do
 SMOKE = dk.PRESETS["smoke"]
 # a network that has learnt Aiyagari's economies, in seconds
@@ -64,6 +64,11 @@ def test_households_far_above_the_first_nodes():
     grid = dk.solve_grid(earnings, dataclasses.replace(GRID, n_k=100, n_fine=300, tolerance=1e-4))
     assert grid.K_mean == pytest.approx(43.38, abs=0.1) and interest(grid) == pytest.approx(1.94, abs=0.01)
     assert any("the largest k is" in note for note in grid.notes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rough(rough_V):
+    pass
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from test_cli import EXAMPLES, FILES, leaves, run_script, strict_json
 from test_nothing_lost import one_line, tree
 
 F64 = torch.float64
-GRID = dk.GridConfig(n_k=60, n_K=5, n_L=3, n_fine=150, n_K_fine=9, n_L_fine=5, periods=4000, tolerance=1e-4)
+GRID = dk.GridConfig(n_k=60, n_K=5, n_L=3, n_fine=150, n_K_fine=9, n_L_fine=5, periods=2000, tolerance=1e-4)
 
 
 def three():
@@ -24,6 +24,11 @@ def three():
 
 
 MAKE = {"flows": flows, "three": three, "default": dk.krusell_smith}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rough(rough_V):
+    pass
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -300,14 +305,11 @@ def test_regression_recovers_a_law_with_labour(rng):
 # ------------------------------------------------------------------------------------------------ end to end
 
 
-def test_the_example_from_training_to_evaluate(tmp_path, monkeypatch, capsys):
+def test_the_example_from_training_to_evaluate(tmp_path, monkeypatch, no_pictures, capsys):
     """Every file, finite figures of network and grid; --evaluate gets those of the network from the weights alone. The
     judge's tables have few nodes of K and L, and pictures are not drawn."""
-    import matplotlib.figure
-
     monkeypatch.setattr(dk.GridConfig, "n_K_fine", 9)
     monkeypatch.setattr(dk.GridConfig, "n_L_fine", 3)
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: path.write_bytes(b"a picture"))
     sizes = [f"--grid-{name}={size}" for name, size in (("n-k", 60), ("n-K", 4), ("n-fine", 150), ("periods", 2000))]
     folder, flags = tmp_path / "run", ["--preset", "smoke", "--device", "cpu", "--compile", "none", "--output-dir"]
     run = example_run(monkeypatch, capsys, *sizes, "--grid-tolerance=1e-3", *flags, folder)

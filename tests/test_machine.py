@@ -16,7 +16,7 @@ import deepham_ks as dk
 
 
 @pytest.fixture(scope="module")
-def eager():
+def eager(rough_V):
     """The weights of a smoke run that compiles nothing."""
     return dk.solve(None, "smoke", device="cpu", compile="none").weights
 
@@ -90,6 +90,7 @@ import contextlib, sys, torch
 sys.path.insert(0, {source!r})
 import deepham_ks as dk
 
+dk.VALUE_ROUNDS = 2
 class Nothing:
     def wait_stream(self, other): pass
 

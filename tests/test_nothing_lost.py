@@ -607,11 +607,8 @@ def test_a_resumed_run_may_go_further_or_be_judged_otherwise(finished, tmp_path,
     assert checkpoint(tmp_path)["iteration"] == 4
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_bytes(tmp_path, no_pictures):
     """Whatever other generators of random numbers are at."""
-    import matplotlib.figure
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b""))
     for name in "ab":
         torch.rand(7), np.random.default_rng().random()
         torch.manual_seed(ord(name))

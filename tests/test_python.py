@@ -20,7 +20,7 @@ STATISTICS = re.findall(r"`(\w+)`", (ROOT / "docs" / "output.md").read_text(enco
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_judge():
+def quick_judge(rough_V):
     """A solution settles over fewer periods; nothing is compiled."""
     dk.compile_kernels("none")
     with pytest.MonkeyPatch.context() as patch:
@@ -50,30 +50,38 @@ def groups():
 
 
 SOLUTIONS = {
-    "network": lambda: train(None), "grid": lambda: dk.solve_grid(config=dk.SMOKE_GRID),
+    "network": lambda: train(None), "grid": None,
     "game": lambda: train(dataclasses.replace(dk.krusell_smith(), equilibrium="game")),
     "planner": lambda: train(dataclasses.replace(dk.krusell_smith(), equilibrium="planner"), iterations=3),
     "no z": lambda: train(ECONOMIES["one_z"]()),
     "labour moves": lambda: train(labour_flows(), learnt_moments=1),
-    "labour moves, grid": lambda: dk.solve_grid(labour_flows(), COARSE),
+    "labour moves, grid": lambda: dk.solve_grid(labour_flows(), dataclasses.replace(
+        COARSE, n_L=3, n_L_fine=5, periods=2000)),
     "groups": lambda: train(groups(), moments="groups")}
 
 
 @pytest.fixture(scope="module")
-def made():
-    return {}
+def made(smoke_grid):
+    return {"grid": smoke_grid}
+
+
+def solution_of(made, name):
+    """The solution of that name, made where it is not there yet."""
+    if name not in made:
+        made[name] = SOLUTIONS[name]()
+    return made[name]
 
 
 @pytest.fixture(scope="module", params=SOLUTIONS)
 def solved(request, made):
     """One solution after the other."""
-    return made.setdefault(request.param, SOLUTIONS[request.param]())
+    return solution_of(made, request.param)
 
 
 @pytest.fixture(scope="module", params=("network", "grid"))
 def either(request, made):
     """A network and a grid of the default economy."""
-    return made.setdefault(request.param, SOLUTIONS[request.param]())
+    return solution_of(made, request.param)
 
 
 def gross_return(economy, K, z):
@@ -109,7 +117,7 @@ def test_mpc_is_a_difference_of_next_capital(either):
 
 def test_mpc_at_the_margin(made):
     """One where the limit binds; else the slope of consumption in cash."""
-    grid = made.setdefault("grid", SOLUTIONS["grid"]())
+    grid = solution_of(made, "grid")
     assert grid.next_capital(0.0, 0, 39.0, 0) == 0 and grid.mpc(0.0, 0, 39.0, 0) == pytest.approx(1, abs=1e-9)
     k = np.array([5.0, 60.0])
     h = 1e-3
@@ -166,7 +174,7 @@ def test_goods_add_up_along_a_path_in_the_limit(solved):
 
 def test_moments_of_a_path_are_those_of_its_cross_section(made):
     """A panel's households see the moments of their own cross-section, and L by exact shares."""
-    solution = made.setdefault("labour moves", SOLUTIONS["labour moves"]())
+    solution = solution_of(made, "labour moves")
     path = solution.simulate(30, households=80, dates=[11, 29])
     for t, (k, mass) in zip(path.dates, path.distributions):
         s = mass.argmax(0)
@@ -273,7 +281,7 @@ def test_the_hp_filter():
 
 
 def test_what_does_not_move_has_no_correlation(made):
-    still = made.setdefault("no z", SOLUTIONS["no z"]()).simulate(40).statistics()
+    still = solution_of(made, "no z").simulate(40).statistics()
     assert all(np.isnan(still[name]) for name in ("corr_C_Y", "autocorr_1_Y", "r2_law_of_K"))
     assert still["std_ln_Y"] < 1e-6 and 0 < still["gini_wealth"] < 1
 
@@ -287,7 +295,7 @@ def test_impulse_response_begins_with_the_step_of_z(either, made):
     step = 100 * (a.TFP[0] * a.L[0] ** (1 - a.alpha) / (a.TFP[1] * a.L[1] ** (1 - a.alpha)) - 1)
     assert found["output"][:, 0] == pytest.approx([step] * 3, rel=1e-4) and (found["capital"][:, 0] == 0).all()
     assert (found["output"][1] <= found["output"][2]).all()
-    still = made.setdefault("no z", SOLUTIONS["no z"]()).impulse_response(4, paths=3, households=20)
+    still = solution_of(made, "no z").impulse_response(4, paths=3, households=20)
     assert all((x == 0).all() for x in still.values())
 
 

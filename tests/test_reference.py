@@ -1,18 +1,18 @@
 """The committed reference run: its figures are what --evaluate gets from its weights, and every verdict passes but
 those that the README names as missed."""
 
+import contextlib
+import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, noise_for_pictures
 
-ROOT = Path(os.environ.get("DEEPHAM_ROOT", Path(__file__).resolve().parents[1]))
+import deepham_ks as dk
+
 METRICS = ROOT / "metrics.json"
 # Rows that miss their tolerance in the reference run. The README tells each; what no longer misses goes from here.
 MISSED = set()
@@ -23,11 +23,11 @@ def evaluated(request, tmp_path_factory):
     """The folder of --evaluate from the committed weights, alone; and, slowly, with the grid solution beside them."""
     folder = tmp_path_factory.mktemp("reference")
     shutil.copy(ROOT / "NN_weights_biases.pth", folder)
-    flags = ["--evaluate", "--output-dir", str(folder), "--device", "cpu", "--grid", request.param]
-    done = subprocess.run([sys.executable, str(ROOT / "deepham_ks.py"), *flags], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    fails = MISSED and request.param != "none"
-    assert done.returncode == (1 if fails else 0), done.stdout + done.stderr  # 1 says that a verdict fails
+    fails, err = MISSED and request.param != "none", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
+        noise_for_pictures(patch)
+        status = dk.main(["--evaluate", "--output-dir", str(folder), "--device", "cpu", "--grid", request.param])
+    assert (status, err.getvalue()) == (1 if fails else 0, "")  # 1 says that a verdict fails
     return folder
 
 

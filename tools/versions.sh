@@ -48,7 +48,7 @@ table=$(
     smoke=$(tried $run) evaluate=$(tried $run --evaluate) tests="not run"
     if $suite; then
       "$home/bin/python" -m pip install --quiet -r requirements-dev.txt >>"$log" 2>&1
-      tests=$(tried "$home/bin/python" -m pytest -q tests)
+      tests=$(tried "$home/bin/python" -m pytest -q -n 2 --dist loadfile tests)
     fi
     versions=$("$home/bin/python" -c "import platform, torch, numpy, scipy, matplotlib
 print(platform.python_version(), *(m.__version__ for m in (torch, numpy, scipy, matplotlib)), sep=' | ')")
