@@ -3423,19 +3423,22 @@ LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and 
 
 
 @contextlib.contextmanager
-def picture(path, panels, heights, note="", **shared):
+def picture(path, panels, heights, note="", **more):
     """Axes in the common style, panels side by side in rows of these heights (inches), with every label above them
     all; written to path at the end; no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(7, 1 + sum(heights)), layout="constrained")
-        yield fig.subplots(len(heights), panels, height_ratios=heights, squeeze=False, **shared)
+        height = 0.4 + 0.55 * len(heights) + sum(heights)
+        fig = Figure(figsize=(7, height))
+        gap = 0.55 * len(heights) / sum(heights)  # by hand: matplotlib's layouts take as long as all else
+        fig.subplots_adjust(0.13, 0.6 / height, 0.97, 1 - 0.5 / height, 0.33, gap)
+        yield fig.subplots(len(heights), panels, height_ratios=heights, squeeze=False, **more)
         labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
         if labels:
-            fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
-        fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
+            fig.legend(labels.values(), labels, loc="upper center", ncols=4)
+        fig.text(0.01, 0.05 / height, note, fontsize=7.5, color="0.3")
         fig.savefig(path, dpi=110, format="png")
 
 
@@ -3447,7 +3450,7 @@ def plot_lines(ax, gap, x, of, label):
         gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
     gap.axhline(0, **LINES["grid"])
     ax.set(ylabel=label, xlim=(x[0], x[-1]))
-    gap.set_ylabel("difference")
+    gap.set(ylabel="difference", xlim=(x[0], x[-1]))
 
 
 def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) -> None:
@@ -3486,7 +3489,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     # errors at the states that a solution visits, in groups of equally many by k
     note = f"{limit}; a point is a twentieth of a panel."
     for of_error, label in (("bellman", "|Bellman error|, own c (utils)"), ("euler", "|Euler error| (share of c)")):
-        with picture(draw / f"{of_error}_errors.png", len(s_of), [2.7] * len(z_of), note, sharex=True) as axes:
+        with picture(draw / f"{of_error}_errors.png", len(s_of), [2.7] * len(z_of), note) as axes:
             for ax, (z, s) in zip(axes.flat, itertools.product(z_of, s_of)):
                 ax.set(yscale="log", ylabel=label, xlabel=on_k, title=f"{a.z_names[z]}, {a.s_names[s]}")
                 for name, x in arrays["limit"].items():
@@ -3500,7 +3503,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
     # mean capital on the first periods of the judged path of z; the lower states are shaded
     z, lower = arrays["limit"]["network"]["z_path"][:400, 0], len(a.z_names) // 2
-    with picture(draw / "capital_path.png", 1, [2.1, 0.9], limit, sharex=True) as [[ax], [gap]]:
+    with picture(draw / "capital_path.png", 1, [2.1, 0.9], limit) as [[ax], [gap]]:
         ax.fill_between(range(len(z)), z < lower, step="mid", color="0.9", linewidth=0, zorder=0.5,
                         transform=ax.get_xaxis_transform(), label=" / ".join(a.z_names[:lower]))
         paths = {name: x["K_path"][:400, 0] for name, x in arrays["limit"].items()}
@@ -3514,14 +3517,15 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     note, heights = f"At mean capital K = {K:.1f}.", [1.9, 0.8] * len(z_of)
     for file, found, label, less in (("policy", "next_capital", "k' - k (goods)", k),
                                      ("consumption", "consumption", "c (goods)", 0)):
-        with picture(draw / f"{file}_functions.png", len(s_of), heights, note, sharex=True) as axes:
+        with picture(draw / f"{file}_functions.png", len(s_of), heights, note) as axes:
             for (row, z), (column, s) in itertools.product(enumerate(z_of), enumerate(s_of)):
                 ax, gap = axes[2 * row : 2 * row + 2, column]
                 lines = {name: getattr(solution, found)(k, s, K, z) - less for name, solution in solutions.items()}
                 plot_lines(ax, gap, k, lines, label)
                 ax.set_title(f"{a.z_names[z]}, {a.s_names[s]}")
                 gap.set_xlabel(on_k)
-                gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
+                for axis in (ax, gap):  # linear up to 1, and log from there on
+                    axis.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))
 
     # the share that the poorest hold, and consume
     with picture(draw / "lorenz_curves.png", 2, [2.6], limit) as [axes]:
