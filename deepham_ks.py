@@ -3430,9 +3430,9 @@ def picture(path, panels, heights, note="", **more):
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        height = 0.4 + 0.55 * len(heights) + sum(heights)
+        height = 0.35 + 0.75 * len(heights) + sum(heights)
         fig = Figure(figsize=(7, height))
-        gap = 0.55 * len(heights) / sum(heights)  # by hand: matplotlib's layouts take as long as all else
+        gap = 0.75 * len(heights) / sum(heights)  # by hand: matplotlib's layouts take as long as all else
         fig.subplots_adjust(0.13, 0.6 / height, 0.97, 1 - 0.5 / height, 0.33, gap)
         yield fig.subplots(len(heights), panels, height_ratios=heights, squeeze=False, **more)
         labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
