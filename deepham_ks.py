@@ -4100,8 +4100,8 @@ def options_of(kind) -> list:
 
 
 def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
-    """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags.
-    Raises UserError."""
+    """economy: an Economy without flags, or a function that makes one of a calibration, a dataclass whose fields, made
+    by option(), become flags. Raises UserError."""
     fixed = isinstance(economy, Economy)
     parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     epilog="exit status: 0 converged and every row of the verdict passes; 1 not converged, no grid "
@@ -4206,8 +4206,7 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED",
-             "Storage size calculation overflowed", "array is too big")
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED", "overflowed", "array is too big")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
@@ -4310,18 +4309,18 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
     """What was solved, how and on what: the rest of metrics.json."""
     import matplotlib
 
-    weights, history, config = network.weights, network.weights["history"], network.config
-    versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
-    on_gpu, arrays = network.device.type == "cuda", network.economy.arrays
+    weights, history, config, a = network.weights, network.weights["history"], network.config, network.economy.arrays
     return {
         "calibration": settings.calibration, "config": dataclasses.asdict(config), "seed": weights["seed"],
-        "economy": weights["economy"] | {"L": arrays.L, "shares": arrays.shares},
+        "economy": weights["economy"] | {"L": a.L, "shares": a.shares},
         "grid_config": settings.grid and dataclasses.asdict(settings.grid),
         "convergence": {"converged": None if config.published else not moving, "still_moving": moving,
                         "settled": weights["settled"], "iterations": len(history["seconds"]),
                         "movement": history["movement"], "euler": history["euler"]},
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds}
+        "device": torch.cuda.get_device_name() if network.device.type == "cuda" else (
+            f"CPU, {torch.get_num_threads()} threads"),
+        "version": __version__, "seconds": seconds, "versions": {"python": platform.python_version()} | {
+            module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}}
 
 
 def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
@@ -4345,9 +4344,8 @@ def outcome(settings: Settings, network: Solution, rows: list, why: str, moving:
 
 
 def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration) -> int:
-    """The command line of any economy: economy is an Economy, or a function that makes one of a calibration, a
-    dataclass whose fields, made by option(), become flags. Returns 0 converged and every row passes, 1 not converged or
-    a row fails, 2 a user's error, 130 / 143 interrupted."""
+    """The command line of any economy; parse() says what it is. Returns 0 converged and every row passes, 1 not
+    converged or a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
     argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
