@@ -45,6 +45,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -52,6 +53,7 @@ import platform
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -3306,19 +3308,23 @@ LINES = {"network": dict(color=SKY, linestyle="-", linewidth=2.8),  # light and 
 
 
 @contextlib.contextmanager
-def picture(path, height, note=""):
-    """A figure in the common style, with every label above all panels, written to path at the end; no pyplot state."""
+def picture(path, panels, heights, note="", **more):
+    """Axes in the common style, panels side by side in rows of these heights (inches), with every label above them
+    all; written to path at the end; no pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(7, height), layout="constrained")
-        yield fig
+        height = 0.35 + 0.75 * len(heights) + sum(heights)
+        fig = Figure(figsize=(7, height))
+        gap = 0.75 * len(heights) / sum(heights)  # by hand: matplotlib's layouts take as long as all else
+        fig.subplots_adjust(0.13, 0.6 / height, 0.97, 1 - 0.5 / height, 0.33, gap)
+        yield fig.subplots(len(heights), panels, height_ratios=heights, squeeze=False, **more)
         labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
         if labels:
-            fig.legend(labels.values(), labels, loc="outside upper center", ncols=4)
-        fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="0.3")
-        fig.savefig(path, dpi=160, format="png")
+            fig.legend(labels.values(), labels, loc="upper center", ncols=4)
+        fig.text(0.01, 0.05 / height, note, fontsize=7.5, color="0.3")
+        fig.savefig(path, dpi=110, format="png")
 
 
 def plot_lines(ax, gap, x, of, label):
@@ -3329,7 +3335,7 @@ def plot_lines(ax, gap, x, of, label):
         gap.plot(x, of["network"] - of["grid"], color=BLUE, linewidth=1.0, label="network - grid (lower panel)")
     gap.axhline(0, **LINES["grid"])
     ax.set(ylabel=label, xlim=(x[0], x[-1]))
-    gap.set_ylabel("difference")
+    gap.set(ylabel="difference", xlim=(x[0], x[-1]))
 
 
 def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) -> None:
@@ -3337,8 +3343,9 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     network, of, draw = solutions["network"], figures["network"], folder / "figures"
     cfg, a = network.config, network.economy.arrays
     draw.mkdir()
-    small = f"N = {cfg.eval_agents}, {cfg.eval_economies} economies, {of['small']['periods']} periods"
     limit = f"N = infinity, {of['limit']['periods']} periods"
+    (Z, S), on_k = a.income.shape, "individual capital k (goods)"
+    z_of, s_of = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})  # drawn: the middle of z, both ends of s
 
     # density and left tail of individual capital in the panel
     judged = f": W1 distance {figures['comparison']['small']['w1']:.3f} goods" if "grid" in figures else ""
@@ -3346,30 +3353,30 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     low = min(k.min() for k in k_of.values())
     top = max(low + 1, *(np.quantile(k, 0.9995) for k in k_of.values()))
     poor = np.linspace(low, low + (top - low) / 15, 201)
-    with picture(folder / "distribution_validation.png", 3.6, small) as fig:
-        density, tail = fig.subplots(1, 2, width_ratios=(2, 1))
+    small = f"N = {cfg.eval_agents}, {cfg.eval_economies} economies, {of['small']['periods']} periods"
+    with picture(folder / "distribution_validation.png", 2, [2.6], small, width_ratios=(2, 1)) as [(density, tail)]:
         for name, k in k_of.items():
             label = f"{name}: mean {k.mean():.2f}, std {k.std():.2f}"
             density.stairs(*np.histogram(k, 80, (low, top), density=True), label=label, **LINES[name])
             tail.plot(poor, [100 * np.mean(k <= x) for x in poor], **LINES[name])
-        density.set(title="distribution" + judged, xlabel="individual capital k (goods)", ylabel="density (per good)",
-                    xlim=(low, top))
+        density.set(title="distribution" + judged, xlabel=on_k, ylabel="density (per good)", xlim=(low, top))
         tail.set(title="the poorest", xlabel="k (goods)", ylabel="households with capital up to k (%)")
 
     # training over outer iterations
     history = network.weights["history"]
     panels = {"mean_K": "mean capital K (goods)", "policy_residual": "policy residual (rms)",
               "euler": "Euler error (mean)", "movement": "savings move (share of K)"}
-    with picture(draw / "training_history.png", 4.6, f"{sum(history['seconds']):.0f} s in all") as fig:
-        for ax, (name, label) in zip(fig.subplots(2, 2).flat, panels.items()):
+    with picture(draw / "training_history.png", 2, [1.8] * 2, f"{sum(history['seconds']):.0f} s in all") as axes:
+        for ax, (name, label) in zip(axes.flat, panels.items()):
             ax.plot(range(1, len(history[name]) + 1), history[name], ".-", color=BLUE)
             ax.set(xlabel="outer iteration", ylabel=label, yscale="linear" if name == "mean_K" else "log")
 
     # errors at the states that a solution visits, in groups of equally many by k
+    note = f"{limit}; a point is a twentieth of a panel."
     for of_error, label in (("bellman", "|Bellman error|, own c (utils)"), ("euler", "|Euler error| (share of c)")):
-        with picture(draw / f"{of_error}_errors.png", 1, f"{limit}; a point is a twentieth of a panel.") as fig:
-            for z, s, (ax,) in panels_by_state(fig, a):
-                ax.set(yscale="log", ylabel=label)
+        with picture(draw / f"{of_error}_errors.png", len(s_of), [2.7] * len(z_of), note) as axes:
+            for ax, (z, s) in zip(axes.flat, itertools.product(z_of, s_of)):
+                ax.set(yscale="log", ylabel=label, xlabel=on_k, title=f"{a.z_names[z]}, {a.s_names[s]}")
                 for name, x in arrays["limit"].items():
                     here = (x["sample_z"] == z) & (x["sample_s"] == s) & ~np.isnan(x[of_error])
                     k, error = x["sample_k"][here], np.abs(x[of_error][here])
@@ -3381,8 +3388,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
     # mean capital on the first periods of the judged path of z; the lower states are shaded
     z, lower = arrays["limit"]["network"]["z_path"][:400, 0], len(a.z_names) // 2
-    with picture(draw / "capital_path.png", 4.0, limit) as fig:
-        ax, gap = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
+    with picture(draw / "capital_path.png", 1, [2.1, 0.9], limit) as [[ax], [gap]]:
         ax.fill_between(range(len(z)), z < lower, step="mid", color="0.9", linewidth=0, zorder=0.5,
                         transform=ax.get_xaxis_transform(), label=" / ".join(a.z_names[:lower]))
         paths = {name: x["K_path"][:400, 0] for name, x in arrays["limit"].items()}
@@ -3393,17 +3399,22 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
     K, top = np.clip(of["limit"]["capital"]["mean"], *network.reach()[1]), np.quantile(k_of["network"], 0.9999)
     top = min(max(top, a.k_min + 1), *(solution.reach()[0][1] for solution in solutions.values()))
     k = np.sinh(np.linspace(np.arcsinh(a.k_min), np.arcsinh(top), 400)).clip(a.k_min, top)
+    note, heights = f"At mean capital K = {K:.1f}.", [1.9, 0.8] * len(z_of)
     for file, found, label, less in (("policy", "next_capital", "k' - k (goods)", k),
                                      ("consumption", "consumption", "c (goods)", 0)):
-        with picture(draw / f"{file}_functions.png", 1, f"At mean capital K = {K:.1f}.") as fig:
-            for z, s, (ax, gap) in panels_by_state(fig, a, 1.2):
+        with picture(draw / f"{file}_functions.png", len(s_of), heights, note) as axes:
+            for (row, z), (column, s) in itertools.product(enumerate(z_of), enumerate(s_of)):
+                ax, gap = axes[2 * row : 2 * row + 2, column]
                 lines = {name: getattr(solution, found)(k, s, K, z) - less for name, solution in solutions.items()}
                 plot_lines(ax, gap, k, lines, label)
-                gap.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))  # linear up to 1, and log from there on
+                ax.set_title(f"{a.z_names[z]}, {a.s_names[s]}")
+                gap.set_xlabel(on_k)
+                for axis in (ax, gap):  # linear up to 1, and log from there on
+                    axis.set_xscale("symlog", linthresh=1, linscale=1 / np.log(10))
 
     # the share that the poorest hold, and consume
-    with picture(draw / "lorenz_curves.png", 3.6, limit) as fig:
-        for ax, what in zip(fig.subplots(1, 2), ("capital", "consumption")):
+    with picture(draw / "lorenz_curves.png", 2, [2.6], limit) as [axes]:
+        for ax, what in zip(axes, ("capital", "consumption")):
             ax.axline((0, 0), (100, 100), color="0.5", linewidth=0.7)
             held = {name: figures[name]["limit"][what] for name in solutions}
             for name, x in held.items():
@@ -3412,8 +3423,9 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
             ax.set(title=f"{what}, Gini: {ginis}", xlabel="households, the poorest first (%)", ylabel="their share (%)")
 
     # responses to a lower state at period 0
-    with picture(draw / "impulse_responses.png", 4.6, f"{cfg.irf_paths} paths, N = {cfg.irf_agents}") as fig:
-        for ax, series in zip(fig.subplots(2, 2).flat, SERIES):
+    note = f"{cfg.irf_paths} paths, N = {cfg.irf_agents}"
+    with picture(draw / "impulse_responses.png", 2, [1.8] * 2, note) as axes:
+        for ax, series in zip(axes.flat, SERIES):
             points = series == "interest_rate"
             for name, responses in arrays["irf"].items():
                 mean, low, high = impulse_response(*responses[series], points)
@@ -3427,30 +3439,16 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
     # what a household with capital k adds to each learnt moment, by s, in units of the moment's own movement
     if network.seen.Q:
-        ends, p, meant = sorted({0, len(a.beta) - 1}), len(network.seen.Q[-1]), of["small"]["moments"]
-        k = torch.linspace(a.k_min, top, 300, dtype=torch.float64, device=network.device).expand(len(ends), -1)
-        s = torch.tensor(ends, device=network.device).unsqueeze(1).expand_as(k)
+        p, meant = len(network.seen.Q[-1]), of["small"]["moments"]
+        k = torch.linspace(a.k_min, top, 300, dtype=torch.float64, device=network.device).expand(len(s_of), -1)
+        s = torch.tensor(s_of, device=network.device).unsqueeze(1).expand_as(k)
         q = (contributions(k, s, network.seen, network.econ) - network.net.M_mean) / network.net.M_std
-        with picture(draw / "moments.png", 1.0 + 2.4 * p) as fig:
-            for row, ax in enumerate(fig.subplots(p, 1, squeeze=False)[:, 0]):
-                for line, i, color in zip(q[..., row - p].cpu(), ends, (BLUE, "#D55E00")):
+        with picture(draw / "moments.png", 1, [2.4] * p) as axes:
+            for row, ax in enumerate(axes.flat):
+                for line, i, color in zip(q[..., row - p].cpu(), s_of, (BLUE, "#D55E00")):
                     ax.plot(k[0].cpu(), line, color=color, label=a.s_names[i])
                 ax.set(title=f"correlation {meant['K'][row]:+.2f} with K, {meant['unemployment'][row]:+.2f} with the "
-                       "share in the lowest income", xlabel="individual capital k (goods)", ylabel="Q(k, s)")
-
-
-def panels_by_state(fig, a, *strips):
-    """(z, s, axes over k) for the first and the last s, in z around the middle; strips: heights of axes below."""
-    (Z, S), n = a.income.shape, 1 + len(strips)
-    of_z, of_s = sorted({(Z - 1) // 2, Z // 2}), sorted({0, S - 1})
-    fig.set_figheight(1 + 2.7 * len(of_z))
-    axes = fig.subplots(n * len(of_z), len(of_s), sharex=True, squeeze=False, height_ratios=(3, *strips) * len(of_z))
-    for row, column in np.ndindex(len(of_z), len(of_s)):
-        z, s, here = of_z[row], of_s[column], axes[n * row : n * (row + 1), column]
-        here[0].set_title(f"{a.z_names[z]}, {a.s_names[s]}")
-        here[-1].set_xlabel("individual capital k (goods)")
-        here[-1].tick_params(labelbottom=True)
-        yield z, s, here
+                       "share in the lowest income", xlabel=on_k, ylabel="Q(k, s)")
 
 
 # ============================================================================================== the machine
@@ -3614,10 +3612,6 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     return ""
 
 
-class NoGraph(UserError):
-    """A capture failed. The checkpoint is whole; the generator and the allocator of this process are of no more use."""
-
-
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
     """The whole iteration as one CUDA graph: about 10^4 small kernels without a launch from Python each."""
     before, rng_before = [tensor.clone() for tensor in tensors], rng.get_state()
@@ -3638,8 +3632,8 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise NoGraph(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
-                      "go on with --resume --no-cuda-graphs") from error
+        raise UserError(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
+                        "go on with --resume --no-cuda-graphs") from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -3664,7 +3658,6 @@ def generator(device: str, seed: int) -> torch.Generator:
 FORMAT = 13  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 WEIGHTS, PREVIOUS, CHECKPOINT = "NN_weights_biases.pth", "NN_weights_biases.previous.pth", "checkpoint.pt"
 PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
-LOCKED_BYTE = 2**30  # what is locked on Windows nobody else can read there: not a byte of what the lock says
 
 
 @contextlib.contextmanager
@@ -3678,40 +3671,28 @@ def disk_errors(output_dir):
 
 @contextlib.contextmanager
 def held(output_dir: Path):
-    """The directory for this run alone: one that another process holds is refused, and one that cannot be made or
-    written, before any work. What a killed run left goes, but for results that were being published: these are
-    published. The lock goes with its process."""
+    """The directory for this run alone. The lock is one of SQLite, which goes with its process on every system. What a
+    killed run left goes, but for results that were being published: these are published."""
     with disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(output_dir / LOCK, "a+")
-    with lock:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                lock.seek(LOCKED_BYTE)
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # any other error says that nothing can be locked there
-            lock.seek(0)
-            raise UserError(f"--output-dir {output_dir}: {lock.read().strip() or 'another process'} is at work there; "
-                            "wait for it, or name another directory") from None
+    try:
+        lock = sqlite3.connect(output_dir / LOCK, timeout=0, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        raise UserError(f"--output-dir {output_dir}: {error}: another run is at work there, or nothing can be written; "
+                        "wait for it, or name another directory") from error
+    try:
         with disk_errors(output_dir):
-            lock.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
             if (output_dir / PUBLISHING).exists():
                 finish_publishing(output_dir)
             for left in output_dir.glob(".deepham-*"):
                 if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                (output_dir / LOCK).unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps what is open
+            (output_dir / LOCK).unlink()
+        lock.close()
 
 
 def move(source: Path, target: Path) -> None:
@@ -3761,17 +3742,16 @@ def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
         raise UserError(told) from error
     except Exception:  # sealed by someone, but of another make: code in it, say
         pass
-    if not isinstance(content, dict) or type(content.get("format")) is not int:
-        told = f"is damaged or no file of this script; move it away and run without {asked}"
-    elif content["format"] != FORMAT:
-        age = "a newer" if content["format"] > FORMAT else "an older"
-        told = (f"has format {content['format']}, of {age} deepham_ks.py; use that one (this one reads {FORMAT}), "
-                f"or move the file away and run without {asked}")
-    elif differs := difference(content, like):
-        told = f"is of another run: {differs}; give the flags of the run that wrote it, or another --output-dir"
-    else:
-        return content
-    raise UserError(f"{asked}: {path} {told}")
+    at = f"{asked}: {path}"
+    require(isinstance(content, dict) and type(content.get("format")) is int,
+            f"{at} is damaged or no file of this script; move it away and run without {asked}")
+    age = "a newer" if content["format"] > FORMAT else "an older"
+    require(content["format"] == FORMAT, f"{at} has format {content['format']}, of {age} deepham_ks.py; use that one "
+            f"(this one reads {FORMAT}), or move the file away and run without {asked}")
+    differs = difference(content, like)
+    require(not differs, f"{at} is of another run: {differs}; give the flags of the run that wrote it, or another "
+            "--output-dir")
+    return content
 
 
 def difference(found, like, name: str = "") -> str:
@@ -3780,16 +3760,13 @@ def difference(found, like, name: str = "") -> str:
         inner = ((f"{name}.{key}".lstrip("."), key) for key in like)
         told = (difference(found[k], like[k], at) if k in found else f"{at} is missing" for at, k in inner)
         return next(filter(None, told), "")
-
-    def described(value):
-        if isinstance(value, torch.Tensor):
-            return f"{value.dtype} {tuple(value.shape)} {value.layout}"
-        return repr(value) if name.startswith(("config.", "economy.")) else type(value).__name__
-
-    here, there = described(like), described(found)
-    if here == there and name.startswith("economy.") and isinstance(like, Tensor) and not torch.equal(like, found):
-        return f"{name} has other numbers in the file than in this run"
-    return "" if here == there else f"{name} is {there} in the file and {here} in this run"
+    fixed = name.startswith(("config.", "economy."))  # more than its kind must agree
+    here, there = (f"{x.dtype} {tuple(x.shape)} {x.layout}" if isinstance(x, Tensor) else repr(x) if fixed
+                   else type(x).__name__ for x in (like, found))
+    if here != there:
+        return f"{name} is {there} in the file and {here} in this run"
+    other = fixed and isinstance(like, Tensor) and not torch.equal(like, found)
+    return f"{name} has other numbers in the file than in this run" if other else ""
 
 
 @contextlib.contextmanager
@@ -3986,8 +3963,8 @@ def options_of(kind) -> list:
 
 
 def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
-    """economy: an Economy without flags, or a function that makes one of a calibration, the dataclass of its flags.
-    Raises UserError."""
+    """economy: an Economy without flags, or a function that makes one of a calibration, a dataclass whose fields, made
+    by option(), become flags. Raises UserError."""
     fixed = isinstance(economy, Economy)
     parser = Parser("deepham_ks", "%(prog)s [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     epilog="exit status: 0 converged and every row of the verdict passes; 1 not converged, no grid "
@@ -4006,12 +3983,12 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
                 how = {"action": argparse.BooleanOptionalAction}
             section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
     given = vars(parser.parse_args(argv))
-    changed = [name for name in [given.get("preset", "default")] if name != "default"]  # names the folder
+    changed = [given["preset"]] if given.get("preset", "default") != "default" else []  # names the folder
 
     def filled(base):
         """base with the flags given."""
         prefix = PREFIX.get(type(base), "")
-        values = {item.name: given.get(prefix + item.name, getattr(base, item.name)) for item in options_of(type(base))}
+        values = {item.name: given.get(prefix + item.name, getattr(base, item.name)) for item in options_of(base)}
         changed.extend(f"{flag(prefix + name)[2:]}-{value}" for name, value in values.items()
                        if value != getattr(base, name) and name not in MACHINE)
         base = dataclasses.replace(base, **values)
@@ -4027,8 +4004,6 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     idle = {"settle", "averaging"} if cfg.published else {"value_rate", "policy_steps", "value_steps"}
     if run.grid == "none":
         idle |= {name for name in given if name.startswith("grid_")}
-    idle = ", ".join(map(flag, sorted(idle & set(given))))
-    require(not idle, f"{idle}: without effect here; leave it out")
     require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
     require(not (run.evaluate and run.resume),
             "--evaluate trains nothing and --resume goes on training; give one of the two")
@@ -4039,12 +4014,11 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
                 f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
 
     made = economy if fixed else economy(cal)
-    decided = {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}
-    if decided:
+    if decided := {name: getattr(run, name) for name in ("equilibrium", "players", "start") if getattr(run, name)}:
         made = dataclasses.replace(made, **decided)
-    for name, who in (("players", "game"), ("start", "planner")):
-        require(name not in given or made.equilibrium == who, f"{flag(name)}: without effect where --equilibrium is "
-                f"{made.equilibrium}; leave it out")
+    idle |= {name for name, who in (("players", "game"), ("start", "planner")) if made.equilibrium != who}
+    idle = ", ".join(map(flag, sorted(idle & set(given))))
+    require(not idle, f"{idle}: without effect here; leave it out")
     n_moments(made.tables(), cfg)
 
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
@@ -4095,8 +4069,7 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED",
-             "Storage size calculation overflowed", "array is too big")
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED", "overflowed", "array is too big")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
@@ -4123,22 +4096,8 @@ def again(first: str, *more: str) -> str:
     """The command of this run with other flags."""
     python = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     same = [a for a in Interrupted.argv if a not in ("--resume", "--evaluate")]
-    return shell_line([*python, Interrupted.script, first, *same, *more])
-
-
-def shell_line(command: list) -> str:
+    command = [*python, Interrupted.script, first, *same, *more]
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-
-
-def start_again() -> int:
-    """This command from its checkpoint and without CUDA graphs, in a process of its own; its exit status."""
-    command = [sys.executable, *sys.orig_argv[1:], "--resume", "--no-cuda-graphs"]
-    print(f"deepham_ks: starting again: {shell_line(command)}", file=sys.stderr, flush=True)
-    if os.name != "nt":
-        sys.stdout.flush()
-        os.execv(sys.executable, command)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no exec that a shell waits for
-    return subprocess.call(command)
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -4213,18 +4172,18 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
     """What was solved, how and on what: the rest of metrics.json."""
     import matplotlib
 
-    weights, history, config = network.weights, network.weights["history"], network.config
-    versions = {module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}
-    on_gpu, arrays = network.device.type == "cuda", network.economy.arrays
+    weights, history, config, a = network.weights, network.weights["history"], network.config, network.economy.arrays
     return {
         "calibration": settings.calibration, "config": dataclasses.asdict(config), "seed": weights["seed"],
-        "economy": weights["economy"] | {"L": arrays.L, "shares": arrays.shares},
+        "economy": weights["economy"] | {"L": a.L, "shares": a.shares},
         "grid_config": settings.grid and dataclasses.asdict(settings.grid),
         "convergence": {"converged": None if config.published else not moving, "still_moving": moving,
                         "settled": weights["settled"], "iterations": len(history["seconds"]),
                         "movement": history["movement"], "euler": history["euler"]},
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "version": __version__, "versions": {"python": platform.python_version(), **versions}, "seconds": seconds}
+        "device": torch.cuda.get_device_name() if network.device.type == "cuda" else (
+            f"CPU, {torch.get_num_threads()} threads"),
+        "version": __version__, "seconds": seconds, "versions": {"python": platform.python_version()} | {
+            module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}}
 
 
 def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
@@ -4248,19 +4207,17 @@ def outcome(settings: Settings, network: Solution, rows: list, why: str, moving:
 
 
 def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calibration) -> int:
-    """The command line of any economy: economy is an Economy, or a function that makes one of a calibration, a
-    dataclass whose fields, made by option(), become flags. Returns 0 converged and every row passes, 1 not converged or
-    a row fails, 2 a user's error, 130 / 143 interrupted."""
+    """The command line of any economy; parse() says what it is. Returns 0 converged and every row passes, 1 not
+    converged or a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
-    is_command = argv is None and not in_notebook and Path(sys.argv[0]).is_file() and RANKS == 1
     argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
-    status, restarts = 2, False
+    status = 2
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
             return work(parse(argv, economy, calibration))
         except UserError as error:
-            line, restarts = f"error: {error}", is_command and isinstance(error, NoGraph)
+            line = f"error: {error}"
         except Interrupted as stop:
             line, status = f"stopped by {signal.Signals(stop.args[0]).name}", 128 + stop.args[0]
             if "--evaluate" in argv:
@@ -4284,7 +4241,7 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)  # the end of Python would wait for what other ranks still owe
-    return start_again() if restarts else status
+    return status
 
 
 if __name__ == "__main__":
