@@ -3612,6 +3612,10 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     return ""
 
 
+class NoGraph(UserError):
+    """A capture failed. The checkpoint is whole; the generator and the allocator of this process are of no more use."""
+
+
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
     """The whole iteration as one CUDA graph: about 10^4 small kernels without a launch from Python each."""
     before, rng_before = [tensor.clone() for tensor in tensors], rng.get_state()
@@ -3632,8 +3636,8 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
-                        "go on with --resume --no-cuda-graphs") from error
+        raise NoGraph(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
+                      "go on with --resume --no-cuda-graphs") from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -4096,8 +4100,22 @@ def again(first: str, *more: str) -> str:
     """The command of this run with other flags."""
     python = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     same = [a for a in Interrupted.argv if a not in ("--resume", "--evaluate")]
-    command = [*python, Interrupted.script, first, *same, *more]
+    return shell_line([*python, Interrupted.script, first, *same, *more])
+
+
+def shell_line(command: list) -> str:
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+def start_again() -> int:
+    """This command from its checkpoint and without CUDA graphs, in a process of its own; its exit status."""
+    command = [sys.executable, *sys.orig_argv[1:], "--resume", "--no-cuda-graphs"]
+    print(f"deepham_ks: starting again: {shell_line(command)}", file=sys.stderr, flush=True)
+    if os.name != "nt":
+        sys.stdout.flush()
+        os.execv(sys.executable, command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no exec that a shell waits for
+    return subprocess.call(command)
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -4211,13 +4229,14 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     converged or a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
+    is_command = argv is None and not in_notebook and Path(sys.argv[0]).is_file() and RANKS == 1
     argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
-    status = 2
+    status, restarts = 2, False
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
             return work(parse(argv, economy, calibration))
         except UserError as error:
-            line = f"error: {error}"
+            line, restarts = f"error: {error}", is_command and isinstance(error, NoGraph)
         except Interrupted as stop:
             line, status = f"stopped by {signal.Signals(stop.args[0]).name}", 128 + stop.args[0]
             if "--evaluate" in argv:
@@ -4241,7 +4260,7 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)  # the end of Python would wait for what other ranks still owe
-    return status
+    return start_again() if restarts else status
 
 
 if __name__ == "__main__":

@@ -112,19 +112,46 @@ if __name__ == "__main__":
 FLAGS = ["--preset", "smoke", "--device", "cpu", "--compile", "none", "--grid", "none", "--output-dir"]
 
 
-def test_where_no_graph_is_captured_one_line_says_how_to_go_on(tmp_path, eager):
-    """And so it does, from the checkpoint, bit for bit."""
+def test_where_no_graph_is_captured_the_run_starts_itself_again_without(tmp_path, eager):
+    """From the checkpoint, bit for bit; one line says why and one says how."""
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_GRAPHS.format(source=str(ROOT)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-u", str(script), *FLAGS, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (
-        2, "deepham_ks: error: this torch cannot capture an iteration as a CUDA graph (operation not permitted when "
-        "stream is capturing): go on with --resume --no-cuda-graphs\n")
-    command += ["--resume", "--no-cuda-graphs"]
-    assert subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode == 0
+    done = subprocess.run([sys.executable, "-u", str(script), *FLAGS, str(tmp_path / "run")], env=environment,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    why, how = done.stderr.splitlines()
+    assert why == ("deepham_ks: error: this torch cannot capture an iteration as a CUDA graph (operation not permitted "
+                   "when stream is capturing): go on with --resume --no-cuda-graphs")
+    assert how.startswith("deepham_ks: starting again: ") and how.endswith(" --resume --no-cuda-graphs")
+    assert f" -u {script} " in how
+    iterations = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("iteration ")]
+    assert iterations == ["1", "2", "3"]
     assert same(torch.load(tmp_path / "run" / dk.WEIGHTS, weights_only=True), eager)
+
+
+@pytest.fixture
+def no_graph(monkeypatch):
+    """work() that ends in a failed capture."""
+    def work(settings):
+        raise dk.NoGraph("no graph here: go on with --resume --no-cuda-graphs")
+
+    monkeypatch.setattr(dk, "work", work)
+    return monkeypatch
+
+
+def test_only_a_command_starts_itself_again(no_graph, capsys):
+    """A program that calls main() with flags of its own, or a notebook's kernel, is not ended."""
+    no_graph.setattr(dk, "start_again", lambda: 77)
+    for argv, start, status in (([], ROOT / "deepham_ks.py", 2), (None, ROOT / "deepham_ks.py", 77), (None, "-c", 2),
+                                (None, ROOT / "ipykernel_launcher.py", 2)):
+        no_graph.setattr(sys, "argv", [str(start)])
+        assert dk.main(argv) == status
+        assert "deepham_ks: error: no graph here: go on with --resume" in capsys.readouterr().err
+    no_graph.setattr(sys, "argv", [str(ROOT / "deepham_ks.py")])
+    no_graph.setattr(dk, "RANKS", 2)  # torchrun has met once
+    no_graph.setenv("LOCAL_WORLD_SIZE", "2")
+    assert dk.main() == 2
 
 
 # ------------------------------------------------------------------------------------------------ Windows
@@ -158,6 +185,18 @@ def test_on_windows_commands_are_quoted_for_its_shell(windows):
     windows.setattr(dk.Interrupted, "script", r"C:\my runs\mine.py")
     windows.setattr(dk.Interrupted, "argv", ["--gamma", "2"])
     assert dk.again("--resume") == r'python "C:\my runs\mine.py" --resume --gamma 2'
+
+
+def test_on_windows_a_run_that_starts_again_is_waited_for(windows, capfd):
+    """os.execv would hand the shell its prompt back."""
+    script = "import sys; sys.exit(3 if sys.argv[1:] == ['a b', '--resume', '--no-cuda-graphs'] else 4)"
+    windows.setattr(sys, "orig_argv", ["python", "-c", script, "a b"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert dk.start_again() == 3
+        assert '"a b" --resume --no-cuda-graphs' in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_handler_that_is_not_python_s_breaks_no_run(monkeypatch):
