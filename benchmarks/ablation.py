@@ -24,7 +24,8 @@ VARIANTS = {
     "horizon 40": (["--horizon", "40"], ""),
     "6 iterations of averaging": (["--averaging", "6"], ""),
     "full Newton steps": (["--policy-rate", "1"], ""),
-    "independent shocks to s": ([], "dk.spread_uniform = lambda s, start: dk.torch.rand(s.shape)"),
+    "panels of 1,000 households": (["--n-agents", "1000", "--n-economies", "48"], ""),
+    "panels of 50 households": (["--n-agents", "50"], ""),
     "squares only, no robust weights": ([], "dk.robust = lambda r, weight: dk.torch.ones_like(r)"),
     "least damping times ten": ([], "dk.LEAST_DAMPING *= 10"),
     "labels without later periods": ([], "dk.KERNELS = tuple(x for x in dk.KERNELS if x != 'worth_of_saving'); "

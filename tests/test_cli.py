@@ -273,6 +273,18 @@ def test_rows_that_fail_and_rows_that_nobody_judges(tmp_path, capsys, monkeypatc
 
 # ---- examples
 
+
+def test_one_iteration_is_shown_step_by_step(tmp_path, capsys):
+    """The first and the last one, and in each the step lowers what it is for."""
+    runpy.run_path(str(ROOT / "examples" / "one_iteration.py"))["main"](2, str(tmp_path / "shown.png"))
+    out = capsys.readouterr().out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("iteration ")] == ["1", "2"]
+    for line in (line for line in out.splitlines() if "before" in line):
+        before, after = [float(line.split(word)[1].split(",")[0]) for word in ("before ", "after ")]
+        assert after < before, line
+    assert (tmp_path / "shown.png").stat().st_size > 10_000
+
+
 EXAMPLES = ROOT / "examples"
 
 
