@@ -2866,16 +2866,21 @@ def refined(x: np.ndarray, axes: Axes, finer: Axes) -> np.ndarray:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
+def along(x: np.ndarray, i: np.ndarray) -> np.ndarray:
+    """x (..., n) at i (..., m): numpy's take_along_axis takes three times as long."""
+    return torch.from_numpy(x).gather(-1, torch.from_numpy(i)).numpy()
+
+
 def invert(k_endo: np.ndarray, nodes: Nodes, k: np.ndarray) -> np.ndarray:
     """k'(k) from the k (..., n_k) at which each k' of the grid is chosen: cubic Hermite, slopes by splines,
     and k_min below the first k_endo, so that no polynomial bends across the kink of the borrowing limit."""
     every_k = torch.from_numpy(k).expand(*k_endo.shape[:-1], len(k)).contiguous()
     i = torch.searchsorted(torch.from_numpy(np.ascontiguousarray(k_endo)), every_k, right=True).numpy() - 1
     i = i.clip(0, k_endo.shape[-1] - 2)
-    rise, run = nodes.axes.k[i + 1] - nodes.axes.k[i], np.take_along_axis(np.diff(k_endo), i, -1)
-    t = ((k - np.take_along_axis(k_endo, i, -1)) / run).clip(0, 1)
+    rise, run = nodes.axes.k[i + 1] - nodes.axes.k[i], along(np.diff(k_endo), i)
+    t = ((k - along(k_endo, i)) / run).clip(0, 1)
     dk_next = 1 / (k_endo @ nodes.slope.T)
-    d0, d1 = run * np.take_along_axis(dk_next, i, -1), run * np.take_along_axis(dk_next, i + 1, -1)
+    d0, d1 = run * along(dk_next, i), run * along(dk_next, i + 1)
     k_next = nodes.axes.k[i] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
     return np.where(k > k_endo[..., :1], k_next.clip(nodes.axes.k[0]), nodes.axes.k[0])
 
@@ -2949,7 +2954,7 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: list, economy: Economy):
         EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
             EV = inverse_utility(torch.from_numpy(EV / D), econ).numpy()
-        EV = (1 - share) * np.take_along_axis(EV, low, -1) + share * np.take_along_axis(EV, low + 1, -1)
+        EV = (1 - share) * along(EV, low) + share * along(EV, low + 1)
         change = u + (D * utility(torch.from_numpy(EV), econ).numpy() if steep else EV) - V
         V += change
         if sweep % 10 == 9:
