@@ -1,12 +1,10 @@
 """One learnt moment beside K, three seeds, and the unemployment share given in its place: the metrics.json of each run
-at N = 50 and in the limit, and its figures at N = 500, into benchmarks/moments/. Makes the runs that this version has
-not made yet, and keeps the picture of seed 0 as benchmarks/moments.png.
+at N = 50 and in the limit, and its figures at N = 500, into benchmarks/moments/. What this version has run is kept.
 
-  python benchmarks/moments.py            # all, about 20 minutes on one thread; or the names of some in RUNS
+  python benchmarks/moments.py            # four runs; or the names of some in RUNS
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,18 +29,18 @@ def curvature(solution: dk.Solution, N: int, B: int = 64) -> dict:
     of everybody's s' less V at the mean M'|, in the units of utility()."""
     econ, rng, gaps = solution.econ, torch.Generator().manual_seed(7), []
     panel, draws = dk.initial_panel(B, N, econ, solution.K_mean, rng), torch.Generator().manual_seed(8)
-    for k, s, K, z, k_next in dk.simulate(dk.panel_policy(solution), panel, 300, econ, rng):
+    for _, at, k_next in dk.simulate(dk.panel_policy(solution), panel, 300, econ, rng):
         pass
-    K_next = k_next.mean(1, keepdim=True)
+    k_next, s, z = k_next.double(), at.s, at.z
+    K_next, alike = k_next.mean(1, keepdim=True), k_next[:, :0]
 
-    def value(z_next, M):
-        at = dk.At(k_next, s, K_next, z_next, M.unsqueeze(1), torch.zeros_like(K_next))  # own s' is summed over exactly
-        return solution.values(at)
+    def value(z_next, M):  # own s' is summed over exactly
+        return solution.values(dk.place(k_next, s, K_next, z_next, econ)._replace(M=M.unsqueeze(1)))
 
     for z_next in [torch.full_like(z, i) for i in range(len(econ.TFP))]:
         path = torch.stack([z, z_next])
         M = [dk.moments_of(k_next, dk.follow(lambda t, s: dk.uniform(s.shape, draws, s.device), s, path, econ)[1],
-                           solution.seen, econ) for _ in range(DRAWS)]
+                           solution.seen, econ, alike) for _ in range(DRAWS)]
         mean = sum(value(z_next, of_one) for of_one in M) / DRAWS
         gaps.append((mean - value(z_next, sum(M) / DRAWS)).abs().mean())  # of these draws: a line shows no gap
     return {"N": N, "draws": DRAWS, "V_utils": float(torch.stack(gaps).mean())}
@@ -56,8 +54,6 @@ def run(name: str, flags: list) -> None:
         found, metrics = {"error": done.stderr.strip()[-300:]}, Path(folder) / "metrics.json"
         if metrics.exists():
             found = json.loads(metrics.read_text())
-            if name == "seed0":
-                shutil.copy(Path(folder) / "figures" / "moments.png", HERE / "moments.png")
             with torch.no_grad():
                 found["curvature"] = curvature(dk.load(Path(folder) / dk.WEIGHTS), 50)
             subprocess.run([*command, "--evaluate", *MIDDLE], capture_output=True, text=True)
