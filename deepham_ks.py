@@ -1733,7 +1733,7 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
 
 # ---------------------------------------------------------------------------------------------- 5. fit V
 
-VALUE_ROUNDS = 8  # samples of states, and
+VALUE_ROUNDS = 12  # samples of states, and
 VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
 LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the network's output
 

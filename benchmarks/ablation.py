@@ -34,7 +34,8 @@ OFF = {
                                     ("worth[t] = expected[t] + torch.clamp(",
                                      "worth[t] = expected[t] + 0 * torch.clamp(")),
     "infinitely many households: 50": ("`--n-agents 50`", ["--n-agents", "50"], None),
-    "infinitely many households: 1,000": ("`--n-agents 1000`", ["--n-agents", "1000"], None),
+    "infinitely many households: 1,000": ("`--n-agents 1000 --n-economies 48`",
+                                         ["--n-agents", "1000", "--n-economies", "48"], None),
 }
 SHORT = ["--irf-paths", "2", "--irf-periods", "2"]  # the responses are not looked at here
 SMOKE = ["--preset", "smoke", "--periods", "60", "--device", "cpu"]

@@ -5,14 +5,14 @@
 # runs and how many seconds that took in the committed runs: training, grid and judging, without start and pictures.
 # With names of steps it runs these alone. --list: says so and runs nothing. --missing: keeps what this version has run.
 # A step that fails is named at the end; where it has written nothing the committed file stays. PYTHON names another
-# Python than that of .venv.
+# Python than that of .venv. Not made anew: benchmarks/groups/, whose table says of which version it is.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}"
 
 # name | files of its figures | command; `run FILE script flags` makes one run and keeps its metrics.json as FILE
 STEPS=(
-  "one_iteration | docs/one_iteration.png | python examples/one_iteration.py"
+  "one_iteration | docs/one_iteration.png | python examples/one_iteration.py 12 docs/one_iteration.png"
   "reference | benchmarks/seeds/seed0.json | run benchmarks/seeds/seed0.json deepham_ks.py --output-dir ."
   "gamma2 | benchmarks/gamma2.json | run benchmarks/gamma2.json deepham_ks.py --gamma 2 --output-dir runs/gamma2"
 )
@@ -26,7 +26,6 @@ for name in labour_flows ar1 davila stochastic_beta; do
 done
 STEPS+=(
   "moments | benchmarks/moments/seed{0,1,2}.json benchmarks/moments/unemployment.json | python benchmarks/moments.py"
-  "groups | benchmarks/groups/{J1,J3,J10,J30,spread}.json | python benchmarks/thirty_states.py"
   "planner | benchmarks/planner/{market,planner_seed0,game,cis_market,cis_planner}.json | python benchmarks/planner.py"
   "paper | benchmarks/paper/metrics.json | run benchmarks/paper/metrics.json deepham_ks.py --preset paper --output-dir runs/paper"
   "labour | benchmarks/labour_flows.json | python benchmarks/labour_flows.py"
@@ -98,7 +97,7 @@ chosen=()
 for step in "${STEPS[@]}"; do
   [[ $asked == " " || $asked == *" ${step%% |*} "* ]] && chosen+=("$step")
 done
-echo "${#chosen[@]} steps, seconds of the committed runs:"
+echo "${#chosen[@]} steps, seconds of the committed runs; benchmarks/groups/ is not made anew:"
 for step in "${chosen[@]}"; do
   IFS='|' read -r name files command <<<"$step"
   printf '  %-16s %-14s %s\n' "$name" "$(eval "seconds $files")" "$command"

@@ -1,60 +1,59 @@
-"""One outer iteration in the default economy, step by step: what learn() does, each figure beside its equation.
+"""The outer iteration of the default economy, for those who teach it: prints its steps beside their equations in the
+first iteration and in a later one, and draws how far the first-order condition is missed before and after the step.
 
-  python examples/one_iteration.py [PICTURE]        # five seconds; draws docs/one_iteration.png
+  python examples/one_iteration.py                # the first and the twelfth, into one_iteration.png
+  python examples/one_iteration.py 20 my.png      # the first and the twentieth, into my.png
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import deepham_ks as dk  # noqa: E402
 
 
+def show(state, paths, batch, missed, left, free, econ) -> None:
+    """The steps in words and numbers; missed and left (n,) are ln(c~ / c) before and after the step."""
+    beta, u_prime = econ.beta[batch.at.s], dk.marginal_utility(batch.c, econ)
+    (a, b), K = state.K_law.T.tolist(), float(paths.at.K.mean())
+    mean = lambda x: f"{float(x[free].abs().mean()):.1e}"  # noqa: E731
+    print(f"\niteration {state.iteration}\n1. simulate: mean K {K:.2f}, and ln K' = a(z) + b(z) ln K with",
+          f"a {a[0]:.3f}, {a[1]:.3f}, b {b[0]:.4f}, {b[1]:.4f}")
+    print(f"2. roll out: {int(free.sum())} of {len(missed)} states are away from the borrowing limit")
+    print(f"     exact condition       beta E[R' u'(c')] / u'(c) - 1    {mean(beta * batch.expected / u_prime - 1)}")
+    print(f"     label, later misses   beta lambda' / u'(c) - 1         {mean(beta * batch.worth / u_prime - 1)}")
+    print(f"3. move the policy: log c moves by {float(state.rates[0]):g} ln(c~ / c), where u'(c~) = beta lambda'")
+    print(f"     |ln(c~ / c)|          before {mean(missed)}, after {mean(left)}")
+
+
 @torch.no_grad()
-def main(picture: Path, before: int = 5) -> None:
-    cfg, economy = dk.Config(n_economies=16, batch=512), dk.krusell_smith()
-    econ, rng = economy.tables(dtype=torch.float32), torch.Generator().manual_seed(0)
+def main(last: int = 12, picture: str = "one_iteration.png") -> None:
+    economy, rng = dk.krusell_smith(), torch.Generator().manual_seed(0)
+    cfg, econ = dk.sized(dk.Config(), economy), economy.tables(dtype=torch.float32)
     state = dk.initial_state(econ, economy, cfg, 0, rng)
-    for _ in range(before):  # a policy that is not yet converged
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    panels = dict(zip((1, last), figure.subplots(1, 2)))
+    while state.iteration < last:
         dk.set_rates(state, cfg)
         paths = dk.simulate_on(state, econ, cfg, rng)
-        dk.policy_step(state, dk.roll_out_households(state, paths, econ, cfg, rng), paths, econ, cfg)
+        batch = dk.roll_out_households(state, paths, econ, cfg, rng)
+        dk.policy_step(state, batch, paths, econ, cfg)
         state.iteration += 1
-    paths = dk.simulate_on(state, econ, cfg, rng)
-    print("1. simulate   ln K' = a(z) + b(z) ln K: a and b by z", state.K_law.numpy().round(4).tolist())
-    same = rng.get_state()
-    k, path, *_ = dk.sample_households(state, paths, econ, cfg, rng)
-    k = dk.roll_out(dk.policy_net(state, econ, cfg), k, path, econ)  # (T + 1, M)
-    print(f"2. roll out   k' = R k + income(z, s) w - c: {k.shape[1]} households, k to {k.max():.0f} goods")
-    rng.set_state(same)  # the same households again, with labels, at the states that teach
-    batch = dk.roll_out_households(state, paths, econ, cfg, rng)
-    beta, missed = econ.beta[batch.at.s], dk.policy_residual(batch, econ).abs().mean()
-    sides = {"u'(c)": dk.marginal_utility(batch.c, econ), "beta E[R' u'(c')]": beta * batch.expected,
-             "beta lambda'": beta * batch.worth}
-    for name, x in sides.items():
-        print(f"   label      u'(c) = beta lambda', lambda' = E[R' u'(c')] + ...: median of {name} {x.median():.4f}")
-    print(f"   residual   r = ln(c~ / c), u'(c~) = beta lambda': mean |r| {missed:.4f}")
-    for when, given in (("before", ()), ("after", (paths, econ, cfg))):
-        if given:
-            print(f"3. step       (J'J + damping D) step = J'r: taken {dk.policy_step(state, batch, *given):.0f}")
-        solution = dk.Solution(dk.weights_file(state, economy, cfg, 0), dtype=torch.float32)
-        sides[when] = dk.euler_errors(solution, batch.at, batch.ahead, everywhere=True).abs()
-        print(f"   error      |1 - c~ / c|, u'(c~) = beta E[R' u'(c')]: mean {sides[when].nanmean():.4f} {when} it")
-    with dk.picture(picture, 2, [1.8, 1.8]) as [[simulated, rolled], [label, error]]:
-        simulated.plot(paths.at.K[:, :6], linewidth=0.8)
-        rolled.plot(k[:, :12], linewidth=0.8)
-        simulated.set(xlabel="period", ylabel="1. simulate: K (goods)")
-        rolled.set(xlabel="period", ylabel="2. roll out: k (goods)")
-        label.loglog(sides["u'(c)"][::2], sides["beta lambda'"][::2], ".", markersize=1.5, color=dk.BLUE)
-        label.axline((1, 1), (2, 2), **dk.LINES["grid"])
-        label.set(xlabel="u'(c)", ylabel="2. label: beta lambda'", xlim=(0.1, 10), ylim=(0.1, 10))
-        for when, color in (("before", "#D55E00"), ("after", dk.BLUE)):
-            error.loglog(batch.at.k[::2], sides[when][::2], ".", markersize=1.5, color=color, label=f"{when} the step")
-        error.set(xlabel="k (goods)", ylabel="3. step: Euler error", xlim=(0.1, None), ylim=(1e-5, None))
+        if ax := panels.get(state.iteration):
+            m, _ = dk.cash_on_hand(batch.at, econ)
+            c = m - dk.network_capital(dk.policy_net(state, econ, cfg), batch.at, econ)
+            missed, left = [dk.policy_residual(batch._replace(c=x), econ) for x in (batch.c, c)]
+            free = batch.c < (m - econ.k_min) * (1 - 1e-6)
+            show(state, paths, batch, missed, left, free, econ)
+            for x, label, color in ((missed, "before", "#56B4E9"), (left, "after", "black")):
+                ax.plot(batch.at.k[free][::6], x[free][::6], ".", markersize=2, color=color, label=label)
+            ax.set(title=f"iteration {state.iteration}", xlabel="capital k (goods)", xscale="symlog")
+            ax.legend(markerscale=5, frameon=False, title="ln(c~ / c)")
+    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "one_iteration.png")
+    main(*[int(x) if x.isdigit() else x for x in sys.argv[1:]])

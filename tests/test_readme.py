@@ -259,17 +259,6 @@ def test_python_of_the_readme_runs(readme, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out and names["mean"].shape == (40,)
 
 
-def test_one_iteration_says_each_equation_and_lowers_the_error(tmp_path, quick, capsys):
-    """The walk through an iteration, as its page shows it."""
-    example = from_file(ROOT / "examples" / "one_iteration.py", "changed_example")
-    assert len((ROOT / "examples" / "one_iteration.py").read_text().splitlines()) <= 60
-    example.main(tmp_path / "picture.png", before=2)
-    said = capsys.readouterr().out
-    before, after = [float(x) for x in re.findall(r"mean (\S+) (?:before|after) it", said)]
-    assert 0 < after < before and "step = J'r: taken 1" in said and (tmp_path / "picture.png").stat().st_size > 1e4
-    assert all(": " in line and "=" in line.rpartition(": ")[0] for line in said.splitlines())
-
-
 def labour_flows():
     """As benchmarks/labour_flows.py writes it."""
     def run(seed, mean, r2, path, **more):

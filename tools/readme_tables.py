@@ -108,7 +108,8 @@ def load_seeds(root, reference):
         if metrics["seed"] != seed:
             raise BadInput(f"{name} is of seed {metrics['seed']}")
         for kind in ("calibration", "economy", "config", "grid_config"):
-            ours, theirs = metrics[kind] or {}, reference[kind] or {}
+            ours, theirs = [json.loads(json.dumps(of[kind] or {}), parse_float=lambda x: round(float(x), 12))
+                            for of in (metrics, reference)]  # machines differ in the last bit
             odd = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             if odd:
                 raise BadInput(f"{name}: {', '.join(odd)} not as in {REFERENCE}; run {command}")
