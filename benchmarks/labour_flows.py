@@ -79,9 +79,8 @@ def what_is_learnt(solution: dk.Solution) -> dict:
             "explains": {name: np.corrcoef(of_M, left(x))[0, 1] ** 2 for name, x in zip(names, others)}}
 
 
-def draw(found: dict) -> None:
-    with dk.picture(ROOT / "docs" / "labour_flows.png", 3.6, "From a good spell: ten bad years, then good ones") as fig:
-        ax, gap = fig.subplots(1, 2)
+def draw(found: dict, path: Path) -> None:
+    with dk.picture(path, 2, [2.6], "From a good spell: ten bad years, then good ones") as [[ax, gap]]:
         t = np.arange(len(found["grid"]["path"])) / 4
         for name, style in (("grid", {"color": "k", "linestyle": "--"}), ("K alone", {"color": "#D55E00"}),
                             ("(K, L)", {"color": "#0072B2"}), ("learnt", {"color": "#009E73"})):
@@ -104,7 +103,7 @@ def main() -> None:
             print(kind, seed, found[kind][-1]["euler"], found[kind][-1].get("says", ""), flush=True)
     found["grid"] = settled(dk.solve_grid(solution.economy))
     FOUND.write_text(json.dumps(found, indent=1, default=lambda x: x.tolist()) + "\n")
-    draw(found)
+    draw(found, ROOT / "docs" / "labour_flows.png")
 
 
 if __name__ == "__main__":

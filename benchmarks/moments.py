@@ -1,12 +1,11 @@
 """One learnt moment beside K, three seeds, and the unemployment share given in its place: the metrics.json of each run
 at N = 50 and in the limit, and its figures at N = 500, into benchmarks/moments/. Makes the runs that this version has
-not made yet, and keeps the picture of seed 0 as benchmarks/moments.png.
+not made yet.
 
   python benchmarks/moments.py            # all, about 20 minutes on one thread; or the names of some in RUNS
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,6 @@ def run(name: str, flags: list) -> None:
         found, metrics = {"error": done.stderr.strip()[-300:]}, Path(folder) / "metrics.json"
         if metrics.exists():
             found = json.loads(metrics.read_text())
-            if name == "seed0":
-                shutil.copy(Path(folder) / "figures" / "moments.png", HERE / "moments.png")
             subprocess.run([*command, "--evaluate", *MIDDLE], capture_output=True, text=True)
             again = json.loads(metrics.read_text())
             found["middle"] = {who: again[who]["small"] for who in ("network", "grid") if who in again}

@@ -3,7 +3,7 @@ the runs that this version has not made yet, keeps each metrics.json in benchmar
 benchmarks/planner.png. tools/readme_tables.py makes tables of the same files. The game is compared with the weights of
 the committed default run.
 
-  python benchmarks/planner.py        # about 15 minutes on two cores
+  python benchmarks/planner.py        # five runs; or the names of some of COMMANDS
 """
 
 import json
@@ -56,8 +56,8 @@ def draw(path: Path) -> None:
     found = {name: json.loads((RUNS / f"{file}.json").read_text())
              for name, file in (("market", "market"), ("planner", "planner_seed0"))}
     people = np.linspace(0, 100, 21)
-    with dk.picture(path, 3.4) as fig:
-        for ax, kind in zip(fig.subplots(1, 2), ("capital", "consumption")):
+    with dk.picture(path, 2, [2.6]) as [axes]:
+        for ax, kind in zip(axes, ("capital", "consumption")):
             for (name, metrics), color in zip(found.items(), ("#0072B2", "#D55E00")):
                 for solution, style in (("network", {"linewidth": 2.8, "alpha": 0.5}), ("grid", {"linestyle": "--"})):
                     x = metrics[solution]["limit"][kind]
