@@ -8,7 +8,7 @@ results: the reference run and all seeds, from benchmarks/seeds/seed*.json; that
 run, whose metrics.json in the top level a user's own run replaces. summary: the same beside what others publish. seeds:
 a row for each of the seeds 0 to 9. gamma2: from benchmarks/gamma2.json. examples, and timings, a line for each: from
 benchmarks/examples/*.json. planner, game: from benchmarks/planner/*.json. labour, and learnt, the same in words: from
-benchmarks/labour_flows.json.
+benchmarks/labour_flows.json. field, aiyagari: from benchmarks/field/*.json.
 """
 
 import argparse
@@ -366,10 +366,11 @@ def aiyagari(root):
     for (sigma, rho), published in AIYAGARI.items():
         row = [f"{sigma:g}, {rho:g}"]
         for gamma, r in zip((1, 3, 5), published):
-            found = cells[f"{sigma:g} {rho:g} {gamma:g}"]
-            row.append(" / ".join([f"{r:.3f}", *(show(found[who]["r"], 3) for who in ("network", "grid"))]))
+            found = cells.get(f"{sigma:g} {rho:g} {gamma:g}")
+            ours = [show(found[who]["r"] if found else None, 3) for who in ("network", "grid")]
+            row.append(" / ".join([f"{r:.3f}", *ours]))
         rows.append(row)
-    return ("Interest rate in percent: paper / network / grid.\n\n"
+    return ("Interest rate in percent: paper / network / grid; - where nothing was run.\n\n"
             + table(["sigma, rho", *(f"risk aversion {gamma}" for gamma in (1, 3, 5))], rows))
 
 
