@@ -5,7 +5,7 @@
 # runs and how many seconds that took in the committed runs: training, grid and judging, without start and pictures.
 # With names of steps it runs these alone. --list: says so and runs nothing. --missing: keeps what this version has run.
 # A step that fails is named at the end; where it has written nothing the committed file stays. PYTHON names another
-# Python than that of .venv. Not made anew: benchmarks/groups/, whose table says of which version it is.
+# Python than that of .venv.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}"
@@ -97,7 +97,7 @@ chosen=()
 for step in "${STEPS[@]}"; do
   [[ $asked == " " || $asked == *" ${step%% |*} "* ]] && chosen+=("$step")
 done
-echo "${#chosen[@]} steps, seconds of the committed runs; benchmarks/groups/ is not made anew:"
+echo "${#chosen[@]} steps, seconds of the committed runs:"
 for step in "${chosen[@]}"; do
   IFS='|' read -r name files command <<<"$step"
   printf '  %-16s %-14s %s\n' "$name" "$(eval "seconds $files")" "$command"

@@ -347,10 +347,10 @@ def field(root):
             of = metrics[who]["limit"]["statistics"]
             held = " / ".join(show(of[f"top_{q}_percent_hold"], 1) for q in (1, 5, 10, 20, 30))
             rows.append([f"{model}, {who}", held, show(of["below_zero_percent"], 1), show(of["gini_wealth"], 3),
-                         show(of["mean_K"], 2), show(of["corr_C_Y"], 3), show(of["std_ln_I"], 4),
+                         show(of["mean_K"], 2), show(of["corr_C_Y"], 3), show(of["std_ln_I"] * of["mean_I"], 4),
                          show(of["autocorr_4_Y"], 3), show(at(metrics, f"{who} limit euler_log10 mean"), 2)])
     return table(["model", "top 1 / 5 / 10 / 20 / 30% hold (%)", "k < 0 (%)", "Gini", "mean K", "corr(C, Y)",
-                  "std of ln I", "autocorr. of Y, 4 quarters", "Euler log10 mean"], rows)
+                  "std of I (goods)", "autocorr. of Y, 4 quarters", "Euler log10 mean"], rows)
 
 
 # Aiyagari (1994), table II: r in percent at (sigma, rho), for relative risk aversion 1, 3, 5
