@@ -1251,12 +1251,14 @@ def has_settled(state: State, cfg: Config) -> bool:
 
 def still_moving(history: dict, settled: int, cfg: Config) -> str:
     """Which quantity a run left moving, or nothing."""
+    if cfg.published:
+        return ""
     euler = history["euler"][settled:]
     n = min(len(euler) // 3, 10)
-    if n and change_of(euler, n) < 0.8 and not cfg.published:
+    if n and change_of(euler, n) < 0.8:
         before, last = np.array(euler[-2 * n :]).reshape(2, n).mean(1)
         return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
-    if not settled and not cfg.published:
+    if not settled:
         return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
     return ""
 
@@ -1275,8 +1277,7 @@ class Paths(NamedTuple):
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
     net = policy_net(state, econ, cfg)
-    moments = Moments(given_moments(cfg), net.layers[6:])
-    now, ahead, M, held, gains = [], [], [], [], []
+    moments, now, M, M_next, held, gains = seen_moments(net.layers, cfg), [], [], [], [], []
 
     def policy(at, weight):
         M.append(moments_of(at.k, at.s, moments, econ, weight))
@@ -1284,14 +1285,14 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
 
     for panel, at, k_next in simulate(policy, scaled(state, econ, cfg, rng), cfg.periods, econ, rng):
         k, s, weight, z, p = panel
-        now.append((at.K[:, 0], z[:, 0], at.labour[:, 0]))
-        ahead.append((next_moments(k_next, s, z, moments, econ, weight), labour_ahead(p, z, econ)[:, 0]))
+        now.append((at.K[:, 0], z[:, 0], at.labour[:, 0], p))
+        M_next.append(next_moments(k_next, s, z, moments, econ, weight))
         if moments.Q:
             held.append((k, s, weight))
         if econ.equilibrium == "planner":
             gains.append(mean_over(gain_from_K(k_next, at, econ), weight))
-    (K, z, labour), M = [torch.stack(x) for x in zip(*now)], torch.stack(M)
-    M_next, labour_next = [torch.stack(x[:-1]) for x in zip(*ahead)]
+    (K, z, labour, p), M, M_next = [torch.stack(x) for x in zip(*now)], torch.stack(M), torch.stack(M_next[:-1])
+    labour_next = labour_ahead(p[:-1].flatten(0, 1), z[:-1].view(-1, 1), econ).view(*M_next.shape[:3], -1)
     held = tuple(torch.stack(x) for x in zip(*held))
     every_K, every_z, every_labour = [gathered(x, 1) for x in (K, z, labour)]
     if M.numel():  # which are there to tell what the law of K cannot
@@ -1848,6 +1849,11 @@ def value_net(state: State, econ: Tables, cfg: Config) -> Net:
     return Net(unpack(state.value, shapes), state.K_centre, state.M_mean, state.M_std)
 
 
+def seen_moments(layers: List[Tensor], cfg: Config) -> Moments:
+    """layers: the policy network's, behind which stand those of Q."""
+    return Moments(given_moments(cfg), layers[6:])
+
+
 def shapes_of(net: Net) -> List[tuple]:
     return [layer.shape for layer in net.layers]
 
@@ -2204,7 +2210,7 @@ class Solution(Policy):
         units = [torch.as_tensor(weights[name]).to(device, dtype) for name in ("K_centre", "M_mean", "M_std")]
         policy, value = [[layer.to(device, dtype) for layer in weights[name].values()] for name in ("policy", "value")]
         self.net, self.value_net = Net(policy[:6], *units), Net(value, *units)
-        self.seen = Moments(given_moments(self.config), policy[6:])
+        self.seen = seen_moments(policy, self.config)
         self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
         self.usual_moments, self.settled = weights["M_law"].to(device), weights["settled"] > 0
 
@@ -2867,7 +2873,7 @@ def refined(x: np.ndarray, axes: Axes, finer: Axes) -> np.ndarray:
 
 
 def along(x: np.ndarray, i: np.ndarray) -> np.ndarray:
-    """x (..., n) at i (..., m): numpy's take_along_axis takes three times as long."""
+    """x (..., n) at i (..., m): numpy's take_along_axis takes seven times as long."""
     return torch.from_numpy(x).gather(-1, torch.from_numpy(i)).numpy()
 
 
@@ -3536,6 +3542,7 @@ def own_share(cfg: Config) -> Config:
 
 # ---------------------------------------------------------------------------------------------- around the loop
 
+
 class Guard:
     """What surrounds learn(): an iteration as a CUDA graph, one that went wrong taken back and tried again with new
     draws and half the step (three in a row raise UserError), the checkpoint and progress."""
@@ -3604,7 +3611,7 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     saves more and more; what bounds its wealth is R < 1 alone."""
     k, s, weight, z, p = (gathered(getattr(state, name), 0) for name in Panel._fields)
     K, labour, net = mean_over(k, weight).unsqueeze(1), labour_of(p, z, econ), policy_net(state, econ, cfg)
-    M = moments_of(k, s, Moments(given_moments(cfg), net.layers[6:]), econ, weight).unsqueeze(1)
+    M = moments_of(k, s, seen_moments(net.layers, cfg), econ, weight).unsqueeze(1)
     at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
     c, R = cash_on_hand(at, econ)[0] - network_capital(net, at, econ), prices(at, econ)[0]
     richest, R = torch.where(k <= state.k_range[1], k, -torch.inf).argmax(), float(R.mean())
@@ -3666,7 +3673,7 @@ def generator(device: str, seed: int) -> torch.Generator:
 
 FORMAT = 13  # of checkpoint.pt and NN_weights_biases.pth; raise it whenever their keys change
 WEIGHTS, PREVIOUS, CHECKPOINT = "NN_weights_biases.pth", "NN_weights_biases.previous.pth", "checkpoint.pt"
-PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock"  # all that is temporary is called .deepham-*
+PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock.sqlite"  # all that is temporary is called .deepham-*
 
 
 @contextlib.contextmanager
@@ -3688,8 +3695,9 @@ def held(output_dir: Path):
         lock = sqlite3.connect(output_dir / LOCK, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        raise UserError(f"--output-dir {output_dir}: {error}: another run is at work there, or nothing can be written; "
-                        "wait for it, or name another directory") from error
+        busy = "is locked" in str(error)
+        what = "another run is at work there; wait for it" if busy else f"{error}; see to space and permissions there"
+        raise UserError(f"--output-dir {output_dir}: {what}, or name another directory") from error
     try:
         with disk_errors(output_dir):
             if (output_dir / PUBLISHING).exists():
@@ -4078,7 +4086,8 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED", "overflowed", "array is too big")
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "NOT_INITIALIZED",
+             "Storage size calculation overflowed", "array is too big")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 

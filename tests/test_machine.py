@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, main
 
 import deepham_ks as dk
 
@@ -137,7 +137,10 @@ def no_graph(monkeypatch):
         raise dk.NoGraph("no graph here: go on with --resume --no-cuda-graphs")
 
     monkeypatch.setattr(dk, "work", work)
-    return monkeypatch
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield monkeypatch
+    for signum, handler in before.items():  # the first of two ranks ignores them once it has spoken
+        signal.signal(signum, handler)
 
 
 def test_only_a_command_starts_itself_again(no_graph, capsys):
@@ -152,6 +155,33 @@ def test_only_a_command_starts_itself_again(no_graph, capsys):
     no_graph.setattr(dk, "RANKS", 2)  # torchrun has met once
     no_graph.setenv("LOCAL_WORLD_SIZE", "2")
     assert dk.main() == 2
+
+
+# ------------------------------------------------------------------------------------------------ the lock
+
+
+@pytest.mark.parametrize("why", ["disk I/O error", "unable to open database file", "a folder"])
+def test_a_folder_in_which_nothing_can_be_locked_is_not_called_busy(monkeypatch, tmp_path, why):
+    def connect(*given, **more):
+        raise dk.sqlite3.OperationalError(why)
+
+    if why == "a folder":  # where the lock would lie
+        (tmp_path / dk.LOCK).mkdir()
+    else:
+        monkeypatch.setattr(dk, "sqlite3", types.SimpleNamespace(connect=connect, Error=dk.sqlite3.Error,
+                                                                 OperationalError=dk.sqlite3.OperationalError))
+    status, _, err = main(tmp_path)
+    assert status == 2 and "at work there" not in err and "see to space and permissions" in err
+    assert err.count("\n") == 1 and ("database file" if why == "a folder" else why) in err
+
+
+@pytest.mark.parametrize("left", [".deepham-lock", dk.LOCK])
+def test_a_lock_that_a_killed_run_left_holds_nothing(tmp_path, left):
+    """One of this version is empty; before 3.2.0 it said which process was at work."""
+    (tmp_path / left).write_text("process 1 on a machine\n" if left == ".deepham-lock" else "")
+    with dk.held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ Windows

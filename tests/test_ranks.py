@@ -73,6 +73,7 @@ def forked(work, folder, **environment):
             continue
         status = 99
         try:  # whatever happens, the child must not go on as a second pytest
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as torchrun starts them
             os.environ.update(environment, TORCHELASTIC_RUN_ID="forked", RANK=str(rank), LOCAL_RANK=str(rank),
                               WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w", buffering=1) as err:
