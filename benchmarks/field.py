@@ -2,7 +2,7 @@
 the metrics of a run of each of the three models, and benchmarks/field/aiyagari.json, the interest rate in all 24 cells.
 What this version has run is kept.
 
-  python benchmarks/field.py                     # about an hour and a half on two cores
+  python benchmarks/field.py                     # about 35 minutes on one thread
   python benchmarks/field.py --only aiyagari     # or benchmark, risk-aversion, stochastic-beta
 """
 

@@ -252,7 +252,7 @@ def make_quick(patch):
 
 @pytest.fixture(scope="module")
 def rough_V():
-    """V, which moves no policy, is fitted in two rounds of eight: for files that ask nothing of its errors."""
+    """V, which moves no policy, is fitted in two rounds: for files that ask nothing of its errors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dk, "VALUE_ROUNDS", 2, raising=False)
         yield
