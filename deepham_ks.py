@@ -32,7 +32,7 @@ pictures; what follows is the machine: processes, CUDA graphs, files, the comman
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
 households of each or nodes (s, k), M households of a roll-out, T periods, J successors (s', z') of a state, Z and S
-numbers of states, n moments, P parameters. A joint index of (z, s) is z S + s.
+numbers of states, n moments, P parameters.
 
 `python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has
 all flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
@@ -77,7 +77,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "3.2.0"
+__version__ = "3.3.0"
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -131,8 +131,10 @@ class Config:
                            "tell economies apart that differ as finite ones do", "[0, 1e7]")
     n_economies: int = option(0, "B, economies simulated side by side, each on its own path of z; 0: 96 of N "
                               "households, or as many of infinitely many as take like time, 16 to 48", "[0, 1e6]")
-    periods: int = option(100, "periods that each outer iteration simulates on from the last cross-section", "[3, 1e6]")
-    horizon: int = option(75, "T, periods of a roll-out", "[2, 1e5]")
+    periods: int = option(0, "periods that each outer iteration simulates on from the last cross-section; 0: 25 more "
+                          "than a roll-out has", "[0, 1e6]")
+    horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where some households are more patient than others "
+                          "for ever, whose wealth takes as long to part", "[0, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
     iterations: int = option(120, "outer iterations at most", "[1, 1e6]")
     hidden: int = option(28, "width of the two tanh layers of both networks", "[1, 1024]")
@@ -145,7 +147,7 @@ class Config:
     policy_steps: int = option(2000, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(2000, "adam: value steps an outer iteration", "[1, 1e6]")
     settle: float = option(1e-4, "savings have settled when they move less than this share of K ten times", "(0, 1)")
-    averaging: int = option(14, "iterations after that, in which steps fall and average noise out", "[0, 1e6]")
+    averaging: int = option(18, "iterations after that, in which steps fall and average noise out", "[0, 1e6]")
     K_spread: float = option(0.04, "economies are scaled by up to this share before each simulation: K off its usual "
                              "path", "[0, 0.9]")
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
@@ -294,21 +296,19 @@ class Economy:
         """What the tensor functions use, on one device."""
         a, (Z, S) = self.arrays, self.arrays.income.shape
         P = a.P.reshape(Z * S, Z * S)
-        successors, real = padded([np.flatnonzero(row) for row in P])  # (Z S, J)
+        nexts, real = padded([np.flatnonzero(row) for row in P])
+        p_next, nexts = [x.reshape(Z, S, -1) for x in (np.take_along_axis(P, nexts, 1) * real, nexts)]  # (Z, S, J)
         reach, possible = padded([np.flatnonzero(a.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
         own = np.take_along_axis(a.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
         members = a.group[:, None] == np.arange(a.group.max() + 1)  # (S, groups)
-        rows = {"TFP": a.TFP, "L": a.L, "beta": a.beta, "income": a.income.reshape(-1),
-                "cum_z": a.P_z.cumsum(1)[:, :-1],
-                "cum_s": own.cumsum(-1)[..., :-1].reshape(Z * Z * S, reach.shape[1] - 1), "reach": reach,
-                "next_s": successors % S, "next_z": successors // S,
-                "probability": np.take_along_axis(P, successors, 1) * real, "annuity": a.annuity.reshape(-1),
-                "sees": np.concatenate([np.tile(a.sees_s, (Z, 1)), np.repeat(a.sees_z, S, 0)], 1),
+        rows = {"TFP": a.TFP, "L": a.L, "beta": a.beta, "income": a.income,
+                "cum_z": a.P_z.cumsum(1)[:, :-1], "cum_s": own.cumsum(-1)[..., :-1], "reach": reach,
+                "next_s": nexts % S, "next_z": nexts // S, "probability": p_next, "annuity": a.annuity,
+                "sees": np.concatenate([np.tile(a.sees_s, (Z, 1, 1)), np.tile(a.sees_z[:, None], (1, S, 1))], 2),
                 "root_weight": np.sqrt(a.weight), "shares": a.shares,
                 "of_group": members / (a.shares.sum(0) @ members),
-                "lowest": (a.income[0] == a.income[0].min()) * 1.0, "labour": a.labour.reshape(-1),
-                "benefit": a.benefit.reshape(-1), "usual": a.usual, "L_mean": a.L_mean, "L_std": a.L_std,
-                "benefit_law": a.benefit_law}
+                "lowest": (a.income[0] == a.income[0].min()) * 1.0, "labour": a.labour, "benefit": a.benefit,
+                "usual": a.usual, "L_mean": a.L_mean, "L_std": a.L_std, "benefit_law": a.benefit_law}
         tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
                    for name, x in rows.items()}
         numbers = (a.alpha, a.delta, a.gamma, a.k_min, self.K_ss, self.c_ss, a.players)
@@ -401,10 +401,10 @@ def add_chain(a: types.SimpleNamespace) -> None:
         setattr(a, name, rows / rows.sum(-1, keepdims=True))
     a.P = np.einsum("xy,xyij->xiyj", a.P_z, a.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
     P = a.P.reshape(Z * S, Z * S)
-    ergodic = (np.abs(np.linalg.eigvals(P) - 1) < 1e-10).sum() == 1
-    require(ergodic or a.shares is not None,
+    a.ergodic = (np.abs(np.linalg.eigvals(P) - 1) < 1e-10).sum() == 1
+    require(a.ergodic or a.shares is not None,
             "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
-    found = stationary_of(P, None if ergodic else a.shares.reshape(-1).clip(0))
+    found = stationary_of(P, None if a.ergodic else a.shares.reshape(-1).clip(0))
     if a.shares is not None:
         miss = np.abs(a.shares.reshape(-1) - found).max()
         require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
@@ -563,7 +563,7 @@ def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
 
 
 class Tables(NamedTuple):
-    """An Economy as tensors. A joint index z S + s (see joint()) is the first index of what has (Z S) rows."""
+    """An Economy as tensors."""
 
     equilibrium: str
     alpha: float
@@ -576,22 +576,22 @@ class Tables(NamedTuple):
     TFP: Tensor  # (Z,)
     L: Tensor  # (Z,)
     beta: Tensor  # (S,)
-    income: Tensor  # (Z S,)
+    income: Tensor  # (Z, S)
     cum_z: Tensor  # (Z, Z - 1) cumulative P(z' | z)
-    cum_s: Tensor  # (Z Z S, n - 1) cumulative P(s' | z, z', s) over reach[s]
+    cum_s: Tensor  # (Z, Z, S, n - 1) cumulative P(s' | z, z', s) over reach[s]
     reach: Tensor  # (S, n) states s' that s can reach
-    next_s: Tensor  # (Z S, J) the reachable successors, in the one order that there is
-    next_z: Tensor  # (Z S, J)
-    probability: Tensor  # (Z S, J); 0 pads
-    annuity: Tensor  # (Z S,)
-    sees: Tensor  # (Z S, F + G)
+    next_s: Tensor  # (Z, S, J) the reachable successors, in the one order that there is
+    next_z: Tensor  # (Z, S, J)
+    probability: Tensor  # (Z, S, J); 0 pads
+    annuity: Tensor  # (Z, S)
+    sees: Tensor  # (Z, S, F + G)
     root_weight: Tensor  # (S,)
     shares: Tensor  # (Z, S)
     of_group: Tensor  # (S, groups) 1 / share of the group that s is of, 0 elsewhere
     lowest: Tensor  # (S,) 1 where income is lowest
     labour_moves: bool  # whether L and the tax depend on the history of z
-    labour: Tensor  # (Z S,)
-    benefit: Tensor  # (Z S,)
+    labour: Tensor  # (Z, S)
+    benefit: Tensor  # (Z, S)
     Pi: Tensor  # (Z, Z, S, S) float64
     usual: Tensor  # (Z, 2) mean L and tax given z; (Z, 0) where they follow from z
     L_mean: Tensor  # () and std of L, its units as an input
@@ -636,11 +636,6 @@ def rows(at: At, first: int, last: int) -> At:
               at.Delta[first:last], at.labour[first:last])
 
 
-def joint(s: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """Row of (z, s) in the tables."""
-    return z * econ.beta.shape[0] + s
-
-
 def supplied(at: At, econ: Tables) -> Tensor:
     """Aggregate labour L."""
     if econ.labour_moves:
@@ -662,10 +657,10 @@ def output(at: At, econ: Tables) -> Tensor:
 
 def earnings(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
     """(income(z, s) w, R): what cash on hand is made of, beside k."""
-    (R, w), row = prices(at, econ), joint(at.s, at.z, econ)
+    R, w = prices(at, econ)
     if econ.labour_moves:
-        return ((1 - at.labour[..., 1]) * econ.labour[row] + econ.benefit[row]) * w, R
-    return econ.income[row] * w, R
+        return ((1 - at.labour[..., 1]) * econ.labour[at.z, at.s] + econ.benefit[at.z, at.s]) * w, R
+    return econ.income[at.z, at.s] * w, R
 
 
 def cash_on_hand(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -743,8 +738,7 @@ def given_next_z(x: Tensor, z: Tensor) -> Tensor:
 
 def successors(at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> At:
     """The J states that may follow, stacked in front: (J, ...)."""
-    row = joint(at.s, at.z, econ)
-    s, z = econ.next_s[row].movedim(-1, 0), econ.next_z[row].movedim(-1, 0)
+    s, z = econ.next_s[at.z, at.s].movedim(-1, 0), econ.next_z[at.z, at.s].movedim(-1, 0)
     gain = given_next_z(ahead.Delta.unsqueeze(-1), z).squeeze(-1)
     return At(k_next.unsqueeze(0).expand(z.shape), s, ahead.K.unsqueeze(0).expand(z.shape), z, given_next_z(ahead.M, z),
               gain, given_next_z(ahead.labour, z))
@@ -752,7 +746,7 @@ def successors(at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> At:
 
 def expected(values: Tensor, at: At, econ: Tables) -> Tensor:
     """E[values | z, s] as the exact sum over the successors: (J, ...) -> (...)."""
-    return (econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0) * values).sum(0)
+    return (econ.probability[at.z, at.s].movedim(-1, 0) * values).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------- shocks
@@ -786,16 +780,15 @@ def follow(draws: Callable, s: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
     the uniform numbers of period t."""
     s_path = s.new_empty(len(z_path), *s.shape)
     s_path[0] = s
-    z_and_next = z_path[:-1] * econ.TFP.shape[0] + z_path[1:]
-    for t in range(len(z_and_next)):
+    for t in range(len(z_path) - 1):
         s = s_path[t]
-        s_path[t + 1] = econ.reach[s, draw(draws(t, s), econ.cum_s[joint(s, z_and_next[t], econ)])]
+        s_path[t + 1] = econ.reach[s, draw(draws(t, s), econ.cum_s[z_path[t], z_path[t + 1], s])]
     return s_path
 
 
 def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
     """P(s' | z, z', s) of the states s' that s can reach, reach[s]: (...) -> (..., n)."""
-    cumulative = econ.cum_s[joint(s, z * econ.TFP.shape[0] + z_next, econ)]
+    cumulative = econ.cum_s[z, z_next, s]
     ends = torch.zeros_like(cumulative[..., :1]), torch.ones_like(cumulative[..., :1])
     return torch.diff(torch.cat([ends[0], cumulative, ends[1]], -1))
 
@@ -823,8 +816,7 @@ def labour_of(p: Tensor, z: Tensor, econ: Tables) -> Tensor:
     (B, 1, 2); (B, 1, 0) where both follow from z."""
     if not econ.labour_moves:
         return econ.usual[z]
-    row = joint(torch.arange(p.shape[1], device=p.device), z, econ)
-    L, paid = (p * econ.labour[row]).sum(1), (p * econ.benefit[row]).sum(1)
+    L, paid = (p * econ.labour[z[:, 0]]).sum(1), (p * econ.benefit[z[:, 0]]).sum(1)
     return torch.stack([L, paid / L], -1).unsqueeze(1).to(econ.beta.dtype)
 
 
@@ -852,7 +844,7 @@ def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) 
     if N == 0:
         quantiles = scipy.stats.gamma.ppf((np.arange(500) + 0.5) / 500, 4, scale=0.25)
         k = (econ.k_min + (K - econ.k_min) * torch.from_numpy(quantiles)).to(given_z)
-        nodes = k_nodes(torch.linspace(0, 1, NODES, device=device), 5 * k.mean(), econ)
+        nodes = k_nodes(torch.linspace(0, 1, NODES).to(given_z), 5 * k.mean(), econ)
         mass = spread(torch.full_like(k, NODES / 500)[None], k[None], nodes)
         weight = given_z[z[:, 0]].unsqueeze(2) * len(econ.beta) * mass
         s = torch.arange(len(econ.beta), device=device).repeat_interleave(NODES)
@@ -875,22 +867,23 @@ def k_nodes(x: Tensor, top: Tensor, econ: Tables) -> Tensor:
 
 
 def lottery(k: Tensor, nodes: Tensor) -> Tuple[Tensor, Tensor]:
-    """Households at k (...) go to the four of the nodes (n,) around each: the first of them (...) and the shares that
-    go to each (4, ...), those of cubic interpolation, which keep mean and variance of k. Between two nodes only, as
-    Young (2010) has it, k would spread by itself. Some nodes get a little less than nothing."""
+    """Households at k (..., m) go to the four of the nodes (n,) around each: the first of them (..., m) and the shares
+    that go to each (..., 4, m), those of cubic interpolation, which keep mean and variance of k. Between two nodes
+    only, as Young (2010) has it, k would spread by itself. Some nodes get a little less than nothing."""
     first = (torch.searchsorted(nodes, k.contiguous(), right=True) - 2).clamp(0, len(nodes) - 4)
-    near = nodes[first + torch.arange(4, device=k.device).view(-1, *[1] * k.dim())]
-    away = k.clamp(nodes[0], nodes[-1]) - near
-    return first, torch.stack([math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in range(4)])
+    four = nodes.unfold(0, 4, 1)
+    apart = (four.unsqueeze(2) - four.unsqueeze(1) + torch.eye(4, device=k.device)).prod(2)  # (n - 3, 4)
+    a, b, c, d = k.clamp(nodes[0], nodes[-1]) - four[first].movedim(-1, 0)
+    ab, cd = a * b, c * d
+    return first, torch.stack([b * cd, a * cd, ab * d, ab * c], -2) / apart[first].mT
 
 
 def spread(weight: Tensor, k: Tensor, nodes: Tensor) -> Tensor:
     """The weight (..., m) of households at k (..., m) on the nodes, (..., n), by lottery()."""
     first, share = lottery(k, nodes)
-    out = torch.zeros_like(weight[..., :1]).repeat_interleave(len(nodes), -1)
-    for i in range(4):
-        out.scatter_add_(-1, first + i, weight * share[i])
-    return out
+    to = first.unsqueeze(-2) + torch.arange(4, device=k.device).unsqueeze(1)
+    mass = (weight.unsqueeze(-2) * share).flatten(-2)
+    return weight.new_zeros(*weight.shape[:-1], len(nodes)).scatter_add_(-1, to.flatten(-2), mass)
 
 
 def next_panel(panel: Panel, k_next: Tensor, z_next: Tensor, econ: Tables, rng: torch.Generator) -> Panel:
@@ -900,8 +893,7 @@ def next_panel(panel: Panel, k_next: Tensor, z_next: Tensor, econ: Tables, rng: 
     if weight.numel():
         B, S, n = len(k), len(econ.beta), k.shape[1] // len(econ.beta)
         moved = spread(weight.view(B, S, n), k_next.view(B, S, n), k[0, :n])
-        weight = (econ.Pi[z[:, 0], z_next[:, 0]].to(moved).mT @ moved).flatten(1)
-        return Panel(k, s, weight / weight.mean(1, keepdim=True), z_next, p)
+        return Panel(k, s, (econ.Pi[z[:, 0], z_next[:, 0]].to(moved).mT @ moved).flatten(1), z_next, p)
     u = uniform(s.shape, rng, s.device)
     return Panel(k_next, follow(lambda t, s: u, s, torch.stack([z, z_next]), econ)[1], weight, z_next, p)
 
@@ -909,9 +901,10 @@ def next_panel(panel: Panel, k_next: Tensor, z_next: Tensor, econ: Tables, rng: 
 def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator) -> Iterator:
     """The economies under a policy, (At, weight) -> k', period by period: yields the Panel; where its households are,
     At of k, s (B, N), K, z (B, 1), labour (B, 1, 2) and no moments; and k' (B, N)."""
+    zero = panel.k[:, :1] * 0
     for u in uniform((periods, *panel.z.shape), rng, panel.z.device):
-        at = place(panel.k, panel.s, mean_over(panel.k, panel.weight).unsqueeze(1), panel.z, econ)
-        at = at._replace(labour=labour_of(panel.p, panel.z, econ))
+        K, labour = mean_over(panel.k, panel.weight).unsqueeze(1), labour_of(panel.p, panel.z, econ)
+        at = At(panel.k, panel.s, K, panel.z, zero.unsqueeze(-1)[..., :0], zero, labour)
         k_next = policy(at, panel.weight)
         yield panel, at, k_next
         panel = next_panel(panel, k_next, draw(u, econ.cum_z[panel.z]), econ, rng)
@@ -949,14 +942,15 @@ def above_limit(m: Tensor, econ: Tables) -> Tensor:
 
 def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
     """Inputs of the policy network, (...) -> (..., inputs)."""
-    return with_own(at.k, m, features_of_others(at.k, at, net, econ), econ)
+    return with_own(at.k, above_limit(m, econ), features_of_others(at.k, at, net, econ), econ)
 
 
-def with_own(k: Tensor, m: Tensor, others: Tensor, econ: Tables) -> Tensor:
-    """What k and m say, and others. Log cash on hand carries the curvature, log capital what is left of it where the
-    limit is near and cash hardly moves with k; the third is bounded."""
-    own = [torch.log(above_limit(m, econ) / (econ.K_ss + econ.c_ss)), *capital_inputs(k, econ)]
-    return torch.cat([torch.stack(own, -1), others], -1)
+def with_own(k: Tensor, above: Tensor, others: Tensor, econ: Tables) -> Tensor:
+    """What k and cash above the limit say, and others. Log cash carries the curvature, log capital what is left of it
+    where the limit is near and cash hardly moves with k; the third is bounded."""
+    near_limit, bounded = capital_inputs(k, econ)
+    own = [torch.log(above / (econ.K_ss + econ.c_ss)), near_limit, bounded]
+    return torch.cat([x.unsqueeze(-1) for x in own] + [others], -1)
 
 
 def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
@@ -964,11 +958,13 @@ def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: floa
     moves, moments. These are together of order one: many of them are then held by the damping of the steps while labels
     are noisy."""
     ln_K = (scale * torch.log(at.K / net.K_centre)).expand_as(like).unsqueeze(-1)
-    sees = econ.sees[joint(at.s, at.z, econ)].expand(list(like.shape) + [econ.sees.shape[1]])
-    M = (at.M - net.M_mean) / (max(net.M_mean.shape[0], 1) ** 0.5 * net.M_std)
-    labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean) / econ.L_std
-    others = [x.expand(list(like.shape) + [x.shape[-1]]) for x in (labour, M)]
-    return torch.cat([ln_K, sees, others[0], others[1]], -1)
+    others = [ln_K, econ.sees[at.z, at.s]]
+    if econ.labour_moves:
+        others.append((at.labour[..., :1] - econ.L_mean) / econ.L_std)
+    n = at.M.shape[-1]
+    if n > 0:
+        others.append((at.M - net.M_mean) / (n**0.5 * net.M_std))
+    return torch.cat([x.expand(list(like.shape) + [x.shape[-1]]) for x in others], -1)
 
 
 def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables, near: float = NEAR_LIMIT) -> Tensor:
@@ -1060,18 +1056,20 @@ def consumed_share(f: Tensor) -> Tensor:
 def network_capital(net: Net, at: At, econ: Tables) -> Tensor:
     """k' of the policy network."""
     m, _ = cash_on_hand(at, econ)
-    return savings(net.layers, features(at, m, net, econ), m, econ)
+    return savings(net.layers, at.k, m, features_of_others(at.k, at, net, econ), econ)
 
 
-def savings(layers: List[Tensor], x: Tensor, m: Tensor, econ: Tables) -> Tensor:
-    """k' of the policy network at inputs x and cash on hand m."""
-    return econ.k_min + (1 - consumed_share(network(layers, x))) * above_limit(m, econ)
+def savings(layers: List[Tensor], k: Tensor, m: Tensor, others: Tensor, econ: Tables) -> Tensor:
+    """k' = k_min + (1 - consumed_share) of what is above the limit."""
+    above = above_limit(m, econ)
+    f = network(layers, with_own(k, above, others, econ))
+    return econ.k_min - torch.expm1(f.clamp(max=0.0)) * above
 
 
 def value_of(g: Tensor, at: At, econ: Tables, unit: float = VALUE_UNIT) -> Tuple[Tensor, Tensor]:
     """V = D(z, s) u(c_ss exp(g / 10)) and dV/dg: g is 0 where life is worth steady-state consumption for ever. With
     Delta k in it V may have any sign: there V = D (u(c_ss) + sinh(g / 10))."""
-    x, D = unit * g, econ.annuity[joint(at.s, at.z, econ)]
+    x, D = unit * g, econ.annuity[at.z, at.s]
     c = econ.c_ss * torch.exp(x)
     if econ.equilibrium != "market":
         return D * (utility(torch.ones_like(x) * econ.c_ss, econ) + torch.sinh(x)), unit * D * torch.cosh(x)
@@ -1080,7 +1078,7 @@ def value_of(g: Tensor, at: At, econ: Tables, unit: float = VALUE_UNIT) -> Tuple
 
 def equivalent_of(V: Tensor, at: At, econ: Tables) -> Tensor:
     """g at which the network's value is V."""
-    per_period = V / econ.annuity[joint(at.s, at.z, econ)]
+    per_period = V / econ.annuity[at.z, at.s]
     if econ.equilibrium != "market":
         return torch.asinh(per_period - utility(torch.ones_like(V) * econ.c_ss, econ)) / VALUE_UNIT
     return torch.log(inverse_utility(per_period, econ) / econ.c_ss) / VALUE_UNIT
@@ -1325,6 +1323,7 @@ def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Pan
         B, S, n = len(k), len(econ.beta), k.shape[1] // len(econ.beta)
         nodes = k_nodes(torch.linspace(0, 1, n, device=k.device), learnt_top(state.k_range[1], state.K_centre), econ)
         weight, k = spread(weight.view(B, S, n), k.view(B, S, n), nodes).flatten(1), nodes.repeat(B, S)
+        weight = weight / weight.mean(1, keepdim=True)  # of rounding
     return Panel(k, s, weight, z, p)
 
 
@@ -1443,9 +1442,9 @@ def taught(cfg: Config) -> List[int]:
 
 def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator):
     """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
-    simulated economies. A share of them starts anywhere in the simulated range of k and a little beyond: the ergodic
-    set of a wrong policy never visits the tails that decide the distribution. And in any s alike: rare states hold most
-    of the error."""
+    simulated economies. As many start in each s, since rare states hold most of the error, and a share of them anywhere
+    in the simulated range of k and a little beyond: the ergodic set of a wrong policy never visits the tails that
+    decide the distribution."""
     M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
@@ -1453,30 +1452,37 @@ def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng
     start_wide, drawn = uniform((2, M), rng, device)
     top, low = learnt_top(state.k_range[1], state.K_centre), (state.k_range[0] - econ.k_min) / 10
     wide = low + k_nodes(drawn, top - low, econ)
-    k, s = some_households(state, M, econ, rng)
+    k, s = some_households(state, M, econ, cfg, rng)
     k = torch.where(start_wide < cfg.wide_share, wide, k)
-    any_s = torch.randint(len(econ.beta), (M,), generator=rng, device=device)
     path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
     shocks = uniform(path.z.shape, rng, device)
-    path = path._replace(s=follow(lambda t, s: shocks[t], s if cfg.published else any_s, path.z, econ))
+    path = path._replace(s=follow(lambda t, s: shocks[t], s, path.z, econ))
     return k, path, ahead, window[:-1] * B + economy
 
 
-def some_households(state: State, M: int, econ: Tables, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
-    """k, s (M,) of households drawn from the economies."""
-    if not state.weight.numel():
-        household = torch.randint(state.k.numel(), (M,), generator=rng, device=state.k.device)
+def some_households(state: State, M: int, econ: Tables, cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
+    """k, s (M,) of households drawn from the economies, as many in each s; as they are in the published algorithm."""
+    (B, N), S, device = state.k.shape, len(econ.beta), state.k.device
+    if cfg.published:
+        household = torch.randint(B * N, (M,), generator=rng, device=device)
         return state.k.flatten()[household], state.s.flatten()[household]
-    held, n = state.weight.clamp(min=0).flatten().double().cumsum(0), state.k.shape[1] // len(econ.beta)
-    drawn, off = uniform((2, M), rng, state.k.device)
-    node = torch.searchsorted(held, drawn * held[-1]).clamp(max=len(held) - 1)
-    x = (node % n + off - 0.5).clamp(0, n - 1) / (n - 1)
-    return k_nodes(x, state.k.max(), econ), state.s.flatten()[node]
+    s, weight = torch.arange(S, device=device), state.weight if state.weight.numel() else torch.ones_like(state.k)
+    held = ((state.s.flatten() == s.unsqueeze(1)) * weight.flatten().clamp(min=0)).double().cumsum(1)  # (S, B N)
+    drawn, off = uniform((2, S, -(-M // S)), rng, device)
+    found = torch.searchsorted(held, drawn * held[:, -1:]).clamp(max=B * N - 1).T.flatten()[:M]
+    k, s = state.k.flatten()[found], s.repeat(-(-M // S))[:M]
+    if state.weight.numel():  # between two nodes
+        n = N // S
+        k = k_nodes((found % n + off.T.flatten()[:M] - 0.5).clamp(0, n - 1) / (n - 1), state.k.max(), econ)
+    return k, s
 
 
 def learnt_top(k_high, K):
     """Largest k that roll-outs start from; at first the cross-section is too narrow."""
     return torch.maximum(1.5 * k_high, 5 * K)
+
+
+AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # states: what stays in a cache; a GPU waits for launches
 
 
 def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Batch:
@@ -1485,8 +1491,7 @@ def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, r
     k0, path, ahead, date = sample_households(state, paths, econ, cfg, rng)
     path = path._replace(k=fast.roll_out(net, k0, path, econ))
     at, k_next = rows(path, 0, cfg.horizon), path.k[1:]
-    # a few periods at once stay in a CPU's cache; a GPU, which waits for launches, gets four million states
-    n = max(1, 2**22 // (econ.next_s.shape[1] * cfg.batch)) if k0.is_cuda else 2
+    n = max(1, AT_ONCE[k0.device.type] // (econ.next_s.shape[2] * cfg.batch))
     parts = [slice(t, t + n) for t in range(0, cfg.horizon, n)]
     found = [fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]
     c, dc = [torch.cat(x) for x in zip(*found)]
@@ -1530,8 +1535,7 @@ def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
     y, R = earnings(path, econ)
     others = features_of_others(path.K, path, net, econ)
     for t in range(T):
-        m = R[t] * k_path[t] + y[t]
-        k_path[t + 1] = savings(net.layers, with_own(k_path[t], m, others[t], econ), m, econ)
+        k_path[t + 1] = savings(net.layers, k_path[t], R[t] * k_path[t] + y[t], others[t], econ)
     return k_path
 
 
@@ -1547,12 +1551,12 @@ def worth_of_saving(expected: Tensor, c: Tensor, dc: Tensor, at: At, econ: Table
     _, R = earnings(at, econ)
     saved = R - dc  # dk'/dk
     growth = beta[:-1] * (saved / R * worth_of_cash(c, R, at, econ))[1:].abs() / u_prime[:-1]
-    kept, size = 1 / growth.clamp(min=1.0), expected.abs()
+    of_miss, high, low = saved[1:] / growth.clamp(min=1.0), expected.abs(), -expected.abs() / 2
+    gain, loss = of_miss * beta[1:], of_miss * u_prime[1:]
     worth = expected.clone()  # nothing is known of what follows the last period
     for i in range(1, c.shape[0]):
         t = c.shape[0] - 1 - i
-        miss = saved[t + 1] * (beta[t + 1] * worth[t + 1] - u_prime[t + 1])
-        worth[t] = expected[t] + torch.clamp(kept[t] * miss, -size[t] / 2, size[t])
+        worth[t] = expected[t] + torch.clamp(gain[t] * worth[t + 1] - loss[t], low[t], high[t])
     return worth
 
 
@@ -1631,12 +1635,13 @@ LEAST_DAMPING = 3e-5  # in units of the diagonal: less lets noise bend the netwo
 
 
 def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable, jacobians: Callable,
-                      floor: float = LEAST_DAMPING) -> Tensor:
+                      noisy: bool = True) -> Tensor:
     """rate times a Levenberg-Marquardt step of theta (P,), in place, solved in float64; returns whether it was taken.
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
     states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
-    Fukushima 2001): careful far from the solution, free near it. Of the step, a third and a ninth of it the one that
+    Fukushima 2001): careful far from the solution, free near it; a hundredth of it, and the damping falls further, where
+    there is no noise in the residuals. Of the step, a third and a ninth of it the one that
     leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
@@ -1647,7 +1652,8 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
             add_gram(A, jacobian)
             gradient.addmv_(jacobian.T, residual)
     A, gradient, at_start = total(A).double(), total(gradient), least
-    A.diagonal().add_((damping + least / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
+    care, floor = (1.0, LEAST_DAMPING) if noisy else (0.01, LEAST_DAMPING / 3)
+    A.diagonal().add_((damping + care * least / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
     factor, _ = torch.linalg.cholesky_ex(A)
     step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1).to(theta.dtype)
     for share in (1, 3, 9):
@@ -1697,7 +1703,7 @@ def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: 
 def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
     """Half the mean squared error of g against realised utility, held to what half the least and twice the most
     consumption give for ever, as utility may have a bound."""
-    D, U = econ.annuity[joint(states.at.s, states.at.z, econ)], states.U
+    D, U = econ.annuity[states.at.z, states.at.s], states.U
     if econ.equilibrium == "market":
         U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
     net, (m, _) = value_net(state, econ, cfg), cash_on_hand(states.at, econ)
@@ -1734,7 +1740,8 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
 
 # ---------------------------------------------------------------------------------------------- 5. fit V
 
-VALUE_ROUNDS = 12  # samples of states, and
+VALUE_ROUNDS = 12  # samples of states at most, until V moves by
+VALUE_MOVES = 3e-5  # units of the network's output, and
 VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
 LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the network's output
 
@@ -1748,9 +1755,13 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
     for _ in range(VALUE_ROUNDS):
         paths = simulate_on(state, econ, cfg, rng)
         batch = roll_out_households(state, paths, econ, cfg, rng)
-        n = min(4, len(batch.c))
+        n, x = min(4, len(batch.c)), features(batch.at, cash_on_hand(batch.at, econ)[0], value_net(state, econ, cfg), econ)
+        before = network(value_net(state, econ, cfg).layers, for_value(x))
         for i in range(VALUE_STEPS):
             value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
+        moved = network(value_net(state, econ, cfg).layers, for_value(x)) - before
+        if total(moved.abs().mean()) < VALUE_MOVES * RANKS:
+            break
 
 
 def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config) -> Tensor:
@@ -1764,11 +1775,11 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     u_prime = marginal_utility(batch.c, econ)
     flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k, worth_of_cash(batch.c, R, at, econ)
     V_g, V_g_next = value_of(network(net.layers, x), at, econ)[1], value_of(network(net.layers, x_next), nexts, econ)[1]
-    here, weight = joint(at.s, at.z, econ), econ.root_weight[at.s]
+    weight = econ.root_weight[at.s]
     # V_g brings both into units of g; 1 - beta is small, so the Bellman residual counts 1 / (1 - beta) times
-    level, slope = LEVEL_WEIGHT * weight * econ.annuity[here] / V_g, weight / u_prime
+    level, slope = LEVEL_WEIGHT * weight * econ.annuity[at.z, at.s] / V_g, weight / u_prime
     all_x = torch.cat([x.unsqueeze(0), x_next])
-    all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[here].T * beta * V_g_next])  # of minus the residual
+    all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[at.z, at.s].T * beta * V_g_next])  # of minus the residual
 
     def both(theta):
         layers = unpack(theta, shapes_of(net))
@@ -1786,7 +1797,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
         yield fast.network_jacobian(net.layers, all_x[:, part], (level * all_V_g)[:, part])
         yield fast.slope_jacobian(net.layers, x[part], dx[part] * (slope * V_g)[part].unsqueeze(1))
 
-    return gauss_newton_step(state.value, damping, 1.0, residuals, jacobians, LEAST_DAMPING / 3)  # no noise: bolder
+    return gauss_newton_step(state.value, damping, 1.0, residuals, jacobians, noisy=False)
 
 
 # ---------------------------------------------------------------------------------------------- moments
@@ -1834,8 +1845,8 @@ def n_moments(econ: Tables, cfg: Config) -> int:
 
 def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
     """Six layers of the policy network and, where moments are learnt, six of Q."""
-    n, p, H = N_OWN + econ.sees.shape[1] + econ.labour_moves + n_moments(econ, cfg), cfg.learnt_moments, Q_HIDDEN
-    Q = [(H, 2 + econ.sees.shape[1]), (H,), (H, H), (H,), (p, H), (p,)]
+    n, p, H = N_OWN + econ.sees.shape[2] + econ.labour_moves + n_moments(econ, cfg), cfg.learnt_moments, Q_HIDDEN
+    Q = [(H, 2 + econ.sees.shape[2]), (H,), (H, H), (H,), (p, H), (p,)]
     return layer_shapes(n, cfg.hidden) + (Q if p else [])
 
 
@@ -1867,7 +1878,7 @@ def Q(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
 
 def learnt_inputs(k: Tensor, s: Tensor, econ: Tables) -> Tensor:
     """What Q sees of a household, (...) -> (..., 2 + F + G)."""
-    return torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[s]], -1)
+    return torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[0, s]], -1)
 
 
 def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, weight: Tensor, econ: Tables) -> Tensor:
@@ -1890,11 +1901,13 @@ def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, weight: Tensor, econ:
 def contributions(k: Tensor, s: Tensor, moments: Moments, econ: Tables) -> Tensor:
     """What households add to the moments: (...) -> (..., n)."""
     given = [MOMENTS[name](k, s, econ) for name in moments.given]
-    return torch.cat([*given, Q(moments.Q, k, s, econ)] if moments.Q else given or [k.unsqueeze(-1)[..., :0]], -1)
+    return torch.cat([*given, Q(moments.Q, k, s, econ)] if moments.Q else given, -1)
 
 
 def moments_of(k: Tensor, s: Tensor, moments: Moments, econ: Tables, weight: Tensor) -> Tensor:
     """Moments (B, n) of cross-sections k, s, weight (B, N or 0), see Panel."""
+    if not moments.given and not moments.Q:
+        return k.new_zeros(len(k), 0)
     return mean_over(contributions(k, s, moments, econ), weight)
 
 
@@ -1934,7 +1947,11 @@ def sized(cfg: Config, economy: Economy) -> Config:
     a = economy.arrays
     N = cfg.n_agents or (125 if sees_who_earns(cfg) and not a.labour_moves else 0)
     B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 48))
-    return dataclasses.replace(cfg, n_agents=N, n_economies=B)
+    T = cfg.horizon or (75 if a.ergodic or np.ptp(a.beta) == 0 else 200)
+    periods = cfg.periods or T + 25
+    require(T > 1, "--horizon 1: give 2 or more")
+    require(periods > T, f"--periods {periods} is too short for --horizon {T}: give --periods {T + 1} or more")
+    return dataclasses.replace(cfg, n_agents=N, n_economies=B, horizon=T, periods=periods)
 
 
 def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
@@ -2069,7 +2086,7 @@ class Policy:
     def utils(self, at: At) -> Tensor:
         econ = self.econ
         if econ.gamma == 1.0:
-            return self.values(at) + econ.annuity[joint(at.s, at.z, econ)] * math.log(econ.c_ss)
+            return self.values(at) + econ.annuity[at.z, at.s] * math.log(econ.c_ss)
         return self.values(at) * econ.c_ss ** (1 - econ.gamma)
 
     def moments(self, k, s) -> np.ndarray:
@@ -2292,7 +2309,7 @@ def with_planner_Delta(solution: Policy, section: Section) -> Section:
     now = (weight * gain_from_K(k_next, at, econ)).mean(1, keepdim=True)
     nexts = successors(at, k_next, ahead, econ)
     gain = gain_from_K(solution.policy(solution.usual(nexts)), nexts, econ)
-    p = weight * econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0)
+    p = weight * econ.probability[at.z, at.s].movedim(-1, 0)
     to = [p * (nexts.z == z_next) for z_next in range(len(econ.TFP))]
     Delta_next = torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1).unsqueeze(1)
     return section._replace(at=at._replace(Delta=now), ahead=ahead._replace(Delta=Delta_next))
@@ -2529,7 +2546,7 @@ def moves(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
     """The matrix (S n, S m n) that moves mass (S, m, n) to the nodes k (n,) around k' (S, m, n), by lottery()."""
     (S, _, n), (first, share) = k_next.shape, lottery(torch.from_numpy(k_next), torch.from_numpy(k))
     to = first.numpy()[..., None] + np.arange(4) + n * np.arange(S)[:, None, None, None]
-    return scipy.sparse.csc_array((share.movedim(0, -1).numpy().ravel(), to.ravel(), 4 * np.arange(first.numel() + 1)),
+    return scipy.sparse.csc_array((share.mT.numpy().ravel(), to.ravel(), 4 * np.arange(first.numel() + 1)),
                                   (S * n, first.numel()))
 
 
@@ -2627,7 +2644,7 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
         P = economy.arrays.P.reshape(Z * S, Z * S)[come, go][:, None]
         index = np.arange(n) * Z * S  # nodes outermost: what moves a little stays near the diagonal
         to = np.concatenate([(first + step)[come] * Z * S + go[:, None] for step in range(4)])
-        weight = np.concatenate([P * part[come] for part in share])
+        weight = np.concatenate([P * share[come, step] for step in range(4)])
         of = np.broadcast_to(index + np.tile(come, 4)[:, None], to.shape)
         size = Z * S * n
         move = scipy.sparse.csc_array((weight.ravel(), (to.ravel(), of.ravel())), (size, size))
@@ -3012,7 +3029,7 @@ class GridSolution(Policy):
         along_k, along_K, flat = (at.k - left) / (right - left), position - j, table.reshape(-1)
 
         def at_node(L):
-            corner = ((joint(at.s, at.z, self.econ) * n_L + L) * n_K + j.long()) * n_k + i
+            corner = (((at.z * table.shape[1] + at.s) * n_L + L) * n_K + j.long()) * n_k + i
             low, low1, high, high1 = [flat[corner + step] for step in (0, 1, n_k, n_k + 1)]
             below = low + along_k * (low1 - low)
             return below + along_K * (high + along_k * (high1 - high) - below)
@@ -4036,7 +4053,7 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     idle |= {name for name, who in (("players", "game"), ("start", "planner")) if made.equilibrium != who}
     idle = ", ".join(map(flag, sorted(idle & set(given))))
     require(not idle, f"{idle}: without effect here; leave it out")
-    n_moments(made.tables(), cfg)
+    n_moments(made.tables(), sized(cfg, made))
 
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
     parts = changed if economy is krusell_smith else [Path(Interrupted.script).stem, *changed]
@@ -4069,8 +4086,6 @@ def check_options(x, name_of: Callable = lambda name: name) -> None:
 def check(cfg: Config) -> None:
     """Values that are possible one by one and impossible together."""
     check_options(cfg)
-    require(cfg.periods > cfg.horizon, f"--periods {cfg.periods} is too short for --horizon {cfg.horizon}: "
-            f"give --periods {cfg.horizon + 1} or more")
     own_share(cfg)
 
 

@@ -26,9 +26,10 @@ OFF = {
                                                    "    return 1 + 0 * (1 + (residual * of_all[1]")),
     "least damping": ("`LEAST_DAMPING` is 0", [], ("LEAST_DAMPING = 3e-5", "LEAST_DAMPING = 0.0")),
     "roll-outs of 75 periods": ("`--horizon 40`", ["--horizon", "40"], None),
-    "14 iterations of averaging": ("`--averaging 6`", ["--averaging", "6"], None),
+    "18 iterations of averaging": ("`--averaging 6`", ["--averaging", "6"], None),
     "half of the roll-outs start anywhere in k": ("`--wide-share 0`", ["--wide-share", "0"], None),
-    "roll-outs start in any s alike": ("s as drawn", [], ("s if cfg.published else any_s", "s")),
+    "roll-outs start with k as it is held in s": ("k as anybody holds", [], (
+        "(state.s.flatten() == s.unsqueeze(1)) * weight", "(s.unsqueeze(1) >= 0) * weight")),
     "economies are scaled": ("`--K-spread 0`", ["--K-spread", "0"], None),
     "later periods in the labels": ("the first term of `worth_of_saving` alone", [],
                                     ("worth[t] = expected[t] + torch.clamp(",

@@ -239,7 +239,7 @@ def test_training_uses_labour(networks):
     for name, network in networks.items():
         residual = network.weights["history"]["policy_residual"]
         assert residual[-1] < residual[0] / 2, name
-        column = dk.N_OWN + network.econ.sees.shape[1]
+        column = dk.N_OWN + network.econ.sees.shape[2]
         assert network.net.layers[0].shape[1] == column + 1 and network.net.layers[0][:, column].abs().max() > 1e-3
 
 

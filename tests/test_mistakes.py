@@ -15,57 +15,53 @@ NETWORKS, ACCURACY, GRID, TRAINING, PLANNER, MOMENTS, LABOUR, ECONOMY = (f"tests
 
 # what: (the line as it is, as it is mistaken, file and test that notice; no test: any of the file)
 MISTAKES = {
-    "row of the tables with two states": (
-        "    return z * econ.beta.shape[0] + s",
-        "    return 2 * z + s",
-        NETWORKS, ""),
     "income forgets z": (
-        "    return econ.income[row] * w, R",
-        "    return econ.income[at.s] * w, R",
+        "    return econ.income[at.z, at.s] * w, R",
+        "    return econ.income[0, at.s] * w, R",
         GRID, "test_euler_equation_by_loops"),
     "wage without its share": (
         "(1 - econ.alpha) * product * ratio",
         "product * ratio",
         ACCURACY, "test_errors_of_the_exact_solution_are_zero"),
     "expectation forgets who is where": (
-        "(econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0) * values)",
-        "(econ.probability[at.s].movedim(-1, 0) * values)",
+        "(econ.probability[at.z, at.s].movedim(-1, 0) * values)",
+        "(econ.probability[0, at.s].movedim(-1, 0) * values)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "moments of one z' for all": (
         "return x.gather(-2, z.unsqueeze(-1).unsqueeze(-1)",
         "return x.gather(-2, 0 * z.unsqueeze(-1).unsqueeze(-1)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "next state ignores z'": (
-        "z_path[:-1] * econ.TFP.shape[0] + z_path[1:]",
-        "z_path[:-1] * econ.TFP.shape[0] + z_path[:-1]",
+        "econ.cum_s[z_path[t], z_path[t + 1], s]",
+        "econ.cum_s[z_path[t], z_path[t], s]",
         NETWORKS, "test_sampled_households"),
     "networks do not see z": (
-        "econ.sees[joint(at.s, at.z, econ)].expand",
-        "econ.sees[at.s].expand",
+        "econ.sees[at.z, at.s]]",
+        "econ.sees[0, at.s]]",
         NETWORKS, "test_features_tell_states_apart"),
     "V linear in ln K": (
         "x[..., column : column + 1].square()",
         "0 * x[..., column : column + 1]",
         NETWORKS, "test_value_network_sees_the_square_of_ln_K_first"),
     "limit at zero": (
-        "    return econ.k_min + (1 - consumed_share(",
-        "    return (1 - consumed_share(",
+        "    return econ.k_min - torch.expm1(",
+        "    return -torch.expm1(",
         NETWORKS, "test_consumption_and_its_slope"),
     "slope of c at the limit as elsewhere": (
         "torch.where(f < 0, share * (R + above * f_k), R)",
         "share * (R + above * f_k)",
         NETWORKS, "test_consumption_and_its_slope"),
     "labels with one discount factor": (
-        "miss = saved[t + 1] * (beta[t + 1] * worth[t + 1]",
-        "miss = saved[t + 1] * (beta[t] * worth[t + 1]",
+        "gain, loss = of_miss * beta[1:], ",
+        "gain, loss = of_miss * beta[:-1], ",
         NETWORKS, "test_labels_by_their_recursion"),
     "labels that take back without bound": (
-        "kept, size = 1 / growth.clamp(min=1.0)",
-        "kept, size = 1 / growth.clamp(max=1.0)",
+        "saved[1:] / growth.clamp(min=1.0)",
+        "saved[1:] / growth.clamp(max=1.0)",
         NETWORKS, "test_labels_by_their_recursion"),
     "labels without what later periods know": (
-        "torch.clamp(kept[t] * miss, -size[t] / 2, size[t])",
-        "0 * torch.clamp(kept[t] * miss, -size[t] / 2, size[t])",
+        "worth[t] = expected[t] + torch.clamp(",
+        "worth[t] = expected[t] + 0 * torch.clamp(",
         NETWORKS, "test_labels_by_their_recursion"),
     "published labels with one discount factor": (
         "u_k[t] + beta[t] * (R - dc)[t] * V_k_T",
@@ -92,16 +88,16 @@ MISTAKES = {
         "better = left > -1",
         NETWORKS, "test_gauss_newton_refuses_a_bad_step"),
     "Bellman step without beta": (
-        "-econ.probability[here].T * beta * V_g_next",
-        "-econ.probability[here].T * V_g_next",
+        "-econ.probability[at.z, at.s].T * beta * V_g_next",
+        "-econ.probability[at.z, at.s].T * V_g_next",
         NETWORKS, "test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope"),
     "Bellman residual without Delta": (
         "flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k,",
         "flow, V_k = utility(batch.c, econ),",
         NETWORKS, "test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope"),
     "roll-outs start in two states": (
-        "any_s = torch.randint(len(econ.beta), (M,)",
-        "any_s = torch.randint(2, (M,)",
+        "k, s = state.k.flatten()[found], s.repeat(",
+        "k, s = state.k.flatten()[found], (s % 2).repeat(",
         NETWORKS, "test_sampled_households"),
     "labels that see V": (
         "thin(Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date)",
@@ -141,16 +137,16 @@ MISTAKES = {
         "    return R * u_prime",
         PLANNER, "test_the_first_order_condition_of_a_planner_and_of_a_player"),
     "planner's Delta' over everybody's states alike": (
-        "    p = weight * econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0)\n",
-        "    p = weight * (econ.probability[joint(at.s, at.z, econ)].movedim(-1, 0) > 0)\n",
+        "    p = weight * econ.probability[at.z, at.s].movedim(-1, 0)\n",
+        "    p = weight * (econ.probability[at.z, at.s].movedim(-1, 0) > 0)\n",
         PLANNER, "test_planners_Delta_against_everybodys_draws"),
     "grid with one discount factor": (
         "scipy.sparse.csr_array(P * a.beta[:, None])",
         "scipy.sparse.csr_array(P * a.beta[0])",
         GRID, "test_euler_equation_of_any_economy"),
     "grid table of two states": (
-        "corner = ((joint(at.s, at.z, self.econ) * n_L + L)",
-        "corner = (((2 * at.z + at.s) * n_L + L)",
+        "corner = (((at.z * table.shape[1] + at.s) * n_L + L)",
+        "corner = (((at.z * 2 + at.s) * n_L + L)",
         GRID, "test_any_economy_converges"),
     "law of motion of the grid's short path": (
         "[found + to_long - law for",
@@ -205,8 +201,8 @@ MISTAKES = {
         "p.unsqueeze(-2) @ econ.Pi[z[:, 0], z[:, 0]]",
         LABOUR, "test_shares_along_a_path_are_exact"),
     "networks do not see labour": (
-        "labour = (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean)",
-        "labour = 0 * (at.labour[..., : at.labour.shape[-1] // 2] - econ.L_mean)",
+        "others.append((at.labour[..., :1] - econ.L_mean)",
+        "others.append(0 * (at.labour[..., :1] - econ.L_mean)",
         LABOUR, "test_training_uses_labour"),
     "next_capital() drops L": (
         "at = at._replace(labour=labour_at(L, at.z, self.econ))\n",
@@ -233,20 +229,20 @@ MISTAKES = {
         "    return x.mean(1)",
         MOMENTS, "test_moments_are_means_over_households"),
     "nodes whose s moves as if z stayed": (
-        "weight = (econ.Pi[z[:, 0], z_next[:, 0]]",
-        "weight = (econ.Pi[z[:, 0], z[:, 0]]",
+        "return Panel(k, s, (econ.Pi[z[:, 0], z_next[:, 0]]",
+        "return Panel(k, s, (econ.Pi[z[:, 0], z[:, 0]]",
         ECONOMY, "test_infinitely_many_households_move_as_they_save"),
     "shares of the lottery swapped": (
-        "math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in range(4)])",
-        "math.prod(away[j] / (near[i] - near[j]) for j in range(4) if j != i) for i in (0, 2, 1, 3)])",
+        "torch.stack([b * cd, a * cd, ab * d, ab * c], -2)",
+        "torch.stack([b * cd, ab * d, a * cd, ab * c], -2)",
         ECONOMY, "test_the_lottery_keeps_mass_mean_and_variance"),
     "households below the first node are beyond it": (
         "k.clamp(nodes[0], nodes[-1])",
         "k.clamp(max=nodes[-1])",
         ECONOMY, "test_the_lottery_keeps_mass_mean_and_variance"),
     "households drawn from the nodes, each as often": (
-        "held, n = state.weight.clamp(min=0)",
-        "held, n = (0 * state.weight + 1)",
+        "weight.flatten().clamp(min=0)).double()",
+        "(0 * weight.flatten() + 1)).double()",
         NETWORKS, "test_households_drawn_from_nodes_are_distributed_as_they_are"),
     "histograms without what is below zero": (
         "somebody, s = np.abs(mass) > 1e-16",

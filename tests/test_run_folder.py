@@ -135,7 +135,7 @@ def test_flags_are_those_of_the_economy():
     (["--wat\nis"], "unrecognized"), (["--evaluate", "--resume"], "--evaluate"),
     (["--output-dir", "a\0b"], "--output-dir"), (["--u-bad", "0.5"], "--u-bad"),
     (["--u-duration-bad", "1000"], "--u-duration-bad"), (["--l-bar", "0.01"], "--mu"),
-    (["--horizon", "9999"], "give --periods 10000 or more"), (["--policy-rate", "0"], "--policy-rate 0.0"),
+    (["--horizon", "9999", "--periods", "100"], "give --periods 10000 or more"), (["--policy-rate", "0"], "--policy-rate 0.0"),
     (["--grid-n-k", "9"], "--grid-n-k 9: give a value in [10, 1e5]"), (["--grid-n-K", "x"], "invalid int value"),
     (["--grid-n", "50"], "unrecognized arguments: --grid-n"), (["--grid", "fine"], "--grid: invalid choice"),
     (["--grid", "none", "--grid-damping", "1.1"], "--grid-damping 1.1"),
@@ -150,7 +150,7 @@ def test_impossible_values_are_refused_in_one_line(argv, words):
 
 
 def test_ends_of_intervals():
-    horizon = dk.Config().horizon
+    horizon = dk.sized(dk.Config(), dk.krusell_smith()).horizon
     asked = dk.parse(["--gamma", "20", "--mu", "0", "--periods", f"{horizon + 1}", "--grid-n-K", "4"])
     assert asked.economy.gamma == 20 and asked.economy.arrays.income[0, 0] == 0
     assert asked.config.periods == horizon + 1 and asked.grid.n_K == 4
@@ -168,12 +168,13 @@ def test_any_command_line_parses_or_is_refused(argv):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             asked = dk.parse(argv)
+            sized = dk.sized(asked.config, asked.economy)
     except dk.UserError as error:
         assert "\n" not in str(error)
     except SystemExit as stop:  # --help and --version
         assert stop.code == 0 and "-h" in "".join(argv)
     else:
-        assert asked.config.periods > asked.config.horizon
+        assert sized.periods > sized.horizon > 1
         assert all(math.isfinite(x) for x in asked.calibration.values())
 
 

@@ -204,7 +204,7 @@ def test_initial_value_is_steady_state_consumption_for_ever(economy):
     econ, state, _ = begin(SMOKE, economy)
     at = everywhere(state, econ)
     V, V_k = dk.network_value(dk.value_net(state, econ, SMOKE), at, econ)
-    for_ever = econ.annuity[dk.joint(at.s, at.z, econ)] * dk.utility(torch.tensor(econ.c_ss), econ)
+    for_ever = econ.annuity[at.z, at.s] * dk.utility(torch.tensor(econ.c_ss), econ)
     assert torch.allclose(V, for_ever, rtol=1e-4, atol=1e-4) and not V_k.any()
 
 
