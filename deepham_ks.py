@@ -27,7 +27,7 @@ How this differs from the paper, which `--preset paper` follows:
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
 
 Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the
-pictures; what follows is the machine: processes, CUDA graphs, files, the command line, one run.
+pictures; what follows checks the tables, and is the machine: processes, CUDA graphs, files, the command line, one run.
 
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
@@ -133,8 +133,8 @@ class Config:
                               "households, or as many of infinitely many as take like time, 16 to 48", "[0, 1e6]")
     periods: int = option(0, "periods that each outer iteration simulates on from the last cross-section; 0: 25 more "
                           "than a roll-out has", "[0, 1e6]")
-    horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where some households are more patient than others "
-                          "for ever, whose wealth takes as long to part", "[0, 1e5]")
+    horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where some households are more patient than "
+                          "others for ever, whose wealth takes as long to part", "[0, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
     iterations: int = option(120, "outer iterations at most", "[1, 1e6]")
     hidden: int = option(28, "width of the two tanh layers of both networks", "[1, 1024]")
@@ -316,189 +316,6 @@ class Economy:
             a.Pi, device=device), **tensors)
 
 
-def checked_tables(given: Economy) -> types.SimpleNamespace:
-    """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
-    interval, where NaN and infinity never are."""
-    try:
-        of_S = "labour" if given.income is None else "income"
-        Z, S = len(np.atleast_1d(np.asarray(given.TFP, float))), np.asarray(getattr(given, of_S), float).shape[-1]
-    except (IndexError, TypeError, ValueError):
-        raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
-    require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
-            "benefit; leave it out, or these")
-    require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")
-    inf, chance = math.inf, (-ROUNDING, 1 + ROUNDING)
-    parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
-             "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
-             "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
-             "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
-             "labour": ((Z, S), (-1e-12, inf)), "benefit": ((Z, S), (-1e-12, inf)),
-             "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
-             "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
-    defaults = {"sees_s": np.eye(S), "sees_z": np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0)),
-                "benefit": 0.0}
-    full = types.SimpleNamespace(L=None, shares=None, income=None, labour=None)
-    for name, (shape, (low, high)) in parts.items():
-        x = getattr(given, name)
-        x = defaults.get(name) if x is None else x
-        if x is None and name in vars(full):
-            continue
-        try:
-            x = np.asarray(x, dtype=float)
-            require(name != "Pi" or x.ndim != 3, f"Pi: shape {x.shape} does not say whether it depends on z or on z'; "
-                    "give Pi[:, None] where it depends on z now, Pi[None] where on z' next period")
-            require(name != "Pi" or x.shape != (Z * S, Z * S) or Z == 1, f"Pi: shape {x.shape} is the joint matrix of "
-                    f"(z, s); give P_z, Pi = dk.from_joint(P, {Z}, {S})")
-            x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
-        except (IndexError, TypeError, ValueError):
-            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by {of_S}") from None
-        outside = x[~((low < x) & (x < high))]
-        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP", "L") and (x < 0).any() else ""
-        require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "
-                f"{high:g}){hint}")
-        setattr(full, name, x if shape else float(x))
-    for name, n in (("s_names", S), ("z_names", Z)):
-        names = getattr(given, name)
-        require(isinstance(names, (list, tuple, np.ndarray)), f"{name}: give a list of {n} names")
-        names = tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n))
-        require(len(names) == n, f"{name}: {len(names)} names for {n} states")
-        setattr(full, name, names)
-    require(given.equilibrium in EQUILIBRIA,
-            f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
-    require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
-    return full
-
-
-def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
-    """P_z (Z, Z) and Pi (Z, Z, S, S) of the joint matrix P (Z S, Z S), rows and columns in the order (z, s): z = 0 with
-    every s, then z = 1, and so on. UserError where the probability of z' depends on s."""
-    try:
-        P = np.asarray(P, dtype=float)
-    except (TypeError, ValueError):
-        raise UserError("from_joint: P: give a matrix of numbers") from None
-    require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
-            f"{(Z * S, Z * S)}")
-    to_z = P.reshape(Z, S, Z, S).sum(3)  # (z, s, z')
-    miss = np.ptp(to_z, axis=1).max()
-    require(miss <= S * ROUNDING, f"from_joint: the probability of z' depends on s, by up to {miss:.3g}; rows and "
-            "columns must be in the order (z, s)")
-    P_z = to_z.mean(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        Pi = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3) / to_z.transpose(0, 2, 1)[..., None]
-    return P_z, np.where(np.isfinite(Pi), Pi, np.eye(S))  # where z' never follows z any Pi will do
-
-
-def add_chain(a: types.SimpleNamespace) -> None:
-    """Rows that sum to one; P (Z, S, Z, S) of (z, s); shares where they were left out; labour and income. All must fit
-    together."""
-    Z, S = len(a.TFP), len(a.beta)
-    require(set(a.group) == set(range(len(set(a.group)))), "group: give groups 0, 1, 2, ... without a gap")
-    for name in ("P_z", "Pi"):
-        rows = getattr(a, name).clip(0)
-        miss = rows.sum(-1) - 1
-        worst = miss.flat[np.abs(miss).argmax()]
-        require(abs(worst) <= rows.shape[-1] * ROUNDING, f"{name}: rows must sum to one, and one misses by {worst:.3g}")
-        setattr(a, name, rows / rows.sum(-1, keepdims=True))
-    a.P = np.einsum("xy,xyij->xiyj", a.P_z, a.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
-    P = a.P.reshape(Z * S, Z * S)
-    a.ergodic = (np.abs(np.linalg.eigvals(P) - 1) < 1e-10).sum() == 1
-    require(a.ergodic or a.shares is not None,
-            "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
-    found = stationary_of(P, None if a.ergodic else a.shares.reshape(-1).clip(0))
-    if a.shares is not None:
-        miss = np.abs(a.shares.reshape(-1) - found).max()
-        require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
-    a.shares = found.reshape(Z, S)
-    of_z = a.shares.sum(1)
-    gone = np.flatnonzero(of_z < 1e-9)
-    require(not gone.size, f"P_z: z = {gone[0] if gone.size else 0} does not recur: once left it never comes again; "
-            "leave it out, or give it a way back")
-    supply_of_labour(a)
-    seen = np.concatenate([a.sees_s, a.beta[:, None], a.income.T, a.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
-    for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
-        require(len(np.unique(getattr(a, name), axis=0)) == rows,
-                f"{name}: the networks cannot tell two states apart that differ")
-
-
-def stationary_of(P: np.ndarray, start: np.ndarray | None) -> np.ndarray:
-    """The distribution (n,) that P (n, n) keeps: the only one, or the one that start leads to."""
-    n = len(P)
-    if start is None:
-        found = np.linalg.lstsq(np.vstack([P.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1), rcond=None)[0]
-    else:
-        lazy = (P + np.eye(n)) / 2  # which forgets where a cycle stands
-        found = start / start.sum() @ np.linalg.matrix_power(lazy, 2**30)
-    found = found.clip(0)
-    return found / found.sum()
-
-
-def share_path(a: types.SimpleNamespace, z_path: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Shares (periods, S) of s along a path of z, p' = p Pi[z, z'], from p (S,)."""
-    shares = [p]
-    for z, z_next in zip(z_path[:-1], z_path[1:]):
-        p = p @ a.Pi[z, z_next]
-        shares.append(p)
-    return np.array(shares)
-
-
-def supply_of_labour(a: types.SimpleNamespace) -> None:
-    """L (Z,) and income (Z, S) by z; whether labour moves with the history of z, and then usual (Z, 2), mean L and tau
-    given z; L_std, of L around it; L_range (Z, 2); laws L' = a + b L by (z, z') in L_law (Z, Z, 2), L_r2 its R2, and
-    sum_s p_s benefit(z, s) = a + b L by z in benefit_law (Z, 2). Both are exact where S is 2."""
-    (Z, S), of_z = a.shares.shape, a.shares.sum(1)
-    given_z = a.shares / of_z[:, None]
-    a.labour_moves, a.usual, a.benefit_law = False, np.zeros((Z, 0)), np.zeros((Z, 2))
-    a.L_mean, a.L_std = np.zeros(()), np.ones(())
-    z_path = draw_z_path(20_000, a.P_z, np.random.default_rng(0))
-    paths = [(z_path, share_path(a, z_path, given_z[z_path[0]]))]
-    for z in np.flatnonzero(a.P_z.diagonal() > 0):  # and for as long as it takes in each z that may last
-        stays = np.full(1000, z)
-        paths.append((stays, share_path(a, stays, given_z[z])))
-    every_z, p = [np.concatenate(x) for x in zip(*paths)]
-    if a.income is not None:
-        earned = (given_z * a.income).sum(1)
-        L = earned if a.L is None else a.L
-        require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
-        gap = earned / L - 1
-        z = np.abs(gap).argmax()
-        require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
-                "labour L; change income or L, or leave L out")
-        a.L = earned if np.abs(gap).max() > 1e-9 else L
-        gap = (1 - a.alpha) * ((p * a.income[every_z]).sum(1) / a.L[every_z] - 1)
-        require(np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so L "
-                f"by z misses what households supply: goods are off by {100 * gap.min():.2g} to {100 * gap.max():+.2g}%"
-                " of output; give labour and benefit in place of income and L")
-        a.labour, a.benefit = a.income, np.zeros((Z, S))
-        return
-    L, paid = [(p * table[every_z]).sum(1) for table in (a.labour, a.benefit)]
-    a.L, usual_paid = [(given_z * table).sum(1) for table in (a.labour, a.benefit)]
-    require(min(L.min(), a.L.min()) > 0, "labour: nobody supplies any in some period; give somebody labour above 0")
-    tax = (paid / L).max()
-    require(tax < 1, f"benefit: takes a tax of {100 * tax:.4g}% of labour income on some path of z; lower it")
-    a.income = (1 - usual_paid / a.L)[:, None] * a.labour + a.benefit
-    if max(np.abs(L - a.L[every_z]).max() / L.max(), np.abs(paid - usual_paid[every_z]).max()) < 1e-9:
-        return
-    a.labour_moves, a.usual = True, np.stack([a.L, usual_paid / a.L], 1)
-    a.L_range = np.array([[L[every_z == z].min(), L[every_z == z].max()] for z in range(Z)])
-    n = len(z_path)
-    a.L_mean, a.L_std = L[:n].mean(), L[:n].std()
-    a.L_law, a.L_r2 = np.zeros((Z, Z, 2)), np.ones((Z, Z))
-    for z in range(Z):
-        here = z_path == z
-        a.benefit_law[z] = line(L[:n][here], paid[:n][here])[0]
-        for z_next in range(Z):
-            t = np.flatnonzero(here[:-1] & (z_path[1:] == z_next))
-            ahead = p[t] @ a.Pi[z, z_next] @ a.labour[z_next]
-            a.L_law[z, z_next], a.L_r2[z, z_next] = line(L[t], ahead) if len(t) else ((a.L[z_next], 0.0), 1.0)
-
-
-def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
-    """(a, b) of y = a + b x by least squares, and R2; where x does not move b is 0, where y does not R2 is 1."""
-    dx, dy = x - x.mean(), y - y.mean()
-    b = dx @ dy / (dx @ dx) if np.abs(dx).max() > 1e-9 else 0.0
-    return (y.mean() - b * x.mean(), b), 1 - ((dy - b * dx) ** 2).sum() / (dy @ dy) if np.abs(dy).max() > 1e-9 else 1.0
-
-
 def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
     """mean_beta; R_ss, K_ss, w_ss, c_ss of the representative household at mean TFP and labour, the unit of networks;
     K_start and Delta_start, what would let it keep K where a solution starts: u'(c) = beta (R u'(c) + Delta)."""
@@ -524,42 +341,6 @@ def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
     Delta_start = float((R - R_start) * (c / c_ss) ** -a.gamma / c_ss)
     return {"mean_beta": mean_beta, "R_ss": R, "K_ss": K, "w_ss": float((1 - a.alpha) * TFP * (K / L) ** a.alpha),
             "c_ss": c_ss, "K_start": K_start, "Delta_start": Delta_start}
-
-
-def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
-    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K, z (...)
-    and labour (..., 2) that a solution visits: the prices of the solution decide, and those of the steady state do
-    not."""
-    econ, K = economy.tables(), torch.from_numpy(np.maximum(K, 1e-9)).unsqueeze(-1)
-    s, k = torch.arange(len(econ.beta)).expand(*K.shape[:-1], -1), torch.full_like(K, econ.k_min)
-    at = place(k, s, K, torch.from_numpy(z).unsqueeze(-1), econ)
-    m, _ = cash_on_hand(at._replace(labour=torch.from_numpy(labour).unsqueeze(-2)), econ)
-    left = float((m - econ.k_min).min())
-    require(left >= -1e-9 * economy.c_ss, f"k_min: at {econ.k_min:g} the poorest are {-left:.3g} goods short of "
-            "interest at the prices of the solution; bring it nearer to 0")
-
-
-def as_economy(economy) -> Economy:
-    """An Economy as it is, Krusell & Smith's for a Calibration, the default for None."""
-    if economy is None or isinstance(economy, Calibration):
-        return krusell_smith(economy or Calibration())
-    require(isinstance(economy, Economy), f"economy: give an Economy, a Calibration or None, not "
-            f"{type(economy).__name__}")
-    return economy
-
-
-def economy_dict(economy: Economy) -> dict:
-    """What was given, as files keep it: arrays of full shape, numbers and words."""
-    kept = {f.name: getattr(economy.arrays, f.name, getattr(economy, f.name)) for f in dataclasses.fields(economy)
-            if getattr(economy, f.name) is not None}
-    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in kept.items()}
-
-
-def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length as one table, each filled up with its last entry, and which entries are its own."""
-    longest = max(map(len, rows))
-    table = np.array([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
-    return table, np.array([np.arange(longest) < len(row) for row in rows])
 
 
 class Tables(NamedTuple):
@@ -628,12 +409,6 @@ def place(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> At:
     """Households of whom nothing else matters, where labour is as usual in z."""
     zero = torch.zeros_like(K)
     return At(k, s, K, z, zero.unsqueeze(-1)[..., :0], zero, econ.usual[z])
-
-
-def rows(at: At, first: int, last: int) -> At:
-    """The first index from first to last."""
-    return At(at.k[first:last], at.s[first:last], at.K[first:last], at.z[first:last], at.M[first:last],
-              at.Delta[first:last], at.labour[first:last])
 
 
 def supplied(at: At, econ: Tables) -> Tensor:
@@ -1066,6 +841,12 @@ def savings(layers: List[Tensor], k: Tensor, m: Tensor, others: Tensor, econ: Ta
     return econ.k_min - torch.expm1(f.clamp(max=0.0)) * above
 
 
+def value_output(net: Net, at: At, econ: Tables) -> Tensor:
+    """g of the value network."""
+    m, _ = cash_on_hand(at, econ)
+    return network(net.layers, for_value(features(at, m, net, econ)))
+
+
 def value_of(g: Tensor, at: At, econ: Tables, unit: float = VALUE_UNIT) -> Tuple[Tensor, Tensor]:
     """V = D(z, s) u(c_ss exp(g / 10)) and dV/dg: g is 0 where life is worth steady-state consumption for ever. With
     Delta k in it V may have any sign: there V = D (u(c_ss) + sinh(g / 10))."""
@@ -1490,7 +1271,7 @@ def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, r
     net = policy_net(state, econ, cfg)
     k0, path, ahead, date = sample_households(state, paths, econ, cfg, rng)
     path = path._replace(k=fast.roll_out(net, k0, path, econ))
-    at, k_next = rows(path, 0, cfg.horizon), path.k[1:]
+    at, k_next = pick(path, slice(cfg.horizon)), path.k[1:]
     n = max(1, AT_ONCE[k0.device.type] // (econ.next_s.shape[2] * cfg.batch))
     parts = [slice(t, t + n) for t in range(0, cfg.horizon, n)]
     found = [fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]
@@ -1640,8 +1421,8 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
     states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
-    Fukushima 2001): careful far from the solution, free near it; a hundredth of it, and the damping falls further, where
-    there is no noise in the residuals. Of the step, a third and a ninth of it the one that
+    Fukushima 2001): careful far from the solution, free near it; a hundredth of it, and the damping falls further,
+    where there is no noise. Of the step, a third and a ninth of it the one that
     leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
@@ -1706,8 +1487,8 @@ def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: T
     D, U = econ.annuity[states.at.z, states.at.s], states.U
     if econ.equilibrium == "market":
         U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
-    net, (m, _) = value_net(state, econ, cfg), cash_on_hand(states.at, econ)
-    g = network(unpack(theta, shapes_of(net)), for_value(features(states.at, m, net, econ)))
+    net = value_net(state, econ, cfg)
+    g = value_output(net._replace(layers=unpack(theta, shapes_of(net))), states.at, econ)
     return (equivalent_of(U, states.at, econ) - g).square().mean() / 2
 
 
@@ -1755,11 +1536,10 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
     for _ in range(VALUE_ROUNDS):
         paths = simulate_on(state, econ, cfg, rng)
         batch = roll_out_households(state, paths, econ, cfg, rng)
-        n, x = min(4, len(batch.c)), features(batch.at, cash_on_hand(batch.at, econ)[0], value_net(state, econ, cfg), econ)
-        before = network(value_net(state, econ, cfg).layers, for_value(x))
+        n, before = min(4, len(batch.c)), value_output(value_net(state, econ, cfg), batch.at, econ)
         for i in range(VALUE_STEPS):
             value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
-        moved = network(value_net(state, econ, cfg).layers, for_value(x)) - before
+        moved = value_output(value_net(state, econ, cfg), batch.at, econ) - before
         if total(moved.abs().mean()) < VALUE_MOVES * RANKS:
             break
 
@@ -2235,9 +2015,7 @@ class Solution(Policy):
         return fast.network_capital(self.net, at, self.econ)
 
     def values(self, at: At) -> Tensor:
-        m, _ = cash_on_hand(at, self.econ)
-        g = network(self.value_net.layers, for_value(features(at, m, self.value_net, self.econ)))
-        return value_of(g, at, self.econ)[0]
+        return value_of(value_output(self.value_net, at, self.econ), at, self.econ)[0]
 
     def usual(self, at: At) -> At:
         return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1), at.labour.unsqueeze(-2)))
@@ -2740,7 +2518,7 @@ def histogram_policy(solution: Policy, axes: Axes):
     (Z, S), device = solution.economy.arrays.shares.shape, solution.device
     if not solution.seen.given and not solution.seen.Q:
         at = on_grid(axes, solution.econ)
-        return np.concatenate([solution.policy(rows(at, z, z + 1)).cpu().numpy() for z in range(Z)])
+        return np.concatenate([solution.policy(pick(at, slice(z, z + 1))).cpu().numpy() for z in range(Z)])
     if device.type == "cuda":  # so little work a period that launching it takes longer
         return histogram_policy(Solution(solution.weights), axes)
     nodes = np.append(axes.k[:-1:5], axes.k[-1])  # k' is interpolated in between
@@ -3477,6 +3255,229 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
                     ax.plot(k[0].cpu(), line, color=color, label=a.s_names[i])
                 ax.set(title=f"correlation {meant['K'][row]:+.2f} with K, {meant['unemployment'][row]:+.2f} with the "
                        "share in the lowest income", xlabel=on_k, ylabel="Q(k, s)")
+
+
+# ---------------------------------------------------------------------------------------------- tables that are given
+# Every table is checked, filled up and made to fit the others before anything is solved.
+
+
+def checked_tables(given: Economy) -> types.SimpleNamespace:
+    """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
+    interval, where NaN and infinity never are."""
+    try:
+        of_S = "labour" if given.income is None else "income"
+        Z, S = len(np.atleast_1d(np.asarray(given.TFP, float))), np.asarray(getattr(given, of_S), float).shape[-1]
+    except (IndexError, TypeError, ValueError):
+        raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
+    require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
+            "benefit; leave it out, or these")
+    require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")
+    inf, chance = math.inf, (-ROUNDING, 1 + ROUNDING)
+    parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
+             "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
+             "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
+             "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
+             "labour": ((Z, S), (-1e-12, inf)), "benefit": ((Z, S), (-1e-12, inf)),
+             "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
+             "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
+    defaults = {"sees_s": np.eye(S), "sees_z": np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0)),
+                "benefit": 0.0}
+    full = types.SimpleNamespace(L=None, shares=None, income=None, labour=None)
+    for name, (shape, (low, high)) in parts.items():
+        x = getattr(given, name)
+        x = defaults.get(name) if x is None else x
+        if x is None and name in vars(full):
+            continue
+        try:
+            x = np.asarray(x, dtype=float)
+            require(name != "Pi" or x.ndim != 3, f"Pi: shape {x.shape} does not say whether it depends on z or on z'; "
+                    "give Pi[:, None] where it depends on z now, Pi[None] where on z' next period")
+            require(name != "Pi" or x.shape != (Z * S, Z * S) or Z == 1, f"Pi: shape {x.shape} is the joint matrix of "
+                    f"(z, s); give P_z, Pi = dk.from_joint(P, {Z}, {S})")
+            x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
+        except (IndexError, TypeError, ValueError):
+            raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by {of_S}") from None
+        outside = x[~((low < x) & (x < high))]
+        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP", "L") and (x < 0).any() else ""
+        require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "
+                f"{high:g}){hint}")
+        setattr(full, name, x if shape else float(x))
+    for name, n in (("s_names", S), ("z_names", Z)):
+        names = getattr(given, name)
+        require(isinstance(names, (list, tuple, np.ndarray)), f"{name}: give a list of {n} names")
+        names = tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n))
+        require(len(names) == n, f"{name}: {len(names)} names for {n} states")
+        setattr(full, name, names)
+    require(given.equilibrium in EQUILIBRIA,
+            f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
+    require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
+    return full
+
+
+def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
+    """P_z (Z, Z) and Pi (Z, Z, S, S) of the joint matrix P (Z S, Z S), rows and columns in the order (z, s): z = 0 with
+    every s, then z = 1, and so on. UserError where the probability of z' depends on s."""
+    try:
+        P = np.asarray(P, dtype=float)
+    except (TypeError, ValueError):
+        raise UserError("from_joint: P: give a matrix of numbers") from None
+    require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
+            f"{(Z * S, Z * S)}")
+    to_z = P.reshape(Z, S, Z, S).sum(3)  # (z, s, z')
+    miss = np.ptp(to_z, axis=1).max()
+    require(miss <= S * ROUNDING, f"from_joint: the probability of z' depends on s, by up to {miss:.3g}; rows and "
+            "columns must be in the order (z, s)")
+    P_z = to_z.mean(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        Pi = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3) / to_z.transpose(0, 2, 1)[..., None]
+    return P_z, np.where(np.isfinite(Pi), Pi, np.eye(S))  # where z' never follows z any Pi will do
+
+
+def add_chain(a: types.SimpleNamespace) -> None:
+    """Rows that sum to one; P (Z, S, Z, S) of (z, s); shares where they were left out; labour and income. All must fit
+    together."""
+    Z, S = len(a.TFP), len(a.beta)
+    require(set(a.group) == set(range(len(set(a.group)))), "group: give groups 0, 1, 2, ... without a gap")
+    for name in ("P_z", "Pi"):
+        rows = getattr(a, name).clip(0)
+        miss = rows.sum(-1) - 1
+        worst = miss.flat[np.abs(miss).argmax()]
+        require(abs(worst) <= rows.shape[-1] * ROUNDING, f"{name}: rows must sum to one, and one misses by {worst:.3g}")
+        setattr(a, name, rows / rows.sum(-1, keepdims=True))
+    a.P = np.einsum("xy,xyij->xiyj", a.P_z, a.Pi)  # P_z(z' | z) Pi(s' | z, z', s)
+    P = a.P.reshape(Z * S, Z * S)
+    a.ergodic = (np.abs(np.linalg.eigvals(P) - 1) < 1e-10).sum() == 1
+    require(a.ergodic or a.shares is not None,
+            "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
+    found = stationary_of(P, None if a.ergodic else a.shares.reshape(-1).clip(0))
+    if a.shares is not None:
+        miss = np.abs(a.shares.reshape(-1) - found).max()
+        require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
+    a.shares = found.reshape(Z, S)
+    of_z = a.shares.sum(1)
+    gone = np.flatnonzero(of_z < 1e-9)
+    require(not gone.size, f"P_z: z = {gone[0] if gone.size else 0} does not recur: once left it never comes again; "
+            "leave it out, or give it a way back")
+    supply_of_labour(a)
+    seen = np.concatenate([a.sees_s, a.beta[:, None], a.income.T, a.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
+    for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
+        require(len(np.unique(getattr(a, name), axis=0)) == rows,
+                f"{name}: the networks cannot tell two states apart that differ")
+
+
+def stationary_of(P: np.ndarray, start: np.ndarray | None) -> np.ndarray:
+    """The distribution (n,) that P (n, n) keeps: the only one, or the one that start leads to."""
+    n = len(P)
+    if start is None:
+        found = np.linalg.lstsq(np.vstack([P.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1), rcond=None)[0]
+    else:
+        lazy = (P + np.eye(n)) / 2  # which forgets where a cycle stands
+        found = start / start.sum() @ np.linalg.matrix_power(lazy, 2**30)
+    found = found.clip(0)
+    return found / found.sum()
+
+
+def share_path(a: types.SimpleNamespace, z_path: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Shares (periods, S) of s along a path of z, p' = p Pi[z, z'], from p (S,)."""
+    shares = [p]
+    for z, z_next in zip(z_path[:-1], z_path[1:]):
+        p = p @ a.Pi[z, z_next]
+        shares.append(p)
+    return np.array(shares)
+
+
+def supply_of_labour(a: types.SimpleNamespace) -> None:
+    """L (Z,) and income (Z, S) by z; whether labour moves with the history of z, and then usual (Z, 2), mean L and tau
+    given z; L_std, of L around it; L_range (Z, 2); laws L' = a + b L by (z, z') in L_law (Z, Z, 2), L_r2 its R2, and
+    sum_s p_s benefit(z, s) = a + b L by z in benefit_law (Z, 2). Both are exact where S is 2."""
+    (Z, S), of_z = a.shares.shape, a.shares.sum(1)
+    given_z = a.shares / of_z[:, None]
+    a.labour_moves, a.usual, a.benefit_law = False, np.zeros((Z, 0)), np.zeros((Z, 2))
+    a.L_mean, a.L_std = np.zeros(()), np.ones(())
+    z_path = draw_z_path(20_000, a.P_z, np.random.default_rng(0))
+    paths = [(z_path, share_path(a, z_path, given_z[z_path[0]]))]
+    for z in np.flatnonzero(a.P_z.diagonal() > 0):  # and for as long as it takes in each z that may last
+        stays = np.full(1000, z)
+        paths.append((stays, share_path(a, stays, given_z[z])))
+    every_z, p = [np.concatenate(x) for x in zip(*paths)]
+    if a.income is not None:
+        earned = (given_z * a.income).sum(1)
+        L = earned if a.L is None else a.L
+        require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
+        gap = earned / L - 1
+        z = np.abs(gap).argmax()
+        require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
+                "labour L; change income or L, or leave L out")
+        a.L = earned if np.abs(gap).max() > 1e-9 else L
+        gap = (1 - a.alpha) * ((p * a.income[every_z]).sum(1) / a.L[every_z] - 1)
+        require(np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so L "
+                f"by z misses what households supply: goods are off by {100 * gap.min():.2g} to {100 * gap.max():+.2g}%"
+                " of output; give labour and benefit in place of income and L")
+        a.labour, a.benefit = a.income, np.zeros((Z, S))
+        return
+    L, paid = [(p * table[every_z]).sum(1) for table in (a.labour, a.benefit)]
+    a.L, usual_paid = [(given_z * table).sum(1) for table in (a.labour, a.benefit)]
+    require(min(L.min(), a.L.min()) > 0, "labour: nobody supplies any in some period; give somebody labour above 0")
+    tax = (paid / L).max()
+    require(tax < 1, f"benefit: takes a tax of {100 * tax:.4g}% of labour income on some path of z; lower it")
+    a.income = (1 - usual_paid / a.L)[:, None] * a.labour + a.benefit
+    if max(np.abs(L - a.L[every_z]).max() / L.max(), np.abs(paid - usual_paid[every_z]).max()) < 1e-9:
+        return
+    a.labour_moves, a.usual = True, np.stack([a.L, usual_paid / a.L], 1)
+    a.L_range = np.array([[L[every_z == z].min(), L[every_z == z].max()] for z in range(Z)])
+    n = len(z_path)
+    a.L_mean, a.L_std = L[:n].mean(), L[:n].std()
+    a.L_law, a.L_r2 = np.zeros((Z, Z, 2)), np.ones((Z, Z))
+    for z in range(Z):
+        here = z_path == z
+        a.benefit_law[z] = line(L[:n][here], paid[:n][here])[0]
+        for z_next in range(Z):
+            t = np.flatnonzero(here[:-1] & (z_path[1:] == z_next))
+            ahead = p[t] @ a.Pi[z, z_next] @ a.labour[z_next]
+            a.L_law[z, z_next], a.L_r2[z, z_next] = line(L[t], ahead) if len(t) else ((a.L[z_next], 0.0), 1.0)
+
+
+def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
+    """(a, b) of y = a + b x by least squares, and R2; where x does not move b is 0, where y does not R2 is 1."""
+    dx, dy = x - x.mean(), y - y.mean()
+    b = dx @ dy / (dx @ dx) if np.abs(dx).max() > 1e-9 else 0.0
+    return (y.mean() - b * x.mean(), b), 1 - ((dy - b * dx) ** 2).sum() / (dy @ dy) if np.abs(dy).max() > 1e-9 else 1.0
+
+
+def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
+    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K, z (...)
+    and labour (..., 2) that a solution visits: the prices of the solution decide, and those of the steady state do
+    not."""
+    econ, K = economy.tables(), torch.from_numpy(np.maximum(K, 1e-9)).unsqueeze(-1)
+    s, k = torch.arange(len(econ.beta)).expand(*K.shape[:-1], -1), torch.full_like(K, econ.k_min)
+    at = place(k, s, K, torch.from_numpy(z).unsqueeze(-1), econ)
+    m, _ = cash_on_hand(at._replace(labour=torch.from_numpy(labour).unsqueeze(-2)), econ)
+    left = float((m - econ.k_min).min())
+    require(left >= -1e-9 * economy.c_ss, f"k_min: at {econ.k_min:g} the poorest are {-left:.3g} goods short of "
+            "interest at the prices of the solution; bring it nearer to 0")
+
+
+def as_economy(economy) -> Economy:
+    """An Economy as it is, Krusell & Smith's for a Calibration, the default for None."""
+    if economy is None or isinstance(economy, Calibration):
+        return krusell_smith(economy or Calibration())
+    require(isinstance(economy, Economy), f"economy: give an Economy, a Calibration or None, not "
+            f"{type(economy).__name__}")
+    return economy
+
+
+def economy_dict(economy: Economy) -> dict:
+    """What was given, as files keep it: arrays of full shape, numbers and words."""
+    kept = {f.name: getattr(economy.arrays, f.name, getattr(economy, f.name)) for f in dataclasses.fields(economy)
+            if getattr(economy, f.name) is not None}
+    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in kept.items()}
+
+
+def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as one table, each filled up with its last entry, and which entries are its own."""
+    longest = max(map(len, rows))
+    table = np.array([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
+    return table, np.array([np.arange(longest) < len(row) for row in rows])
 
 
 # ============================================================================================== the machine

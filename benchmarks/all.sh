@@ -13,6 +13,7 @@ PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyt
 # name | files of its figures | command; `run FILE script flags` makes one run and keeps its metrics.json as FILE
 STEPS=(
   "one_iteration | docs/one_iteration.png | python examples/one_iteration.py 12 docs/one_iteration.png"
+  "operations | benchmarks/operations.json | python benchmarks/operations.py"
   "reference | benchmarks/seeds/seed0.json | run benchmarks/seeds/seed0.json deepham_ks.py --output-dir ."
   "gamma2 | benchmarks/gamma2.json | run benchmarks/gamma2.json deepham_ks.py --gamma 2 --output-dir runs/gamma2"
 )

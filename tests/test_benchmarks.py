@@ -59,3 +59,10 @@ def test_all_says_what_it_would_run():
     first, *steps = done.stdout.splitlines()
     assert first.startswith(f"{len(steps)} steps") and all(re.search(r"  ([\d,]+ s|not measured) ", x) for x in steps)
     assert sum(" deepham_ks.py --seed " in x for x in steps) == 9 and any("--gamma 2" in x for x in steps)
+
+
+def test_an_iteration_has_at_most_11_000_operations(module, monkeypatch):
+    """A GPU launches each by itself."""
+    monkeypatch.setattr(dk, "AT_ONCE", dict(dk.AT_ONCE))
+    found = module("operations")["of_an_iteration"]()
+    assert 5_000 < found["all"] <= 11_000, found

@@ -316,7 +316,8 @@ def test_the_lottery_keeps_mass_mean_and_variance(econ, rng, dtype):
     inside = (first > 0) & (first < 76)  # the two nodes next to k are the middle ones
     assert ((to[1] <= k) & (k <= to[2]))[inside].all()
     _, of_nodes = dk.lottery(nodes, nodes)
-    assert torch.allclose(of_nodes.abs().amax(0), torch.ones_like(nodes), rtol=ROUNDING[dtype]) and (of_nodes != 0).sum() == 80
+    assert torch.allclose(of_nodes.abs().amax(0), torch.ones_like(nodes), rtol=ROUNDING[dtype])
+    assert (of_nodes != 0).sum() == 80
     first, beyond = dk.lottery(torch.tensor([-9.0, 150.0], dtype=dtype), nodes)
     ends = torch.eye(4, dtype=dtype)[[0, 3]]
     assert first.tolist() == [0, 76] and torch.allclose(beyond.T, ends, rtol=ROUNDING[dtype], atol=0)

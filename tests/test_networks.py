@@ -167,7 +167,7 @@ def test_features_tell_states_apart(economy):
 
 
 def test_feature_slopes_equal_autograd(world):
-    at = dk.rows(world.path, 0, 1)._replace(k=world.k0.clone().unsqueeze(0).requires_grad_())
+    at = dk.pick(world.path, slice(0, 1))._replace(k=world.k0.clone().unsqueeze(0).requires_grad_())
     m, R = dk.cash_on_hand(at, world.econ)
     x = dk.features(at, m, world.net, world.econ)
     by_graph = torch.stack([torch.autograd.grad(x[..., i].sum(), at.k, retain_graph=True, allow_unused=True,
@@ -193,7 +193,7 @@ def test_value_network_sees_the_square_of_ln_K_first(world):
 
 def test_value_and_its_slope(decided):
     """V_k by autograd; V is the equivalent of the network's output, in utility of c_ss exp(g / 10) for ever."""
-    world, at = decided, dk.rows(decided.at, 0, 1)
+    world, at = decided, dk.pick(decided.at, slice(0, 1))
     at = at._replace(k=at.k.clone().requires_grad_())
     V, V_k = dk.network_value(world.value_net, at, world.econ)
     assert torch.allclose(V_k, torch.autograd.grad(V.sum(), at.k)[0], rtol=1e-12)
@@ -233,7 +233,7 @@ def test_roll_out_follows_the_policy(world):
 
 def test_expected_worth_is_the_sum_over_every_next_state(decided):
     """E[R' u'(c') + Delta'] by the dense P, each z' with its own moments and Delta."""
-    world, econ, at = decided, decided.econ, dk.rows(decided.at, 0, T)
+    world, econ, at = decided, decided.econ, dk.pick(decided.at, slice(0, T))
     k_next, total = dk.network_capital(world.net, at, econ), 0.0
     for p, nexts in by_dense_P(world, at, k_next, world.ahead):
         R, _ = dk.prices(nexts, econ)
@@ -248,7 +248,7 @@ def test_expected_worth_is_the_sum_over_every_next_state(decided):
 
 def test_labels_by_their_recursion(decided):
     """One household and one period after the other; what later periods give back is held, here and there by both."""
-    econ, at = decided.econ, dk.rows(decided.at, 0, T)
+    econ, at = decided.econ, dk.pick(decided.at, slice(0, T))
     expected = torch.exp(0.7 * random(T, M, seed=5)) / econ.c_ss
     c, dc = econ.c_ss * torch.exp(random(T, M)), torch.rand(T, M, dtype=F64, generator=torch.Generator().manual_seed(1))
     found, held, u_prime = dk.worth_of_saving(expected, c, dc, at, econ), [0, 0], dk.marginal_utility(c, econ)
@@ -273,7 +273,7 @@ def test_labels_by_their_recursion(decided):
 def test_labels_are_what_is_expected_where_the_first_order_condition_holds(world):
     """u'(c) = beta E[R' u'(c')] in every period leaves nothing to correct; a miss of one period is seen by all before
     it and by none after."""
-    econ, at = world.econ, dk.rows(world.at, 0, T)
+    econ, at = world.econ, dk.pick(world.at, slice(0, T))
     expected = torch.exp(0.1 * random(T, M, seed=5)) / econ.c_ss
     c, dc = dk.inverse_marginal_utility(econ.beta[at.s] * expected, econ), torch.full((T, M), 0.1, dtype=F64)
     assert torch.allclose(dk.worth_of_saving(expected, c, dc, at, econ), expected, rtol=1e-12)
@@ -296,7 +296,7 @@ def unrolled(world, net, k, first=0):
 
 def published(world):
     """(U, worth, c) of the published labels."""
-    at, econ = dk.rows(world.at, 0, T), world.econ
+    at, econ = dk.pick(world.at, slice(0, T)), world.econ
     c, dc = dk.consumption_and_slope(world.net, at, econ)
     last = dk.network_value(world.value_net, dk.pick(world.at, T), econ)
     return *dk.published_labels(*last, c, dc, at, econ), c
@@ -319,7 +319,7 @@ def test_published_labels_are_back_propagation_through_time(decided):
 def test_published_policy_gradient_is_that_of_the_whole_graph(world):
     econ, state = world.econ, world.state
     U, worth, c = published(world)
-    batch = dk.Batch(dk.rows(world.at, 0, T), world.ahead, c, worth, worth, U, world.path.s[:-1])
+    batch = dk.Batch(dk.pick(world.at, slice(0, T)), world.ahead, c, worth, worth, U, world.path.s[:-1])
     theta = state.policy.clone().requires_grad_()
     (by_costates,) = torch.autograd.grad(dk.policy_loss(
         theta, state, batch, dk.Paths(None, None, ()), econ, CFG), theta)
@@ -334,7 +334,7 @@ def test_published_values_stay_where_utility_has_them(world):
     """A noisy U beyond what half the least and twice the most consumption are worth has no equivalent: it is held."""
     econ, state = world.econ, world.state
     U, worth, c = published(world)
-    batch = dk.Batch(dk.rows(world.at, 0, T), world.ahead, c, worth, worth, U, world.path.s[:-1])
+    batch = dk.Batch(dk.pick(world.at, slice(0, T)), world.ahead, c, worth, worth, U, world.path.s[:-1])
     plain = dk.value_loss(state.value, state, batch, None, econ, CFG)
     g = dk.equivalent_of(U, batch.at, econ)
     x = dk.for_value(dk.features(batch.at, dk.cash_on_hand(batch.at, econ)[0], world.net, econ))
@@ -493,7 +493,7 @@ def test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope(de
     """u(c) + Delta k + beta E V(s') - V(s) by the dense P in units of g, and V_k = R u'(c) + Delta, both robust: a step
     from an autograd Jacobian."""
     world, econ, state = decided, decided.econ, decided.state
-    at, ahead = [dk.pick(x, (slice(None),)) for x in (dk.rows(world.at, 0, T), world.ahead)]
+    at, ahead = [dk.pick(x, (slice(None),)) for x in (dk.pick(world.at, slice(0, T)), world.ahead)]
     at, ahead = [type(x)(*[part.flatten(0, 1) for part in x]) for x in (at, ahead)]
     c = consumption(world, at)
     batch, (m, R), value_net = dk.Batch(at, ahead, c, c, c, c, at.s), dk.cash_on_hand(at, econ), world.value_net
@@ -546,8 +546,8 @@ def constant_paths(K, z, Z):
 
 @pytest.mark.parametrize("name, N", [("log", 300), ("toy", 300), ("toy", 0)])
 def test_sampled_households(economies, name, N, rng):
-    """Windows of the simulated economies, as many in each s and then by the chain, k from the panel or between the limit and
-    beyond the simulated range; what is expected is that of the same dates."""
+    """Windows of the simulated economies, as many in each s and then by the chain, k from the panel or between the
+    limit and beyond the simulated range; what is expected is that of the same dates."""
     economy, B = economies[name], 7
     econ, (Z, S) = economy.tables(), economy.arrays.income.shape
     cfg = dataclasses.replace(CFG, batch=4000, horizon=5, periods=30, n_economies=B, n_agents=N, moments="")
@@ -612,7 +612,7 @@ def test_published_households_keep_their_states(econ, rng):
 
 def test_torchscript_agrees_with_eager(decided):
     world, econ, at = decided, decided.econ, decided.at
-    now, x = dk.rows(at, 0, T), random(16, 9)
+    now, x = dk.pick(at, slice(0, T)), random(16, 9)
     layers = dk.unpack(random(sum(map(math.prod, dk.layer_shapes(9, 6)))), dk.layer_shapes(9, 6))
     c, dc = dk.consumption_and_slope(world.net, now, econ)
     expected = dk.expected_worth(world.net, now, at.k[1:], world.ahead, econ)
