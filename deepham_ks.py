@@ -99,9 +99,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def option(default, reason: str, within: str = "(-inf, inf)", choices=None):
-    """A dataclass field that is also a command-line flag; reason is its --help text, within an interval."""
-    return field(default=default, metadata={"help": reason, "within": within, "choices": choices})
+def option(default, reason: str, within: str = "(-inf, inf)", choices=None, flag: bool = True):
+    """A dataclass field that is checked, within an interval, and a command-line flag; reason is its --help text."""
+    return field(default=default, metadata={"help": reason, "within": within, "choices": choices, "flag": flag})
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,14 @@ class GridConfig:
 
     n_k: int = option(200, "nodes of individual capital k in the household problem", "[10, 1e5]")
     n_K: int = option(12, "nodes of aggregate capital K in the household problem", "[4, 1000]")
-    k_max: float = option(25.0, "largest k at first, a multiple of K; doubled while households come near", "[2, 1e6]")
-    n_fine: int = option(2000, "k points of the policy table", "[10, 1e6]")
+    k_max: float = option(25.0, "largest k at first, a multiple of K; doubled while households come near", "[2, 1e6]",
+                          flag=False)
+    n_fine: int = option(2000, "k points of the policy table", "[10, 1e6]", flag=False)
     periods: int = option(60_000, "periods behind the final law of motion, a twentieth in most updates", "[1000, 1e7]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
     tolerance: float = option(3e-7, "largest relative change of c, and of K' forecast, at the end", "(0, 1)")
     max_updates: int = option(90, "updates of the law of motion before giving up", "[1, 1e6]")
-    seed: int = option(0, "seed of the path of z behind the law of motion", "[0, 1e9]")
+    seed: int = option(0, "seed of the path of z behind the law of motion", "[0, 1e9]", flag=False)
     exponent: float = 4.0  # k nodes are k_max x^exponent, x uniform: dense near the limit
     n_K_fine: int = 41  # K points of the policy table, which is linear in between
     n_L: int = 5  # nodes of aggregate labour in the household problem, where it depends on the history of z, and
@@ -537,11 +538,6 @@ def uniform(shape, rng: torch.Generator, device) -> Tensor:
     return torch.rand(shape, generator=rng, device=rng.device).to(device)
 
 
-def gamma_draws(shape, rng: torch.Generator) -> Tensor:
-    """Draws of mean one and standard deviation one half, on the generator's device: means of four exponentials."""
-    return -torch.rand((4, *shape), generator=rng, device=rng.device).clamp(min=1e-12).log().mean(0)
-
-
 def draw_z_path(periods: int, P_z: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Aggregate states z (periods,), from the middle one."""
     z_path, cumulative = [len(P_z) // 2], P_z.cumsum(1)[:, :-1]
@@ -611,8 +607,7 @@ def mean_over(x: Tensor, weight: Tensor) -> Tensor:
 def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) -> Panel:
     """A dispersed cross-section (from a point mass it would need 2,000 periods to spread): k - k_min is gamma with mean
     K - k_min and half of that as standard deviation, (z, s) at the stationary shares. N = 0: infinitely many."""
-    device, shape = econ.TFP.device, (B, N)
-    of_z = econ.shares.sum(1)
+    device, of_z = econ.TFP.device, econ.shares.sum(1)
     z = draw(uniform((B, 1), rng, device), of_z.cumsum(0)[:-1])
     given_z = econ.shares / of_z.unsqueeze(1)
     p = given_z[z[:, 0]].double() if econ.labour_moves else econ.usual[z[:, 0]].double()
@@ -624,8 +619,8 @@ def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) 
         weight = given_z[z[:, 0]].unsqueeze(2) * len(econ.beta) * mass
         s = torch.arange(len(econ.beta), device=device).repeat_interleave(NODES)
         return Panel(nodes.repeat(B, len(econ.beta)), s.repeat(B, 1), weight.flatten(1), z, p)
-    k = econ.k_min + (K - econ.k_min) * gamma_draws(shape, rng).to(device)
-    u = uniform(shape, rng, device)
+    k = econ.k_min - (K - econ.k_min) * uniform((4, B, N), rng, device).clamp(min=1e-12).log().mean(0)
+    u = uniform((B, N), rng, device)
     if econ.of_group.shape[1] > 1:  # groups may be for ever: as many households in each as their share says
         u = (torch.arange(N, device=device) + u) / N
     return Panel(k, draw(u, given_z.cumsum(1)[:, :-1][z]), k[:, :0], z, p)
@@ -2410,6 +2405,7 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
     start = np.stack([dispersed_mass(k, solution.K_mean, z, economy) * economy.arrays.shares[z].sum()
                       for z in range(Z)])
     back = 1e-9  # of the mass starts anew each period, so that groups for ever keep their shares
+    order = np.arange(Z * S * n).reshape(-1, n).T.ravel()  # nodes outermost: what moves a little is near the diagonal
 
     def at_level(level):
         K = torch.tensor(solution.K_of_z * math.exp(level), device=solution.device)
@@ -2417,19 +2413,11 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
             np.arange(Z), np.arange(S), k, indexing="ij")]
         at = solution.usual(place(nodes, s, K[z], z, solution.econ))
         k_next = solution.policy(at).cpu().numpy().reshape(Z * S, n)
-        first, share = [x.numpy() for x in lottery(torch.from_numpy(k_next), torch.from_numpy(k))]
-        come, go = economy.arrays.P.reshape(Z * S, Z * S).nonzero()
-        P = economy.arrays.P.reshape(Z * S, Z * S)[come, go][:, None]
-        index = np.arange(n) * Z * S  # nodes outermost: what moves a little stays near the diagonal
-        to = np.concatenate([(first + step)[come] * Z * S + go[:, None] for step in range(4)])
-        weight = np.concatenate([P * share[come, step] for step in range(4)])
-        of = np.broadcast_to(index + np.tile(come, 4)[:, None], to.shape)
-        size = Z * S * n
-        move = scipy.sparse.csc_array((weight.ravel(), (to.ravel(), of.ravel())), (size, size))
-        system = (scipy.sparse.eye_array(size, format="csc") - (1 - back) * move).tocsc()
-        mass = scipy.sparse.linalg.splu(system, permc_spec="NATURAL").solve(
-            back * start.reshape(Z * S, n).T.ravel()).reshape(n, Z, S).transpose(1, 2, 0)
-        mass /= mass.sum()
+        chain = scipy.sparse.kron(economy.arrays.P.reshape(Z * S, Z * S).T, scipy.sparse.eye_array(n))
+        system = scipy.sparse.eye_array(Z * S * n) - (1 - back) * (chain @ moves(k_next[:, None], k))
+        system = system.tocsc()[order][:, order]
+        mass = scipy.sparse.linalg.splu(system, permc_spec="NATURAL").solve(back * start.ravel()[order])
+        mass = mass.reshape(n, Z, S).transpose(1, 2, 0) / mass.sum()
         return mass, math.log(max(mass.sum((0, 1)) @ k, 1e-9) / (mass.sum((1, 2)) @ K.cpu().numpy()))
 
     found = {}
@@ -3994,7 +3982,7 @@ def flag(name: str) -> str:
 
 def options_of(kind) -> list:
     """The fields of a dataclass that are flags."""
-    return [item for item in dataclasses.fields(kind) if item.metadata]
+    return [item for item in dataclasses.fields(kind) if item.metadata and item.metadata["flag"]]
 
 
 def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
@@ -4071,7 +4059,7 @@ MACHINE = ("preset", "device", "compile", "cuda_graphs", "output_dir", "evaluate
 def check_options(x, name_of: Callable = lambda name: name) -> None:
     """Every field of a dataclass of options: its type, interval and choices. NaN and infinity lie in no interval that
     has an open end there."""
-    for item in options_of(type(x)):
+    for item in filter(lambda item: item.metadata, dataclasses.fields(x)):
         value, within, name = getattr(x, item.name), item.metadata["within"], name_of(item.name)
         kind, choices = type(item.default), item.metadata["choices"]
         fits = isinstance(value, (int, float, np.number)) if kind is float else isinstance(value, (kind, np.integer))
