@@ -276,7 +276,7 @@ def labour_flows():
 
 @pytest.fixture
 def project(reference, tmp_path):
-    """Both pages with their markers and the metrics of the reference run in the place of every run's."""
+    """All pages with their markers, the metrics of the reference run in the place of every run's."""
     metrics = json.loads(json.dumps(reference))
     unpublished = [row | {"published": None} for row in metrics["verdict"]]
     for folder in ("benchmarks/seeds", "benchmarks/examples", "benchmarks/planner", "docs"):
@@ -296,8 +296,19 @@ def project(reference, tmp_path):
     for file in ("game", "game_5000"):
         write(f"benchmarks/planner/{file}.json", moved=moved)
     (tmp_path / TOOL["LABOUR"]).write_text(json.dumps(labour_flows()))
-    for page, names in (("README.md", ("summary", "timings", "learnt")),
-                        ("docs/results.md", ("results", "seeds", "gamma2", "examples", "planner", "game", "labour"))):
+    for folder in ("benchmarks/groups", "benchmarks/moments"):
+        (tmp_path / folder).mkdir()
+    for file in TOOL["GROUPS"]:
+        write(f"benchmarks/groups/{file}.json")
+    for file in ("seed0", "seed1", "seed2", "unemployment"):
+        write(f"benchmarks/moments/{file}.json", middle={who: metrics[who]["small"] for who in ("network", "grid")})
+    off = {"w1": 0.02, "std_gap": -0.001, "bellman": 4e-5, "converged": True, "fails": ["W1"],
+           "euler": {"mean": -5.1, "p99": -4.5, "max": -3.7}}
+    runs = {f"{name}, seed {seed}": off for name in ("nothing off", "robust weights") for seed in range(3)}
+    (tmp_path / "benchmarks/ablation.json").write_text(json.dumps(runs))
+    for page, names in (("README.md", ("summary", "timings", "learnt")), ("docs/method.md", ("mechanisms",)),
+                        ("docs/results.md", ("results", "seeds", "gamma2", "examples", "planner", "game", "labour",
+                                             "groups", "moments"))):
         blocks = [f"text before\n<!-- {name}:start -->\nto be written\n<!-- {name}:end -->\n" for name in names]
         (tmp_path / page).write_text("".join(blocks) + "text after\n")
     return tmp_path, metrics, write
@@ -352,6 +363,19 @@ def test_rows_of_examples_planner_and_game(project):
     assert [row[0] for row in rows] == [f"| {name}" for name in TOOL["PLANNER"].values()]
     assert rows[0][5] == f"{network['welfare']:.4f} / {grid['welfare']:.4f}" and rows[1][1] == "error: no answer"
     assert "| 50 | 0.0123 / 0.4000 | 0.0112 / 0.3000 |" in block(root, "game")
+
+
+def test_groups_moments_and_mechanisms(project):
+    root, metrics, _ = project
+    assert TOOL["main"]([], root) == 0
+    both = metrics["network"]["limit"], metrics["grid"]["limit"]
+    rows = {name: [line[2:-2].split(" | ") for line in block(root, name).splitlines() if line.startswith("| ")]
+            for name in ("groups", "moments", "mechanisms")}
+    assert rows["groups"][-1][2] == " / ".join(f"{x['capital']['std']:.2f}" for x in both)
+    small = f"{metrics['network']['small']['euler_log10']['mean']:.2f}"
+    assert [row[1] for row in rows["moments"]][2:] == ["50", "500", "infinity"] * 2 and rows["moments"][5][2] == small
+    assert [row[0] for row in rows["mechanisms"]] == ["mechanism", "nothing off", "robust weights"]
+    assert rows["mechanisms"][2][2:4] == ["3", "0.020"] and rows["mechanisms"][2][-1] == "1"
 
 
 def test_labour_in_a_table_and_in_words(project):

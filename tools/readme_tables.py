@@ -1,25 +1,27 @@
-"""Writes the tables of README.md and docs/results.md, between the lines <!-- NAME:start --> and <!-- NAME:end -->, from
-metrics.json files.
+"""Writes the tables of README.md, docs/results.md and docs/method.md, between the lines <!-- NAME:start --> and
+<!-- NAME:end -->, from metrics.json files.
 
-  python tools/readme_tables.py            # rewrite both in place
+  python tools/readme_tables.py            # rewrite them in place
   python tools/readme_tables.py --check    # exit 1 if that would change them
 
 results: the reference run and all seeds, from benchmarks/seeds/seed*.json; that of seed 0 is the committed reference
 run, whose metrics.json in the top level a user's own run replaces. summary: the same beside what others publish. seeds:
 a row for each of the seeds 0 to 9. gamma2: from benchmarks/gamma2.json. examples, and timings, a line for each: from
 benchmarks/examples/*.json. planner, game: from benchmarks/planner/*.json. labour, and learnt, the same in words: from
-benchmarks/labour_flows.json. field, aiyagari: from benchmarks/field/*.json.
+benchmarks/labour_flows.json. field, aiyagari: from benchmarks/field/*.json. moments: from benchmarks/moments/*.json.
+groups: from benchmarks/groups/*.json. mechanisms: from benchmarks/ablation.json.
 """
 
 import argparse
 import functools
 import json
 import math
+import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/method.md")
 SEED_ROWS = tuple(range(10))
 REFERENCE = "benchmarks/seeds/seed0.json"
 EXAMPLES = {"stochastic_beta": "discount factors that change about once a lifetime",
@@ -374,9 +376,57 @@ def aiyagari(root):
             + table(["sigma, rho", *(f"risk aversion {gamma}" for gamma in (1, 3, 5))], rows))
 
 
+GROUPS = {"two": ("2 groups for ever, beta .9794 / .9930, K alone seen", "--groups 2 --spread 0.0136 --beta 0.9862"),
+          "seven": ("7 groups, beta .9804 to .9920, group means seen",
+                    "--groups 7 --spread 0.0068 --beta 0.9862 --moments groups")}
+
+
+def groups(root):
+    """Permanent groups who differ in patience, network / grid in K."""
+    shown = [("capital mean", 2), ("capital std", 2), ("capital gini", 4), ("euler_log10 mean", 2),
+             ("euler_log10 p99", 2)]
+    rows = []
+    for file, (name, flags) in GROUPS.items():
+        metrics = load(root, f"benchmarks/groups/{file}.json", f"python examples/groups.py {flags}")
+        top = [" / ".join(show(at(metrics, f"{who} limit capital top_percent_hold {q}"), 1) for q in (1, 5, 20))
+               for who in ("network", "grid")]
+        rows.append([name, *pairs(metrics, shown), *top, show(at(metrics, "comparison limit w1"), 2),
+                     show(at(metrics, "seconds training"), 0)])
+    return table(["economy", "mean K", "std of k", "Gini of wealth", "Euler log10 mean", "p99",
+                  "top 1 / 5 / 20% hold (%), network", "grid", "W1 (goods)", "training (s)"], rows)
+
+
+def moments(root):
+    """One learnt moment, in three seeds, beside the unemployment share given in its place and K alone."""
+    command, reference = "python benchmarks/moments.py", load_reference(root)
+    learnt = [load(root, f"benchmarks/moments/seed{seed}.json", command) for seed in range(3)]
+    given = load(root, "benchmarks/moments/unemployment.json", command)
+
+    def of(metrics, who, size):
+        return metrics["middle"][who] if size == "middle" else metrics[who][size]
+
+    rows = []
+    for name, path, digits in (("Bellman error, own c, mean (utils)", "bellman_own_c mean", 5),
+                               ("Euler error, log10 mean", "euler_log10 mean", 2)):
+        for N, size in (("50", "small"), ("500", "middle"), ("infinity", "limit")):
+            alone = "" if size == "middle" else show(at(reference["network"][size], path), digits)
+            rows.append([name, N, span([at(of(run, "network", size), path) for run in learnt], digits),
+                         show(at(of(given, "network", size), path), digits), alone,
+                         show(at(of(given, "grid", size), path), digits)])
+            name = ""
+    return table(["figure", "N", "one learnt moment", "unemployment share given", "K alone", "grid in K"], rows)
+
+
+def mechanisms(root):
+    """What each mechanism buys, as benchmarks/ablation.py has it."""
+    runs = load(root, "benchmarks/ablation.json", "python benchmarks/ablation.py")
+    return runpy.run_path(str(ROOT / "benchmarks" / "ablation.py"))["table"](runs)
+
+
 BLOCKS = {"summary": summary, "results": results, "seeds": seeds, "gamma2": gamma2, "timings": timings,
           "examples": examples, "planner": planner, "countercyclical": countercyclical, "game": game, "labour": labour,
-          "learnt": learnt, "field": field, "aiyagari": aiyagari}
+          "learnt": learnt, "field": field, "aiyagari": aiyagari, "groups": groups,
+          "moments": moments, "mechanisms": mechanisms}
 
 
 def rewritten(text, root, page):
