@@ -20,7 +20,8 @@ BEFORE = """
 import dataclasses, sys, torch
 import deepham_ks as dk
 torch.set_float32_matmul_precision("highest")
-cfg, economy = dk.Config(), dk.krusell_smith()
+economy = dk.krusell_smith()
+cfg = dk.sized(dk.Config(), economy)
 class Once:  # the guard of one iteration, which is handed to a function of it
     def __init__(self, use): self.use = use
     def run(self, iteration):
@@ -93,7 +94,7 @@ def test_an_iteration_captures_and_replays_with_fresh_numbers(change):
         back(); replay(); first = state.k.clone(); assert torch.equal(rng.get_state(), offset)
         replay(); assert not torch.equal(first, state.k)
         back(); replay(); assert torch.equal(first, state.k) and torch.equal(first, eager)
-    start(use, dataclasses.replace(cfg, {change}))
+    start(use, dk.sized(dk.Config({change}), economy))
     """)
 
 

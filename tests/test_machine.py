@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import test_gpu
 from conftest import ROOT, main
 
 import deepham_ks as dk
@@ -236,3 +237,16 @@ def test_a_signal_handler_that_is_not_python_s_breaks_no_run(monkeypatch):
         raise StopIteration
     assert given[2:] == [signal.SIG_DFL, signal.SIG_DFL]
     monkeypatch.setattr(signal, "signal", set_handler)
+
+
+@pytest.mark.parametrize("change", ["", "learnt_moments=1"])
+def test_what_the_tests_on_a_gpu_start_from_runs_on_the_cpu(change):
+    """They are skipped where there is none, and would not be missed."""
+    lines = test_gpu.BEFORE.replace('"cuda"', '"cpu"') + f"""
+seen = []
+small = dataclasses.replace(dk.sized(dk.Config({change}), economy), n_economies=2, batch=64)
+start(lambda state, rng, iteration: seen.append(state.iteration), small)
+assert seen == [1] and cfg.n_economies == 48
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
