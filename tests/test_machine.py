@@ -9,8 +9,8 @@ import types
 import warnings
 
 import pytest
-import torch
 import test_gpu
+import torch
 from conftest import ROOT, main
 
 import deepham_ks as dk
