@@ -310,7 +310,8 @@ def test_the_example_from_training_to_evaluate(tmp_path, monkeypatch, no_picture
     judge's tables have few nodes of K and L, and pictures are not drawn."""
     monkeypatch.setattr(dk.GridConfig, "n_K_fine", 9)
     monkeypatch.setattr(dk.GridConfig, "n_L_fine", 3)
-    sizes = [f"--grid-{name}={size}" for name, size in (("n-k", 60), ("n-K", 4), ("n-fine", 150), ("periods", 2000))]
+    monkeypatch.setattr(dk, "SMOKE_GRID", dataclasses.replace(dk.SMOKE_GRID, n_fine=150))
+    sizes = [f"--grid-{name}={size}" for name, size in (("n-k", 60), ("n-K", 4), ("periods", 2000))]
     folder, flags = tmp_path / "run", ["--preset", "smoke", "--device", "cpu", "--compile", "none", "--output-dir"]
     run = example_run(monkeypatch, capsys, *sizes, "--grid-tolerance=1e-3", *flags, folder)
     assert "no verdict" in run and set(tree(folder)) == FILES
