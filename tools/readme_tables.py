@@ -376,9 +376,7 @@ def aiyagari(root):
             + table(["sigma, rho", *(f"risk aversion {gamma}" for gamma in (1, 3, 5))], rows))
 
 
-GROUPS = {"two": ("2 groups for ever, beta .9794 / .9930, K alone seen", "--groups 2 --spread 0.0136 --beta 0.9862"),
-          "seven": ("7 groups, beta .9804 to .9920, group means seen",
-                    "--groups 7 --spread 0.0068 --beta 0.9862 --moments groups")}
+GROUPS = {"two": ("2 groups, beta .9794 / .9930", "--groups 2 --spread 0.0136 --beta 0.9862")}
 
 
 def groups(root):
