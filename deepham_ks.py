@@ -2401,8 +2401,7 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
     """(Z, S, n) distribution of (z, s, k) on nodes k (n,) where K is always as usual in z, at the level of K at which
     mean capital is K: one sparse linear system for each level that is tried. Where households mix slowly no path is
     long enough to come here from anywhere else."""
-    economy, n, known = solution.economy, len(k), solution.reach()[0][1]
-    Z, S = economy.arrays.shares.shape
+    economy, (Z, S), n = solution.economy, solution.economy.arrays.shares.shape, len(k)
     start = np.stack([dispersed_mass(k, solution.K_mean, z, economy) * economy.arrays.shares[z].sum()
                       for z in range(Z)])
     back = 1e-9  # of the mass starts anew each period, so that groups for ever keep their shares
@@ -2412,7 +2411,7 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
         K = torch.tensor(solution.K_of_z * math.exp(level), device=solution.device)
         z, s, nodes = [torch.from_numpy(x).to(solution.device) for x in np.meshgrid(
             np.arange(Z), np.arange(S), k, indexing="ij")]
-        at = solution.usual(place(nodes.clamp(max=known), s, K[z], z, solution.econ))
+        at = solution.usual(place(nodes, s, K[z], z, solution.econ))
         k_next = solution.policy(at).cpu().numpy().reshape(Z * S, n)
         chain = scipy.sparse.kron(economy.arrays.P.reshape(Z * S, Z * S).T, scipy.sparse.eye_array(n))
         system = scipy.sparse.eye_array(Z * S * n) - (1 - back) * (chain @ moves(k_next[:, None], k))
@@ -2478,10 +2477,10 @@ def settled_histogram(solution: Policy, cfg: Config, top: float | None = None) -
         moving = float(change * max(slow / (1 - slow), 0.5))
         if moving < MOVES and np.isfinite(change_before):
             break
-    known = solution.reach()[0][1]
-    at_end = (people * k)[k >= min(known, k[-1])].sum() / now[0]
-    require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at or beyond the "
-            f"largest k that the {type(solution).__name__} knows, {known:.4g}: savings do not settle; train longer")
+    at_end = people[-1] * k[-1] / now[0]
+    require(at_end < 1e-3 or not solution.settled or k[-1] < solution.reach()[0][1], f"judge: {100 * at_end:.2g}% of "
+            f"capital lies at the largest k that the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not "
+            "settle below it; train longer")
     if isinstance(solution, GridSolution):
         require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
                 f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
@@ -2505,11 +2504,10 @@ def judge_limit(solution: Policy, cfg: Config, top: float | None = None) -> Tupl
 
 
 def histogram_policy(solution: Policy, axes: Axes):
-    """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen a function.
-    Beyond the largest k that the solution knows k' is what it is there."""
-    (Z, S), device, known = solution.economy.arrays.shares.shape, solution.device, solution.reach()[0][1]
+    """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen a function."""
+    (Z, S), device = solution.economy.arrays.shares.shape, solution.device
     if not solution.seen.given and not solution.seen.Q:
-        at = on_grid(axes._replace(k=np.minimum(axes.k, known)), solution.econ)
+        at = on_grid(axes, solution.econ)
         return np.concatenate([solution.policy(pick(at, slice(z, z + 1))).cpu().numpy() for z in range(Z)])
     if device.type == "cuda":  # so little work a period that launching it takes longer
         return histogram_policy(Solution(solution.weights), axes)
@@ -2517,7 +2515,7 @@ def histogram_policy(solution: Policy, axes: Axes):
     s = torch.arange(S).unsqueeze(1)
     of_all = torch.from_numpy(axes.k).expand(S, -1)
     q = contributions(of_all, s.expand_as(of_all), solution.seen, solution.econ).flatten(0, 1)
-    some = torch.from_numpy(np.minimum(nodes, known)).expand(S, -1)
+    some = torch.from_numpy(nodes).expand(S, -1)
 
     def rule(mass, K, z):
         mass = torch.from_numpy(mass / mass.sum())
@@ -2585,7 +2583,7 @@ def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
     (infinitely many); under comparison the distances between network and grid. The arrays behind the pictures, by size
     and solution."""
     figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {"small": {}, "limit": {}, "irf": {}}
-    top = max(solution.reach()[0][1] for solution in solutions.values())  # on the same nodes, or W1 would be theirs
+    top = solutions["network"].reach()[0][1]  # both on the same nodes, or W1 would be that of the nodes
     for name, solution in solutions.items():
         of_limit, behind = judge_limit(solution, cfg, top)
         figures[name]["small"], arrays["small"][name] = judge_panel(solution, cfg, behind["k"], behind["mass"])

@@ -663,23 +663,3 @@ def test_verdict_of_another_economy(economies, poor, itself):
     check_rows([*far.values(), *own.values()])
     W1 = far["W1 of capital, N=inf"]
     assert W1[4] == pytest.approx(0.004 * poor[0]["grid"]["limit"]["capital"]["mean"])
-
-
-def test_nobody_lives_where_a_solution_knows_nothing(small_grid):
-    """Judged on nodes that go further, as far as a grid knows, say: there a network may save without bound."""
-    class Narrow(dk.Policy):
-        econ, economy, K_mean, K_of_z = (getattr(small_grid, name) for name in ("econ", "economy", "K_mean", "K_of_z"))
-
-        def policy(self, at):
-            return torch.where(at.k > 250.001, 1.2 * at.k, small_grid.policy(at))
-
-        def values(self, at):
-            return small_grid.values(at)
-
-        def reach(self):
-            return (0.0, 250.0), small_grid.reach()[1]
-
-    cfg = dataclasses.replace(CFG, eval_periods=300)
-    ours, theirs = [dk.judge_limit(x, cfg, 900.0)[0]["capital"] for x in (Narrow(), small_grid)]
-    for name in ("mean", "std", "gini"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
