@@ -1244,9 +1244,10 @@ def some_households(state: State, M: int, econ: Tables, cfg: Config, rng: torch.
         return state.k.flatten()[household], state.s.flatten()[household]
     s, weight = torch.arange(S, device=device), state.weight if state.weight.numel() else torch.ones_like(state.k)
     held = ((state.s.flatten() == s.unsqueeze(1)) * weight.flatten().clamp(min=0)).double().cumsum(1)  # (S, B N)
-    drawn, off = uniform((2, S, -(-M // S)), rng, device)
+    each = math.ceil(M / S)
+    drawn, off = uniform((2, S, each), rng, device)
     found = torch.searchsorted(held, drawn * held[:, -1:]).clamp(max=B * N - 1).T.flatten()[:M]
-    k, s = state.k.flatten()[found], s.repeat(-(-M // S))[:M]
+    k, s = state.k.flatten()[found], s.repeat(each)[:M]
     if state.weight.numel():  # between two nodes
         n = N // S
         k = k_nodes((found % n + off.T.flatten()[:M] - 0.5).clamp(0, n - 1) / (n - 1), state.k.max(), econ)
@@ -2446,15 +2447,14 @@ MOVES = 0.001  # most that mean and std of capital may still have to go when the
 PASSES = 60  # over the judged path of z, at most, until they have less to go
 
 
-def settled_histogram(solution: Policy, cfg: Config, top: float | None = None) -> types.SimpleNamespace:
-    """Infinitely many households on nodes of k up to top (None: as far as the solution knows), from their stationary
-    distribution over one path of z again and again, so that no transition is seen, until mean and std of capital have
-    less than MOVES to go: a pass that moves them by d, the last one by d / r, leaves d r / (1 - r). Of the last pass:
-    z (periods,), K (periods + 1,), labour (periods, 2), pooled (mass (S, n), k' (S, n), z) of some dates, their
-    mean_mass, the mass after it, at z[0], the axes and table of histogram_policy(), and how well it has settled.
-    UserError where that leads out of the range of the solution."""
+def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
+    """Infinitely many households, from their stationary distribution over one path of z again and again, so that no
+    transition is seen, until mean and std of capital have less than MOVES to go: a pass that moves them by d, the last
+    one by d / r, leaves d r / (1 - r). Of the last pass: z (periods,), K (periods + 1,), labour (periods, 2), pooled
+    (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at z[0], the axes and table of
+    histogram_policy(), and how well it has settled. UserError where that leads out of the range of the solution."""
     economy = solution.economy
-    k = histogram_nodes(top or solution.reach()[0][1], solution.econ)
+    k = histogram_nodes(solution.reach()[0][1], solution.econ)
     mass = stationary_mass(solution, k)
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
@@ -2478,9 +2478,8 @@ def settled_histogram(solution: Policy, cfg: Config, top: float | None = None) -
         if moving < MOVES and np.isfinite(change_before):
             break
     at_end = people[-1] * k[-1] / now[0]
-    require(at_end < 1e-3 or not solution.settled or k[-1] < solution.reach()[0][1], f"judge: {100 * at_end:.2g}% of "
-            f"capital lies at the largest k that the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not "
-            "settle below it; train longer")
+    require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
+            f"the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not settle below it; train longer")
     if isinstance(solution, GridSolution):
         require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
                 f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
@@ -2490,9 +2489,9 @@ def settled_histogram(solution: Policy, cfg: Config, top: float | None = None) -
         figures={"moves": moving})
 
 
-def judge_limit(solution: Policy, cfg: Config, top: float | None = None) -> Tuple[dict, dict]:
-    """Figures in the limit N = infinity, where sampling noise hides nothing; top as in settled_histogram()."""
-    found = settled_histogram(solution, cfg, top)
+def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
+    """Figures in the limit N = infinity, where sampling noise hides nothing."""
+    found = settled_histogram(solution, cfg)
     z, K, labour = [x[dropped(cfg) :] for x in (found.z, found.K, found.labour)]
     sections = [histogram_section(solution, found.axes.k, *of) for of in found.pooled]
     figures, arrays = judged(solution, sections, K[:-1, None], z[:, None], labour[:, None])
@@ -2571,11 +2570,15 @@ def policy_distance(network: Policy, grid: Policy, K_path: np.ndarray) -> dict:
     return {"mean": float(gap.mean()), "max": float(gap.max())}
 
 
-def w1_of_histograms(k: np.ndarray, mass: np.ndarray, mass_other: np.ndarray) -> float:
-    """W1 of two histograms, mass (n,) on the same nodes k (n,): the area between their distribution functions, each
-    linear from half way between two nodes to half way to the next."""
-    gap = np.cumsum(mass / mass.sum() - mass_other / mass_other.sum())
-    return float(np.trapezoid(np.abs(np.append(gap[0], gap)), np.concatenate([k[:1], (k[1:] + k[:-1]) / 2, k[-1:]])))
+def w1_of_histograms(k: np.ndarray, k_other: np.ndarray, mass: np.ndarray, mass_other: np.ndarray) -> float:
+    """W1 of two histograms, mass (n,) on nodes k (n,) that differ: the area between their distribution functions, each
+    linear from half way between two nodes to half way to the next. As steps at the nodes they would be a quarter of the
+    nodes' distance apart where they are the same."""
+    ends = [np.concatenate([k[:1], (k[1:] + k[:-1]) / 2, k[-1:]]) for k in (k, k_other)]
+    shares = [np.concatenate([mass[:1], mass.cumsum()]) / mass.sum() for mass in (mass, mass_other)]
+    at = np.unique(np.concatenate(ends))
+    gap = np.interp(at, ends[0], shares[0]) - np.interp(at, ends[1], shares[1])
+    return float(np.trapezoid(np.abs(gap), at))
 
 
 def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
@@ -2583,9 +2586,8 @@ def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
     (infinitely many); under comparison the distances between network and grid. The arrays behind the pictures, by size
     and solution."""
     figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {"small": {}, "limit": {}, "irf": {}}
-    top = solutions["network"].reach()[0][1]  # both on the same nodes, or W1 would be that of the nodes
     for name, solution in solutions.items():
-        of_limit, behind = judge_limit(solution, cfg, top)
+        of_limit, behind = judge_limit(solution, cfg)
         figures[name]["small"], arrays["small"][name] = judge_panel(solution, cfg, behind["k"], behind["mass"])
         figures[name]["limit"], arrays["limit"][name] = of_limit, behind
         arrays["irf"][name] = impulse_responses(solution, cfg, behind["k"], behind["mass"])
@@ -2594,9 +2596,9 @@ def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
     network, grid, both = solutions["network"], solutions["grid"], figures["comparison"]
     for size in ("small", "limit"):
         (k, weight), (k_grid, weight_grid) = [(x["k"], x["weight"]) for x in arrays[size].values()]
-        w1 = (w1_of_histograms(k, weight, weight_grid) if size == "limit" else
-              scipy.stats.wasserstein_distance(k, k_grid))
         ours, theirs = [figures[name][size]["capital"]["std"] for name in solutions]
+        w1 = (w1_of_histograms(k, k_grid, weight, weight_grid) if size == "limit"
+              else scipy.stats.wasserstein_distance(k, k_grid))
         both[size] = {"std_gap": ours / theirs - 1, "w1": w1}
     responses = {series: [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
                  for series in SERIES[:4]}
