@@ -1768,6 +1768,7 @@ class Policy:
 
     K_mean: float  # mean capital, goods
     K_of_z: np.ndarray  # (Z,) its mean given z
+    top: float  # largest k that was learnt or solved
     config = Config()  # how it is judged
     seen = Moments((), [])  # of the cross-section
     settled = True  # whether savings had, so that what is judged can be meant
@@ -1815,6 +1816,19 @@ class Policy:
         windfall = np.where(np.equal(windfall, 0), MARGIN * self.econ.c_ss, windfall)
         more = k + windfall / self.on_arrays(lambda at: prices(at, self.econ)[0], k, s, K, z, M, L)
         return (self.consumption(more, s, K, z, M, L) - self.consumption(k, s, K, z, M, L)) / windfall
+
+    @functools.cached_property
+    def stationary(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Nodes of k (n,) and the mass (Z, S, n) of stationary_mass() on them. Where households hold capital near the
+        largest k that a network has learnt the nodes go on, up to eight times as far: nothing that it sees of k bends
+        there. A grid has seen to that."""
+        for top in self.top * (2.0 ** np.arange(4 if isinstance(self, Solution) else 1)):
+            k = histogram_nodes(float(top), self.econ)
+            mass = stationary_mass(self, k)
+            held = mass.sum((0, 1)) * k
+            if held[k > 0.6 * top].sum() < 1e-4 * held.sum():
+                break
+        return k, mass
 
     @functools.cached_property
     def histogram(self) -> types.SimpleNamespace:
@@ -2006,6 +2020,7 @@ class Solution(Policy):
         self.seen = seen_moments(policy, self.config)
         self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
         self.usual_moments, self.settled = weights["M_law"].to(device), weights["settled"] > 0
+        self.top = float(learnt_top(weights["k_range"][1], weights["K_centre"]))
 
     def policy(self, at: At) -> Tensor:
         return fast.network_capital(self.net, at, self.econ)
@@ -2021,8 +2036,7 @@ class Solution(Policy):
 
     def reach(self) -> tuple:
         low, high = [float(x) for x in self.weights["K_range"]]
-        top = float(learnt_top(self.weights["k_range"][1], self.net.K_centre.cpu()))
-        return (self.econ.k_min, top), (low, high)
+        return (self.econ.k_min, float(self.stationary[0][-1])), (low, high)
 
     def save(self, path) -> None:
         save_checkpoint(Path(path), self.weights)
@@ -2454,8 +2468,7 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at z[0], the axes and table of
     histogram_policy(), and how well it has settled. UserError where that leads out of the range of the solution."""
     economy = solution.economy
-    k = histogram_nodes(solution.reach()[0][1], solution.econ)
-    mass = stationary_mass(solution, k)
+    k, mass = solution.stationary
     z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
     axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
@@ -2809,6 +2822,10 @@ class GridSolution(Policy):
         L = position.floor().clamp(0, n_L - 2)
         below = at_node(L.long())
         return below + (position - L) * (at_node(L.long() + 1) - below)
+
+    @property
+    def top(self) -> float:
+        return self.k_max
 
     def policy(self, at: At) -> Tensor:
         return self.interpolate(self.table, at).clamp(min=self.econ.k_min)

@@ -77,6 +77,17 @@ def test_distribution_and_responses_are_rebuilt(evaluated):
         assert old.shape == new.shape and np.abs(old - new).max() < 2e-3, name
 
 
+def test_a_tail_that_goes_on_beyond_what_was_learnt_is_judged(monkeypatch):
+    """As where wealth has a fat tail: with nodes up to 1.2 K alone the Gini would be a tenth smaller."""
+    whole = dk.load(ROOT / "NN_weights_biases.pth")
+    monkeypatch.setattr(dk, "learnt_top", lambda k_high, K: 1.2 * K)
+    cut = dk.load(ROOT / "NN_weights_biases.pth")
+    (k, mass), (k_cut, mass_cut) = whole.distribution(), cut.distribution()
+    gini, gini_cut = [dk.inequality(k, mass.sum(0))["gini"] for k, mass in ((k, mass), (k_cut, mass_cut))]
+    assert cut.top < 1.5 * cut.K_mean < k_cut[-1] and gini_cut == pytest.approx(gini, rel=1e-3)
+    assert cut.reach()[0][1] == k_cut[-1] and cut.next_capital(k_cut[-1], 1, cut.K_mean, 1) > 0
+
+
 def test_committed_results_stay_small():
     names = ["NN_weights_biases.pth", "results.txt", "distribution_validation.png", "metrics.json", "training.csv"]
     paths = [ROOT / name for name in names] + [*(ROOT / "irf").iterdir(), *(ROOT / "figures").iterdir()]
