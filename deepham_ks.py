@@ -3702,7 +3702,7 @@ def publish(output_dir: Path) -> None:
     file, so that what else a user keeps in figures/ or irf/ stays."""
     new, old = output_dir / PUBLISHING, output_dir / ".deepham-earlier"
     names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
-    moves = [move for name in names for move in ((output_dir / name, old / name), (new / name, output_dir / name))]
+    moves = [pair for name in names for pair in ((output_dir / name, old / name), (new / name, output_dir / name))]
     try:
         for source, target in moves:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -3737,6 +3737,8 @@ def save_checkpoint(path: Path, content: dict) -> None:
         Interrupted.iteration = content.get("iteration", Interrupted.iteration)
     finally:
         partial.unlink(missing_ok=True)
+    if Interrupted.pending:
+        raise Interrupted(Interrupted.pending)
 
 
 def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
@@ -3836,7 +3838,6 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
         print(f"{RANKS} processes share the simulation and the roll-outs: {cfg.n_economies} of {config.n_economies} "
               f"economies and {cfg.batch} of {config.batch} households each; the first alone judges and writes")
     state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
-
     if resume:
         resumed(state, load_checkpoint(path, of_run, "--resume"), rng, seed)
     Interrupted.iteration = state.iteration
@@ -4017,6 +4018,7 @@ class Interrupted(BaseException):
 
     iteration = 0  # the training loop sets what the checkpoint holds
     script, argv = "deepham_ks.py", ()  # what to run to go on
+    pending = 0  # the signal, if one came: Python drops what is raised inside a destructor or a callback
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -4029,14 +4031,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def signals_heard():
     """SIGINT and SIGTERM raise Interrupted; off the main thread, where Python has no handlers, they are left alone."""
     def interrupt(signum, frame):
+        Interrupted.pending = signum
         raise Interrupted(signum)
 
     on_main = threading.current_thread() is threading.main_thread()
     before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM) if on_main}
-    Interrupted.iteration = 0
+    Interrupted.iteration = Interrupted.pending = 0
     try:
         yield
     finally:
+        Interrupted.pending = 0
         for signum, handler in before.items():  # torchrun ends the others once one is lost: the first has yet to say it
             handler = handler or signal.SIG_DFL  # none: it was not Python's
             signal.signal(signum, handler if RANKS == 1 or RANK > 0 else signal.SIG_IGN)

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -228,6 +229,19 @@ def test_a_signal_in_the_first_large_iteration(tmp_path):
     assert status == 130 and time.perf_counter() - sent[0] < 2 and "\niteration " not in out
     assert err == "deepham_ks: stopped by SIGINT after iteration 0; nothing was saved yet\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_python_dropped_ends_the_run_at_the_next_checkpoint(tmp_path, quick):
+    """What is raised in a destructor goes nowhere."""
+    class Dropping:
+        def __del__(self):
+            send(signal.SIGTERM)()
+
+    quick.setattr(sys, "unraisablehook", lambda info: None)
+    after_checkpoint(quick, 1, Dropping)
+    status, _, err = main(tmp_path)
+    assert status == 143 and "stopped by SIGTERM after iteration " in one_line(err)
+    assert checkpoint(tmp_path)["iteration"] <= 2
 
 
 # ---- failures after the training
