@@ -44,6 +44,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -3496,7 +3497,6 @@ def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
 
 RANKS, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
                for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
-SHARED = Panel._fields  # tensors of the state of which each rank has a part
 
 
 def join_ranks(device: str, task: str) -> None:
@@ -3511,32 +3511,24 @@ def join_ranks(device: str, task: str) -> None:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"torchrun: the processes do not find each other: {first_line(error)}") from error
         atexit.register(dist.destroy_process_group)
-    tasks = [None] * RANKS
-    with together():
-        dist.all_gather_object(tasks, task)
-    require(len(set(tasks)) == 1, "torchrun: the processes do not solve the same economy with the same flags; start "
-            "them with one command, and draw nothing at random before dk.solve()")
-
-
-@contextlib.contextmanager
-def together():
-    """What waits for every rank. UserError where one of them is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f"a rank was lost after iteration {Interrupted.iteration}; the checkpoint of that iteration "
-                        "stays, go on with the same command and --resume") from error
+    tasks = gathered(torch.tensor([list(hashlib.sha256(task.encode()).digest())], dtype=torch.uint8), 0)
+    require((tasks == tasks[0]).all(), "torchrun: the processes do not solve the same economy with the same flags; "
+            "start them with one command, and draw nothing at random before dk.solve()")
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce none is."""
+    """The sum over ranks, in place. The processor waits where a signal is heard: inside all_reduce none is. Raises
+    UserError where a rank is gone."""
     if RANKS > 1:
-        with together():
+        try:
             sums = dist.all_reduce(x, async_op=not x.is_cuda)
             while sums and not sums.is_completed():
                 time.sleep(1e-4)
             if sums:
                 sums.wait()
+        except RuntimeError as error:
+            raise UserError(f"a rank was lost after iteration {Interrupted.iteration}; the checkpoint of that "
+                            "iteration stays, go on with the same command and --resume") from error
     return x
 
 
@@ -3575,8 +3567,6 @@ class Guard:
     def __init__(self, state: State, econ: Tables, cfg: Config, rng: torch.Generator, graphs: bool, save: Callable):
         self.state, self.econ, self.cfg, self.rng, self.save = state, econ, cfg, rng, save
         self.graphs, self.graph = graphs and not cfg.published, None
-        self.bar = tqdm(total=cfg.iterations, initial=state.iteration, desc="DeepHAM", unit="it",
-                        disable=True if RANK else None)  # None: on a terminal only
 
     def run(self, iteration: Callable) -> dict:
         """Figures of an iteration that went well."""
@@ -3591,7 +3581,7 @@ class Guard:
             if not trouble:
                 state.caution = min(1.0, 1.5 * state.caution)
                 return figures | {"watched": watched, "seconds": time.perf_counter() - start}
-            tqdm.write(f"iteration {state.iteration + 1} taken back: {trouble}")
+            print(f"iteration {state.iteration + 1} taken back: {trouble}", flush=True)
             for name, x in state.tensors().items():
                 x.copy_(before[name])
             state.policy.copy_(state.policy_before)  # it was the last step that led here
@@ -3600,34 +3590,29 @@ class Guard:
         raise UserError(f"{trouble}; tried three times; lower --policy-rate")
 
     def trouble(self, figures: dict) -> str:
-        """The first quantity that says the iteration went wrong, or nothing."""
-        K_ss, history = self.econ.K_ss, self.state.history["policy_residual"]
-        last = history[-1] if history and not self.cfg.published else math.inf  # whose labels are too noisy to compare
-        for name in ("mean_K", "policy_residual", "euler", "at_limit"):
-            if not math.isfinite(figures[name]):
-                return f"{name} is {figures[name]}"
-        if not 0.01 < figures["mean_K"] / K_ss < 100:
-            return f"mean_K is {figures['mean_K']:.3g}, far from {K_ss:.3g} of the steady state"
-        if figures["at_limit"] > 0.9:
-            return f"at_limit is {figures['at_limit']:.2f}: the policy network is saturated, nobody saves"
-        if figures["policy_residual"] > max(2 * last, 0.05):
-            return f"policy_residual rose from {last:.3g} to {figures['policy_residual']:.3g}"
+        """The first quantity that says the iteration went wrong, NaN included, or nothing."""
+        K, residual, at_limit = (figures[name] for name in ("mean_K", "policy_residual", "at_limit"))
+        K_ss, earlier = self.econ.K_ss, self.state.history["policy_residual"]
+        last = earlier[-1] if earlier and not self.cfg.published else 1e30  # whose labels are too noisy to compare
+        if not 0.01 < K / K_ss < 100:
+            return f"mean_K is {K:.3g}, far from {K_ss:.3g} of the steady state"
+        if not at_limit <= 0.9:
+            return f"at_limit is {at_limit:.2f}: the policy network is saturated, nobody saves"
+        if not residual <= max(2 * last, 0.05):
+            return f"policy_residual rose from {last:.3g} to {residual:.3g}"
         return ""
 
     def after_iteration(self) -> None:
-        state, planner = self.state, self.econ.equilibrium == "planner"
-        why = unbounded_saving(state, self.econ, self.cfg) if planner else ""
+        state, cfg = self.state, self.cfg
+        why = self.econ.equilibrium == "planner" and unbounded_saving(state, self.econ, cfg)
         state.unbounded = state.unbounded + 1 if why else 0
         self.save()
         K, euler, moved, seconds = (state.history[name][-1] for name in ("mean_K", "euler", "movement", "seconds"))
-        words = f"K {K:.4g}, Euler error {euler:.1e}, savings move {moved:.0e} of K"
-        if state.settled:
-            left = state.settled + self.cfg.averaging - state.iteration
-            words += f", settled: {left} to go, {left * seconds:.0f} s"
-        self.bar.set_postfix_str(words, refresh=False)
-        self.bar.update()
-        if self.bar.disable:
-            print(f"iteration {state.iteration} of at most {self.cfg.iterations}: {words}", flush=True)
+        left = state.settled + cfg.averaging - state.iteration
+        to_go = f", settled: {left} to go, {left * seconds:.0f} s" if state.settled else ""
+        if RANK == 0:
+            print(f"iteration {state.iteration} of at most {cfg.iterations}: K {K:.4g}, Euler error {euler:.1e}, "
+                  f"savings move {moved:.0e} of K{to_go}", flush=True)
         require(state.unbounded < 10 or state.iteration < 25, why)  # before the 25th no policy is near a solution
 
 
@@ -3649,12 +3634,9 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     return ""
 
 
-class NoGraph(UserError):
-    """A capture failed. The checkpoint is whole; the generator and the allocator of this process are of no more use."""
-
-
 def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
-    """The whole iteration as one CUDA graph: about 10^4 small kernels without a launch from Python each."""
+    """The whole iteration as one CUDA graph: about 10^4 small kernels without a launch from Python each. After one that
+    failed the generator and the allocator of this process are of no more use."""
     before, rng_before = [tensor.clone() for tensor in tensors], rng.get_state()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -3671,10 +3653,8 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
         with torch.cuda.graph(graph, capture_error_mode="global" if RANKS == 1 else "thread_local"):
             figures = step()
     except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise NoGraph(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
-                      "go on with --resume --no-cuda-graphs") from error
+        raise UserError(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
+                        "go on with --resume --no-cuda-graphs") from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -3702,36 +3682,24 @@ PUBLISHING, LOCK = ".deepham-publishing", ".deepham-lock.sqlite"  # all that is 
 
 
 @contextlib.contextmanager
-def disk_errors(output_dir):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: {error}; earlier files are as they were; "
-                        "see to space and permissions there, or name another directory") from error
-
-
-@contextlib.contextmanager
 def held(output_dir: Path):
-    """The directory for this run alone. The lock is one of SQLite, which goes with its process on every system. What a
-    killed run left goes, but for results that were being published: these are published."""
-    with disk_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
+    """The directory for this run alone. The lock is one of SQLite, which goes with its process on every system. Results
+    that a killed run was publishing are published; at the end all that is temporary goes, of a killed run, too."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(output_dir / LOCK, timeout=0, isolation_level=None)
     try:
-        lock = sqlite3.connect(output_dir / LOCK, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        busy = "is locked" in str(error)
-        what = "another run is at work there; wait for it" if busy else f"{error}; see to space and permissions there"
-        raise UserError(f"--output-dir {output_dir}: {what}, or name another directory") from error
+        require("is locked" not in str(error), f"--output-dir {output_dir}: another run is at work there; wait for it, "
+                "or name another directory")
+        raise
     try:
-        with disk_errors(output_dir):
-            if (output_dir / PUBLISHING).exists():
-                finish_publishing(output_dir)
-            for left in output_dir.glob(".deepham-*"):
-                if left.name != LOCK:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        publish(output_dir)
         yield
     finally:
+        for left in output_dir.glob(".deepham-*"):
+            if left.name not in (LOCK, PUBLISHING):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):  # Windows keeps what is open
             (output_dir / LOCK).unlink()
         lock.close()
@@ -3746,87 +3714,12 @@ def move(source: Path, target: Path) -> None:
     return os.replace(source, target)
 
 
-def sealed(data) -> bytes:
-    """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
-    checks none: from a damaged directory entry it returned uninitialised memory."""
-    return data + (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """path holds its old bytes or the new ones, never a part."""
-    buffer, partial = io.BytesIO(), path.with_name(f".deepham-{path.name}")
-    torch.save({"format": FORMAT} | content, buffer)  # on a full disk torch.save(path) names no cause
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(sealed(buffer.getvalue()[:-2]))
-                file.flush()
-                os.fsync(file.fileno())
-            move(partial, path)
-            Interrupted.iteration = content.get("iteration", Interrupted.iteration)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-    if Interrupted.pending:
-        raise Interrupted(Interrupted.pending)
-
-
-def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
-    """What save_checkpoint wrote, if like in kind, or a refusal. asked: the flag or function that wants the file."""
-    content = None
-    try:
-        data = path.read_bytes()
-        if data == sealed(data[:-34]):
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except OSError as error:
-        told = f"{asked}: {path}: {error.strerror}; give the file that a run wrote, in its --output-dir"
-        raise UserError(told) from error
-    except Exception:  # sealed by someone, but of another make: code in it, say
-        pass
-    at = f"{asked}: {path}"
-    require(isinstance(content, dict) and type(content.get("format")) is int,
-            f"{at} is damaged or no file of this script; move it away and run without {asked}")
-    age = "a newer" if content["format"] > FORMAT else "an older"
-    require(content["format"] == FORMAT, f"{at} has format {content['format']}, of {age} deepham_ks.py; use that one "
-            f"(this one reads {FORMAT}), or move the file away and run without {asked}")
-    differs = difference(content, like)
-    require(not differs, f"{at} is of another run: {differs}; give the flags of the run that wrote it, or another "
-            "--output-dir")
-    return content
-
-
-def difference(found, like, name: str = "") -> str:
-    """In words, the first place where found has not the keys, types, shapes or settings of like."""
-    if isinstance(like, dict) and isinstance(found, dict):
-        inner = ((f"{name}.{key}".lstrip("."), key) for key in like)
-        told = (difference(found[k], like[k], at) if k in found else f"{at} is missing" for at, k in inner)
-        return next(filter(None, told), "")
-    fixed = name.startswith(("config.", "economy."))  # more than its kind must agree
-    here, there = (f"{x.dtype} {tuple(x.shape)} {x.layout}" if isinstance(x, Tensor) else repr(x) if fixed
-                   else type(x).__name__ for x in (like, found))
-    if here != there:
-        return f"{name} is {there} in the file and {here} in this run"
-    other = fixed and isinstance(like, Tensor) and not torch.equal(like, found)
-    return f"{name} has other numbers in the file than in this run" if other else ""
-
-
-@contextlib.contextmanager
-def staged(output_dir: Path):
-    """A hidden folder for the results; they replace the earlier ones together when all are written."""
-    with disk_errors(output_dir):
-        with tempfile.TemporaryDirectory(prefix=".deepham-", dir=output_dir, ignore_cleanup_errors=True) as staging:
-            yield Path(staging)
-            move(staging, output_dir / PUBLISHING)  # from here on even kill -9 loses no result
-            finish_publishing(output_dir)
-
-
-def finish_publishing(output_dir: Path) -> None:
-    """Move the files of PUBLISHING in, earlier ones aside; where a move fails, all go back. File by file, so that what
-    else a user keeps in figures/ or irf/ stays."""
+def publish(output_dir: Path) -> None:
+    """Move the files of PUBLISHING in, if it is there, earlier ones aside; where a move fails, all go back. File by
+    file, so that what else a user keeps in figures/ or irf/ stays."""
     new, old = output_dir / PUBLISHING, output_dir / ".deepham-earlier"
     names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
-    moves = [move for name in names for move in ((output_dir / name, old / name), (new / name, output_dir / name))]
+    moves = [pair for name in names for pair in ((output_dir / name, old / name), (new / name, output_dir / name))]
     try:
         for source, target in moves:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -3838,15 +3731,64 @@ def finish_publishing(output_dir: Path) -> None:
                 move(target, source)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(new)
+    shutil.rmtree(new, ignore_errors=True)
 
 
-def set_aside(path: Path, keep: bool = False) -> None:
-    """An earlier run's file becomes NAME.previous.SUFFIX; keep: unless there is one."""
-    previous = path.with_name(f"{path.stem}.previous{path.suffix}")
-    with disk_errors(path.parent):
-        if path.exists() and not (keep and previous.exists()):
-            move(path, previous)
+def sealed(data) -> bytes:
+    """A zip file ends with the length of its comment and the comment; in ours that is the rest's checksum. torch.load
+    checks none: from a damaged directory entry it returned uninitialised memory."""
+    return data + (32).to_bytes(2, "little") + hashlib.sha256(data).digest()
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """path holds its old bytes or the new ones, never a part."""
+    buffer, partial = io.BytesIO(), path.with_name(f".deepham-{path.name}")
+    torch.save({"format": FORMAT} | content, buffer)  # on a full disk torch.save(path) names no cause
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as file:
+            file.write(sealed(buffer.getvalue()[:-2]))
+            file.flush()
+            os.fsync(file.fileno())
+        move(partial, path)
+        Interrupted.iteration = content.get("iteration", Interrupted.iteration)
+    finally:
+        partial.unlink(missing_ok=True)
+    if Interrupted.pending:
+        raise Interrupted(Interrupted.pending)
+
+
+def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
+    """What save_checkpoint wrote, if what is in like is in it, or a refusal. asked: the flag or function that asks."""
+    at, content = f"{asked}: {path}", None
+    try:
+        data = path.read_bytes()
+        if data == sealed(data[:-34]):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{at}: {error.strerror}; give the file that a run wrote, in its --output-dir") from error
+    except Exception:  # sealed by someone, but of another make: code in it, say
+        pass
+    require(content, f"{at} is damaged or no file of this script; move it away and run without {asked}")
+    age = "a newer" if content["format"] > FORMAT else "an older"
+    require(content["format"] == FORMAT, f"{at} has format {content['format']}, of {age} deepham_ks.py; use that one "
+            f"(this one reads {FORMAT}), or move the file away and run without {asked}")
+    differs = difference(content, like)
+    require(not differs, f"{at} is of another run: {differs}; give the flags of the run that wrote it, or another "
+            "--output-dir")
+    return content
+
+
+def difference(found, like, name: str = "") -> str:
+    """In words, the first place where found has not what is in like, or nothing."""
+    if isinstance(like, dict) and isinstance(found, dict):
+        return next(filter(None, (difference(found.get(key), x, f"{name}.{key}".lstrip("."))
+                                  for key, x in like.items())), "")
+    if np.array_equal(found, like):
+        return ""
+    there, here = (type(x).__name__ if isinstance(x, (dict, Tensor)) else repr(x) for x in (found, like))
+    return f"{name} is {there} in the file and {here} in this run" if there != here else (
+        f"{name} has other numbers in the file than in this run")
 
 
 def write_results(folder: Path, network: Solution, figures: dict, arrays: dict) -> None:
@@ -3893,11 +3835,9 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     """Train and return the Solution. economy: an Economy, a Calibration, or None for the default; config: a Config or
     the name of a preset. With output_dir a checkpoint is saved there after every outer iteration, and resume goes on
     from it; without, nothing touches the disk. Raises UserError where an argument is of no use, the training fails or
-    the checkpoint is of another run."""
-    if isinstance(config, str):
-        require(config in PRESETS, f"config: {config!r} is none of the presets {', '.join(PRESETS)}")
-        config = PRESETS[config]
-    require(isinstance(config, Config), f"config: give a Config or a preset's name, not {type(config).__name__}")
+    the checkpoint is of another run, OSError where it cannot be written."""
+    config = PRESETS.get(config, config) if isinstance(config, str) else config
+    require(isinstance(config, Config), f"config: {config!r}: give a Config or a preset's name: {', '.join(PRESETS)}")
     check_options(Run(seed=seed, device=device, compile=compile))
     require(output_dir is None or isinstance(output_dir, (str, Path)), "output_dir: give the path of a folder")
     require(output_dir or not resume, "resume: give the output_dir whose checkpoint is to go on")
@@ -3908,40 +3848,31 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     fixed = {name: x for name, x in dataclasses.asdict(config).items() if not name.startswith(("iterations", *JUDGING))}
     of_run = {"economy": economy_dict(economy), "config": fixed | {"seed": seed}}
     torch.set_float32_matmul_precision("highest")  # no TF32: it would show in the accuracy figures
-    words = [x.tolist() if isinstance(x, Tensor) else x for x in of_run["economy"].values()]
-    join_ranks(device, repr((words, config, seed)))
+    join_ranks(device, json.dumps([of_run, vars(config)], default=lambda table: table.tolist()))
     compile_kernels(compile)
     cfg, econ, rng = own_share(config), economy.tables(device, torch.float32), generator(device, seed)
     if RANKS > 1 and RANK == 0:
         print(f"{RANKS} processes share the simulation and the roll-outs: {cfg.n_economies} of {config.n_economies} "
               f"economies and {cfg.batch} of {config.batch} households each; the first alone judges and writes")
     state, path = initial_state(econ, economy, cfg, seed, rng), output_dir and Path(output_dir) / CHECKPOINT
-
-    def everything():
-        """The state of all ranks, on the CPU, and their random numbers."""
-        tensors = {name: gathered(x, 0).cpu() if name in SHARED else x.cpu() for name, x in state.tensors().items()}
-        return {**of_run, **vars(state), **tensors, "rng": gathered(rng.get_state(), 0)}
-
     if resume:
-        like = {name: x for name, x in everything().items() if name != "rng"}
-        saved = [load_checkpoint(path, like, "--resume") if RANK == 0 else None]
-        if RANKS > 1:
-            with together():
-                dist.broadcast_object_list(saved, device=torch.device("cpu"))
-        resumed(state, saved[0], rng, seed)
+        resumed(state, load_checkpoint(path, of_run, "--resume"), rng, seed)
     Interrupted.iteration = state.iteration
 
     def save():
-        content = everything() if path else None
-        if content and RANK == 0:
-            if state.iteration == 1:
-                set_aside(path)
+        """The state of all ranks, on the CPU, and their random numbers."""
+        if path:
+            tensors = {name: gathered(x, 0) if name in Panel._fields else x for name, x in state.tensors().items()}
+            content = of_run | vars(state) | {name: x.cpu() for name, x in tensors.items()}
+            content["rng"] = gathered(rng.get_state(), 0)
+        if path and RANK == 0:
+            if state.iteration == 1 and path.exists():
+                move(path, path.with_name("checkpoint.previous.pt"))
             save_checkpoint(path, content)
 
     guard, start = Guard(state, econ, cfg, rng, cuda_graphs and device == "cuda", save), time.perf_counter()
     earlier = sum(state.history["seconds"])
-    with guard.bar:
-        learn(state, econ, cfg, rng, guard)
+    learn(state, econ, cfg, rng, guard)
     weights = weights_file(state, economy, config, seed) | {"seconds": earlier + time.perf_counter() - start}
     return Solution(weights, device)
 
@@ -3960,15 +3891,14 @@ def resumed(state: State, saved: dict, rng: torch.Generator, seed: int) -> None:
         rng.manual_seed(seed + RANK * 10**10 + saved["iteration"])
     tensors = state.tensors()
     for name, x in tensors.items():
-        x.copy_(saved[name].chunk(RANKS)[RANK] if name in SHARED else saved[name])
+        x.copy_(saved[name].chunk(RANKS)[RANK] if name in Panel._fields else saved[name])
     vars(state).update((name, saved[name]) for name in vars(state).keys() - tensors.keys())
 
 
 def load(path=WEIGHTS, device="cpu", compile="none", settings: "Settings | None" = None) -> Solution:
     """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays. Raises
     UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
-    like = dict.fromkeys(("config", "economy", "policy", "value", "history"), {})
-    like |= {"seed": 0, "k_range": torch.zeros(2)}
+    like = {"policy": {}}  # the layers; a checkpoint has all in one
     if settings:
         like["config"] = {name: getattr(settings.config, name) for name in ("hidden", "moments", "learnt_moments")}
         like["economy"] = economy_dict(settings.economy)
@@ -4137,22 +4067,8 @@ def again(first: str, *more: str) -> str:
     """The command of this run with other flags."""
     python = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     same = [a for a in Interrupted.argv if a not in ("--resume", "--evaluate")]
-    return shell_line([*python, Interrupted.script, first, *same, *more])
-
-
-def shell_line(command: list) -> str:
+    command = [*python, Interrupted.script, first, *same, *more]
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-
-
-def start_again() -> int:
-    """This command from its checkpoint and without CUDA graphs, in a process of its own; its exit status."""
-    command = [sys.executable, *sys.orig_argv[1:], "--resume", "--no-cuda-graphs"]
-    print(f"deepham_ks: starting again: {shell_line(command)}", file=sys.stderr, flush=True)
-    if os.name != "nt":
-        sys.stdout.flush()
-        os.execv(sys.executable, command)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no exec that a shell waits for
-    return subprocess.call(command)
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -4161,21 +4077,8 @@ def start_again() -> int:
 def work(settings: Settings) -> int:
     """Train or read, judge, write and print; the exit status."""
     economy, _, cfg, _, run = settings
-    folder, device, seconds, found = Path(run.output_dir), choose_device(run.device), {}, []
-
-    def find_grid():
-        """The grid solution, or why there is none: that costs the comparison and not the run."""
-        start = time.perf_counter()
-        try:
-            found.append((settings.grid and solve_grid(economy, settings.grid, progress=True), ""))
-            seconds["grid"] = time.perf_counter() - start
-        except UserError as error:
-            found.append((None, str(error)))
-
+    folder, device = Path(run.output_dir), choose_device(run.device)
     with held(folder) if RANK == 0 else contextlib.nullcontext():
-        beside = threading.Thread(target=find_grid, daemon=True)
-        if device == "cuda" and RANK == 0:
-            beside.start()  # on a GPU the processor has nothing to do until the networks are judged
         if run.evaluate:
             network = load(folder / WEIGHTS, device, run.compile, settings)
             judging = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(JUDGING)}
@@ -4185,29 +4088,34 @@ def work(settings: Settings) -> int:
                             cuda_graphs=run.cuda_graphs, output_dir=folder)
             if RANK > 0:
                 return 0
-            set_aside(folder / WEIGHTS, keep=True)  # an earlier .previous is of a run whose results are still there
+            if (folder / WEIGHTS).exists() and not (folder / PREVIOUS).exists():  # of the results that are still there
+                move(folder / WEIGHTS, folder / PREVIOUS)
             network.save(folder / WEIGHTS)
-        while beside.is_alive():
-            beside.join(0.2)  # on Windows no signal is heard inside a wait
-        if not found:
-            find_grid()
-        (grid, why), start = found[0], time.perf_counter()
+        seconds, grid, why, start = {"training": network.weights["seconds"]}, None, "", time.perf_counter()
+        try:
+            grid = settings.grid and solve_grid(economy, settings.grid, progress=True)
+            seconds["grid"] = time.perf_counter() - start
+        except UserError as error:  # costs the comparison and not the run
+            why = str(error)
         solutions = {"network": network} | ({"grid": grid.to(network.device)} if grid else {})
+        start = time.perf_counter()
         with torch.no_grad():
             figures, arrays = compare(solutions, network.config)
-        seconds |= {"accuracy": time.perf_counter() - start, "training": network.weights["seconds"]}
+        seconds["accuracy"] = time.perf_counter() - start
         rows, weights = verdict(figures, economy, network.config), network.weights
         moves = {name: figures[name]["limit"]["moves"] for name in solutions}
         moving = still_moving(weights["history"], weights["settled"], network.config) or next(
             (f"the {name}'s distribution of capital moves by {100 * x:.2g}% over what is judged"
              for name, x in moves.items() if x >= MOVES), "")
-        with staged(folder) as staging:
-            write_results(staging, network, figures, arrays)
-            draw_pictures(staging, solutions, figures, arrays)
-            metrics = figures | run_metrics(settings, network, seconds, moving) | {"verdict": rows}
-            text = json.dumps(metrics, default=lambda array: array.tolist())
-            finite = json.loads(text, parse_constant=lambda infinite: None)
-            (staging / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
+        staging = Path(tempfile.mkdtemp(prefix=".deepham-", dir=folder))
+        write_results(staging, network, figures, arrays)
+        draw_pictures(staging, solutions, figures, arrays)
+        metrics = figures | run_metrics(settings, network, seconds, moving) | {"verdict": rows}
+        text = json.dumps(metrics, default=lambda array: array.tolist())
+        finite = json.loads(text, parse_constant=lambda infinite: None)
+        (staging / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
+        move(staging, folder / PUBLISHING)  # from here on even kill -9 loses no result
+        publish(folder)
         (folder / PREVIOUS).unlink(missing_ok=True)
     for note in grid.notes if grid else ():
         print(note)
@@ -4216,7 +4124,7 @@ def work(settings: Settings) -> int:
     print_statistics(figures)
     if run.preset != "smoke":
         print_verdict(rows)
-    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
+    spent = ", ".join(f"{name} {x:.1f} s" for name, x in seconds.items())
     print(f"\n{spent}; results in {folder.resolve()}: open distribution_validation.png first")
     last_line, status = outcome(settings, network, rows, why, moving)
     print(last_line)
@@ -4225,8 +4133,6 @@ def work(settings: Settings) -> int:
 
 def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: str) -> dict:
     """What was solved, how and on what: the rest of metrics.json."""
-    import matplotlib
-
     weights, history, config, a = network.weights, network.weights["history"], network.config, network.economy.arrays
     return {
         "calibration": settings.calibration, "config": dataclasses.asdict(config), "seed": weights["seed"],
@@ -4238,7 +4144,7 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
         "device": torch.cuda.get_device_name() if network.device.type == "cuda" else (
             f"CPU, {torch.get_num_threads()} threads"),
         "version": __version__, "seconds": seconds, "versions": {"python": platform.python_version()} | {
-            module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}}
+            name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}}
 
 
 def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
@@ -4266,14 +4172,13 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
     converged or a row fails, 2 a user's error, 130 / 143 interrupted."""
     Interrupted.script = "deepham_ks.py" if economy is krusell_smith else sys.argv[0]
     in_notebook = "kernel" in Path(sys.argv[0]).name  # whose own arguments are not ours
-    is_command = argv is None and not in_notebook and Path(sys.argv[0]).is_file() and RANKS == 1
     argv = Interrupted.argv = ([] if in_notebook else sys.argv[1:]) if argv is None else list(argv)
-    status, restarts = 2, False
+    status = 2
     with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext(), signals_heard():
         try:
             return work(parse(argv, economy, calibration))
         except UserError as error:
-            line, restarts = f"error: {error}", is_command and isinstance(error, NoGraph)
+            line = f"error: {error}"
         except Interrupted as stop:
             line, status = f"stopped by {signal.Signals(stop.args[0]).name}", 128 + stop.args[0]
             if "--evaluate" in argv:
@@ -4282,8 +4187,9 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
                 line += f" after iteration {stop.iteration}; continue with: {again('--resume')}"
             else:
                 line += " after iteration 0; nothing was saved yet"
-        except OSError as error:  # standard output is a closed pipe or on a full disk
-            line = f"error: {error}; results and checkpoint are as they were"
+        except (OSError, sqlite3.Error) as error:  # of the folder, or standard output is a closed pipe
+            line = (f"error: {error}; results and checkpoint are as they were; see to space and permissions, or name "
+                    "another --output-dir")
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -4297,7 +4203,7 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)  # the end of Python would wait for what other ranks still owe
-    return start_again() if restarts else status
+    return status
 
 
 if __name__ == "__main__":
