@@ -4077,8 +4077,21 @@ def again(first: str, *more: str) -> str:
 def work(settings: Settings) -> int:
     """Train or read, judge, write and print; the exit status."""
     economy, _, cfg, _, run = settings
-    folder, device = Path(run.output_dir), choose_device(run.device)
+    folder, device, seconds, found = Path(run.output_dir), choose_device(run.device), {}, []
+
+    def find_grid():
+        """The grid solution, or why there is none: that costs the comparison and not the run."""
+        start = time.perf_counter()
+        try:
+            found.append((settings.grid and solve_grid(economy, settings.grid, progress=True), ""))
+            seconds["grid"] = time.perf_counter() - start
+        except UserError as error:
+            found.append((None, str(error)))
+
     with held(folder) if RANK == 0 else contextlib.nullcontext():
+        beside = threading.Thread(target=find_grid, daemon=True)
+        if device == "cuda" and RANK == 0:
+            beside.start()  # on a GPU the processor has nothing to do until the networks are judged
         if run.evaluate:
             network = load(folder / WEIGHTS, device, run.compile, settings)
             judging = {name: x for name, x in dataclasses.asdict(cfg).items() if name.startswith(JUDGING)}
@@ -4091,17 +4104,15 @@ def work(settings: Settings) -> int:
             if (folder / WEIGHTS).exists() and not (folder / PREVIOUS).exists():  # of the results that are still there
                 move(folder / WEIGHTS, folder / PREVIOUS)
             network.save(folder / WEIGHTS)
-        seconds, grid, why, start = {"training": network.weights["seconds"]}, None, "", time.perf_counter()
-        try:
-            grid = settings.grid and solve_grid(economy, settings.grid, progress=True)
-            seconds["grid"] = time.perf_counter() - start
-        except UserError as error:  # costs the comparison and not the run
-            why = str(error)
+        while beside.is_alive():
+            beside.join(0.2)  # on Windows no signal is heard inside a wait
+        if not found:
+            find_grid()
+        (grid, why), start = found[0], time.perf_counter()
         solutions = {"network": network} | ({"grid": grid.to(network.device)} if grid else {})
-        start = time.perf_counter()
         with torch.no_grad():
             figures, arrays = compare(solutions, network.config)
-        seconds["accuracy"] = time.perf_counter() - start
+        seconds |= {"accuracy": time.perf_counter() - start, "training": network.weights["seconds"]}
         rows, weights = verdict(figures, economy, network.config), network.weights
         moves = {name: figures[name]["limit"]["moves"] for name in solutions}
         moving = still_moving(weights["history"], weights["settled"], network.config) or next(
@@ -4124,7 +4135,7 @@ def work(settings: Settings) -> int:
     print_statistics(figures)
     if run.preset != "smoke":
         print_verdict(rows)
-    spent = ", ".join(f"{name} {x:.1f} s" for name, x in seconds.items())
+    spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
     print(f"\n{spent}; results in {folder.resolve()}: open distribution_validation.png first")
     last_line, status = outcome(settings, network, rows, why, moving)
     print(last_line)
