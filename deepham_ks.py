@@ -3,9 +3,8 @@
 The economy. A household with capital k in state s has cash on hand m = R k + income(z, s) w, consumes c and saves
 k' = m - c >= k_min. It discounts by beta(s) and has utility u(c) of risk aversion gamma. R and w are the marginal
 products of Y = TFP(z) K^alpha L^(1 - alpha), K is mean capital, L the labour that households supply, income what they
-earn and get, less a tax that pays for benefits, and (z, s) a Markov chain. The default economy is
-Krusell & Smith (1998) as Den Haan, Judd & Juillard (2010) calibrate it: s unemployed / employed, z bad / good. Any
-other is a set of tables: class Economy, and the files in examples/.
+earn and get, less a tax that pays for benefits, and (z, s) a Markov chain. The default economy is Krusell & Smith
+(1998) as Den Haan, Judd & Juillard (2010) calibrate it. Any other is a set of tables: class Economy, and examples/.
 
 The algorithm is learn(), one outer iteration after the other:
   1. simulate: B economies go on for some periods under the policy network as it is, each of infinitely many
@@ -14,16 +13,14 @@ The algorithm is learn(), one outer iteration after the other:
      k' is worth in it: lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and what is left of
      the same condition in later periods, discounted back along the path;
   3. move the policy: a Gauss-Newton step of log c towards the first-order condition u'(c) = beta lambda';
-  4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out;
-and after the last one
-  5. fit V, once: the value network solves the Bellman equation of the final policy.
+  4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out.
+After the last one the value network solves the Bellman equation of the final policy: 5. fit V.
 
 How this differs from the paper, which `--preset paper` follows:
-  - V. There it is trained in turn with the policy and stands for utility after T. Here no label sees V, and the policy
-    is the same whatever V's weights are. V is there for Bellman errors, welfare, and whoever wants a value function.
-  - K'. There it is what N households happened to save. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
-    simulated paths by least squares, with terms in L and L^2 where labour L depends on the history of z; where networks
-    see moments of the distribution, K' itself.
+  - V is trained in turn with the policy there and stands for utility after T. Here no label sees V: it is there for
+    Bellman errors, welfare, and whoever wants a value function.
+  - K' is what N households happened to save there. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
+    simulated paths, with terms in L and L^2 where L depends on the history of z; where networks see moments, K' itself.
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
 
 Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the
@@ -32,10 +29,7 @@ pictures; what follows checks the tables, and is the machine: processes, CUDA gr
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
 households of each or nodes (s, k), M households of a roll-out, T periods, J successors (s', z') of a state, Z and S
-numbers of states, n moments, P parameters.
-
-`python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has
-all flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
+numbers of states, n moments, P parameters. `--help` has all flags; from Python, solution = dk.solve(economy).
 """
 
 import argparse
@@ -68,7 +62,6 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 import numpy as np
 import scipy.interpolate
 import scipy.optimize
-import scipy.sparse
 import scipy.sparse.linalg
 import scipy.stats
 import torch
@@ -132,12 +125,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Config:
-    """The method; the defaults are the preset `default`. What is no flag stands as a named constant beside its use."""
+    """The method; the defaults are the preset `default`. Other numbers of it are named constants beside their use."""
 
-    n_agents: int = option(0, "N, households an economy; 0: infinitely many, or 125 where moments say who earns",
-                           "[0, 1e7]")
-    n_economies: int = option(0, "B, economies side by side; 0: 96 of N households, 16 to 48 of infinitely many",
-                              "[0, 1e6]")
+    n_agents: int = option(0, "N, households an economy; 0: infinitely many, 125 if moments say who earns", "[0, 1e7]")
+    n_economies: int = option(0, "B, economies at a time; 0: 96, or 16 to 48 of infinitely many households", "[0, 1e6]")
     periods: int = option(0, "periods simulated in each outer iteration; 0: 25 more than --horizon", "[0, 1e6]")
     horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where groups for ever differ in beta", "[0, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
@@ -311,13 +302,11 @@ class Economy:
             "sees": np.concatenate([np.tile(a.sees_s, (Z, 1, 1)), sees_z], 2),
             "root_weight": np.sqrt(a.weight), "of_group": members / (a.shares.sum(0) @ members),
             "lowest": (a.income[0] == a.income[0].min()) * 1.0}
-
-        def as_tensor(name):
-            of_dtype = found[name].dtype == float and name != "Pi"
-            return torch.tensor(found[name], device=device, dtype=dtype if of_dtype else None)
-
-        return Tables(*[as_tensor(name) if kind is Tensor else kind(found[name])
-                        for name, kind in Tables.__annotations__.items()])
+        for name, kind in Tables.__annotations__.items():
+            if kind is Tensor:
+                kept = dtype if found[name].dtype == float and name != "Pi" else None
+                found[name] = torch.tensor(found[name], device=device, dtype=kept)
+        return Tables(**{name: found[name] for name in Tables._fields})
 
 
 def padded(table: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
@@ -343,16 +332,13 @@ def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
     require(1e-6 < K < 1e9, f"alpha, beta, delta: steady-state capital is {K:.3g}; bring it into (1e-6, 1e9) by lower "
             "--alpha or --beta, or higher --delta")
     require(a.k_min < K, f"k_min: {a.k_min:g} is more than steady-state capital, {K:.4g}; lower it")
-
-    def consumed(K):
-        return TFP * K**a.alpha * L ** (1 - a.alpha) - a.delta * K
-
-    K_start, c_ss = K * (a.start if economy.equilibrium == "planner" else 1.0), float(consumed(K))
-    c = max(consumed(K_start), 0.1 * c_ss)
+    K_start = K * (a.start if economy.equilibrium == "planner" else 1.0)
+    c_ss, c = [TFP * capital**a.alpha * L ** (1 - a.alpha) - a.delta * capital for capital in (K, K_start)]
+    c = max(c, 0.1 * c_ss)
     R_start = 1 - a.delta + a.alpha * TFP * (K_start / L) ** (a.alpha - 1)
     Delta_start = float((R - R_start) * (c / c_ss) ** -a.gamma / c_ss)
     return {"mean_beta": mean_beta, "R_ss": R, "K_ss": K, "w_ss": float((1 - a.alpha) * TFP * (K / L) ** a.alpha),
-            "c_ss": c_ss, "K_start": K_start, "Delta_start": Delta_start}
+            "c_ss": float(c_ss), "K_start": K_start, "Delta_start": Delta_start}
 
 
 class Tables(NamedTuple):
@@ -3267,7 +3253,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
     interval."""
     try:
         of_S = "labour" if given.income is None else "income"
-        Z, S = np.size(given.TFP), np.shape(getattr(given, of_S))[-1]
+        Z, S = len(np.atleast_1d(given.TFP)), np.shape(getattr(given, of_S))[-1]
     except (IndexError, ValueError):
         raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
     require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
@@ -3298,8 +3284,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
         require(isinstance(names, (list, tuple, np.ndarray)) and len(names) in (0, n), f"{name}: give a list of {n} "
                 "names, one for each state")
         setattr(full, name, tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n)))
-    require(given.equilibrium in EQUILIBRIA,
-            f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
+    require(given.equilibrium in EQUILIBRIA, f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
     require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
     return full
 
@@ -3313,14 +3298,13 @@ def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
         raise UserError("from_joint: P: give a matrix of numbers") from None
     require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
             f"{(Z * S, Z * S)}")
-    to_z = P.reshape(Z, S, Z, S).sum(3)  # (z, s, z')
-    miss = np.ptp(to_z, axis=1).max()
+    joint = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3)  # (z, z', s, s')
+    to_z = joint.sum(3, keepdims=True)
+    miss = np.ptp(to_z, axis=2).max()
     require(miss <= S * ROUNDING, f"from_joint: the probability of z' depends on s, by up to {miss:.3g}; rows and "
             "columns must be in the order (z, s)")
-    P_z = to_z.mean(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        Pi = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3) / to_z.transpose(0, 2, 1)[..., None]
-    return P_z, np.where(np.isfinite(Pi), Pi, np.eye(S))  # where z' never follows z any Pi will do
+    never = to_z == 0  # where z' never follows z any Pi will do
+    return to_z.mean((2, 3)), np.where(never, np.eye(S), joint) / np.where(never, 1, to_z)
 
 
 def add_chain(a: types.SimpleNamespace) -> None:
@@ -3360,11 +3344,8 @@ def add_chain(a: types.SimpleNamespace) -> None:
 
 def share_path(a: types.SimpleNamespace, z_path: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Shares (periods, S) of s along a path of z, p' = p Pi[z, z'], from p (S,)."""
-    shares = [p]
-    for z, z_next in zip(z_path[:-1], z_path[1:]):
-        p = p @ a.Pi[z, z_next]
-        shares.append(p)
-    return np.array(shares)
+    moves = zip(z_path[:-1], z_path[1:])
+    return np.array([*itertools.accumulate(moves, lambda p, move: p @ a.Pi[move], initial=p)])
 
 
 def supply_of_labour(a: types.SimpleNamespace) -> None:
@@ -3375,11 +3356,9 @@ def supply_of_labour(a: types.SimpleNamespace) -> None:
     a.labour_moves, a.usual, a.benefit_law = False, np.zeros((Z, 0)), np.zeros((Z, 2))
     a.L_mean, a.L_std = np.zeros(()), np.ones(())
     z_path = draw_z_path(20_000, a.P_z, np.random.default_rng(0))
-    paths = [(z_path, share_path(a, z_path, given_z[z_path[0]]))]
-    for z in np.flatnonzero(a.P_z.diagonal() > 0):  # and for as long as it takes in each z that may last
-        stays = np.full(1000, z)
-        paths.append((stays, share_path(a, stays, given_z[z])))
-    every_z, p = [np.concatenate(x) for x in zip(*paths)]
+    lasting = np.flatnonzero(a.P_z.diagonal() > 0)  # each of these for as long as it takes
+    paths = [z_path, *(np.full(1000, z) for z in lasting)]
+    every_z, p = np.concatenate(paths), np.concatenate([share_path(a, path, given_z[path[0]]) for path in paths])
     by_z = a.income is not None  # and by nothing else
     if by_z:
         a.labour, a.benefit = a.income, np.zeros((Z, S))
@@ -3387,7 +3366,8 @@ def supply_of_labour(a: types.SimpleNamespace) -> None:
     a.L, usual_paid = [(given_z * table).sum(1) for table in (a.labour, a.benefit)]
     require(min(L.min(), a.L.min()) > 0, f"{'income' if by_z else 'labour'}: nobody supplies any labour in some "
             "period; give somebody more than 0")
-    gap, tax = (1 - a.alpha) * (L / a.L[every_z] - 1), (paid / L).max()
+    gap = (1 - a.alpha) * (L / a.L[every_z] - 1)
+    tax = (paid / L).max()
     require(not by_z or np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z "
             f"alone, so income by z misses what households supply: goods are off by {100 * gap.min():.2g} to "
             f"{100 * gap.max():+.2g}% of output; give labour and benefit in place of income")
@@ -3416,9 +3396,8 @@ def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
 
 
 def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
-    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K, z (...)
-    and labour (..., 2) that a solution visits: the prices of the solution decide, and those of the steady state do
-    not."""
+    """Refuses a limit at which whoever has the lowest income cannot pay interest and stay there, at some of the K, z
+    (...) and labour (..., 2) that a solution visits: its prices decide, and those of the steady state do not."""
     econ, K = economy.tables(), torch.from_numpy(np.maximum(K, 1e-9)).unsqueeze(-1)
     s, k = torch.arange(len(econ.beta)).expand(*K.shape[:-1], -1), torch.full_like(K, econ.k_min)
     at = place(k, s, K, torch.from_numpy(z).unsqueeze(-1), econ)
@@ -3997,11 +3976,10 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     if run.grid == "none":
         idle |= {name for name in given if name.startswith("grid_")}
     require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
-    require(not (run.evaluate and run.resume),
-            "--evaluate trains nothing and --resume goes on training; give one of the two")
+    require(not (run.evaluate and (run.resume or RANKS > 1)),
+            "--evaluate trains nothing: run it with python, without torchrun and without --resume")
     if RANKS > 1:
         gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
         require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
                 f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
 
