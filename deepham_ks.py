@@ -199,8 +199,7 @@ class Run:
 
     preset: str = option("default", "default: accurate, fast; paper: the authors'; smoke: tiny", choices=tuple(PRESETS))
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
-    grid: str = option("converged", "the grid solution that judges; published: Maliar, Maliar & Valli's (2010); none: "
-                       "Euler and Bellman errors alone judge", choices=(*GRIDS, "none"))
+    grid: str = option("converged", "the judge; published: as Maliar, Maliar & Valli (2010)", choices=(*GRIDS, "none"))
     equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), a constrained planner "
                               "for all; empty: as the economy says", choices=("", *EQUILIBRIA))
     players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
@@ -3329,9 +3328,8 @@ def add_chain(a: types.SimpleNamespace) -> None:
         start = a.shares.reshape(-1).clip(0)
         found = start / start.sum() @ np.linalg.matrix_power((P + np.eye(Z * S)) / 2, 2**30)
     found = found.clip(0) / found.clip(0).sum()
-    if a.shares is not None:
-        miss = np.abs(a.shares.reshape(-1) - found).max()
-        require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
+    miss = 0 if a.shares is None else np.abs(a.shares.reshape(-1) - found).max()
+    require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
     a.shares = found.reshape(Z, S)
     of_z = a.shares.sum(1)
     require((of_z > 1e-9).all(), f"P_z: z = {of_z.argmin()} does not recur: once left it never comes again; leave it "
@@ -3993,10 +3991,8 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
 
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
     parts = changed if economy is krusell_smith else [Path(Interrupted.script).stem, *changed]
-    name = "_".join(parts).replace("/", "-")
-    if len(name) >= 100:
-        name = f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    run = dataclasses.replace(run, output_dir=run.output_dir or (f"runs/{name}" if parts else "."))
+    folder = "runs/" + "_".join(parts).replace("/", "-") if parts else "."
+    run = dataclasses.replace(run, output_dir=run.output_dir or folder)
     return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid, run)
 
 
