@@ -3,9 +3,8 @@
 The economy. A household with capital k in state s has cash on hand m = R k + income(z, s) w, consumes c and saves
 k' = m - c >= k_min. It discounts by beta(s) and has utility u(c) of risk aversion gamma. R and w are the marginal
 products of Y = TFP(z) K^alpha L^(1 - alpha), K is mean capital, L the labour that households supply, income what they
-earn and get, less a tax that pays for benefits, and (z, s) a Markov chain. The default economy is
-Krusell & Smith (1998) as Den Haan, Judd & Juillard (2010) calibrate it: s unemployed / employed, z bad / good. Any
-other is a set of tables: class Economy, and the files in examples/.
+earn and get, less a tax that pays for benefits, and (z, s) a Markov chain. The default economy is Krusell & Smith
+(1998) as Den Haan, Judd & Juillard (2010) calibrate it. Any other is a set of tables: class Economy, and examples/.
 
 The algorithm is learn(), one outer iteration after the other:
   1. simulate: B economies go on for some periods under the policy network as it is, each of infinitely many
@@ -14,16 +13,14 @@ The algorithm is learn(), one outer iteration after the other:
      k' is worth in it: lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and what is left of
      the same condition in later periods, discounted back along the path;
   3. move the policy: a Gauss-Newton step of log c towards the first-order condition u'(c) = beta lambda';
-  4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out;
-and after the last one
-  5. fit V, once: the value network solves the Bellman equation of the final policy.
+  4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out.
+After the last one the value network solves the Bellman equation of the final policy: 5. fit V.
 
 How this differs from the paper, which `--preset paper` follows:
-  - V. There it is trained in turn with the policy and stands for utility after T. Here no label sees V, and the policy
-    is the same whatever V's weights are. V is there for Bellman errors, welfare, and whoever wants a value function.
-  - K'. There it is what N households happened to save. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
-    simulated paths by least squares, with terms in L and L^2 where labour L depends on the history of z; where networks
-    see moments of the distribution, K' itself.
+  - V is trained in turn with the policy there and stands for utility after T. Here no label sees V: it is there for
+    Bellman errors, welfare, and whoever wants a value function.
+  - K' is what N households happened to save there. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
+    simulated paths, with terms in L and L^2 where L depends on the history of z; where networks see moments, K' itself.
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
 
 Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the
@@ -32,10 +29,7 @@ pictures; what follows checks the tables, and is the machine: processes, CUDA gr
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
 households of each or nodes (s, k), M households of a roll-out, T periods, J successors (s', z') of a state, Z and S
-numbers of states, n moments, P parameters.
-
-`python deepham_ks.py` solves the default economy into this folder; `--preset smoke` has every size tiny; `--help` has
-all flags. From Python: solution = dk.solve(economy); solution.next_capital(k, s, K, z).
+numbers of states, n moments, P parameters. `--help` has all flags; from Python, solution = dk.solve(economy).
 """
 
 import argparse
@@ -69,7 +63,6 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 import numpy as np
 import scipy.interpolate
 import scipy.optimize
-import scipy.sparse
 import scipy.sparse.linalg
 import scipy.stats
 import torch
@@ -100,9 +93,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def option(default, reason: str, within: str = "(-inf, inf)", choices=None, flag: bool = True):
-    """A dataclass field that is checked, within an interval, and a command-line flag; reason is its --help text."""
-    return field(default=default, metadata={"help": reason, "within": within, "choices": choices, "flag": flag})
+def option(default, reason: str, within: str = "(-inf, inf)", choices=None):
+    """A dataclass field that is a command-line flag, whose --help text is reason. check_options() holds numbers to the
+    interval within and words to choices; other fields are no flags and are not checked."""
+    return field(default=default, metadata={"help": reason, "within": within, "choices": choices})
+
+
+def inside(x, within: str):
+    """Whether a number or an array lies in an interval such as "[0, 1)". NaN lies in none, infinity in no open end."""
+    low, high = map(float, within[1:-1].split(","))
+    return (low < x) & (x < high) | (x == low) & (within[0] == "[") | (x == high) & (within[-1] == "]")
 
 
 @dataclass(frozen=True)
@@ -126,31 +126,24 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Config:
-    """The method; the defaults are the preset `default`. What is no flag stands as a named constant beside its use."""
+    """The method; the defaults are the preset `default`. Other numbers of it are named constants beside their use."""
 
-    n_agents: int = option(0, "N, households an economy; 0: infinitely many, or 125 where moments are to "
-                           "tell economies apart that differ as finite ones do", "[0, 1e7]")
-    n_economies: int = option(0, "B, economies simulated side by side, each on its own path of z; 0: 96 of N "
-                              "households, or as many of infinitely many as take like time, 16 to 48", "[0, 1e6]")
-    periods: int = option(0, "periods that each outer iteration simulates on from the last cross-section; 0: 25 more "
-                          "than a roll-out has", "[0, 1e6]")
-    horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where some households are more patient than "
-                          "others for ever, whose wealth takes as long to part", "[0, 1e5]")
+    n_agents: int = option(0, "N, households an economy; 0: infinitely many, 125 if moments say who earns", "[0, 1e7]")
+    n_economies: int = option(0, "B, economies at a time; 0: 96, or 16 to 48 of infinitely many households", "[0, 1e6]")
+    periods: int = option(0, "periods simulated in each outer iteration; 0: 25 more than --horizon", "[0, 1e6]")
+    horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where groups for ever differ in beta", "[0, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
     iterations: int = option(120, "outer iterations at most", "[1, 1e6]")
     hidden: int = option(28, "width of the two tanh layers of both networks", "[1, 1024]")
     moments: str = option("", "moments of the distribution, beside K, that the networks see: names of MOMENTS")
     learnt_moments: int = option(0, "moments that are learnt, functions of (k, s) averaged over households", "[0, 8]")
-    optimizer: str = option("gauss-newton", "gauss-newton: the algorithm above; adam: the published one",
-                            choices=("gauss-newton", "adam"))
+    optimizer: str = option("gauss-newton", "adam: the published algorithm", choices=("gauss-newton", "adam"))
     policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c. adam: rate", "(0, 1]")
-    value_rate: float = option(1e-3, "adam: rate of the value network", "(0, 1]")
     policy_steps: int = option(2000, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(2000, "adam: value steps an outer iteration", "[1, 1e6]")
     settle: float = option(1e-4, "savings have settled when they move less than this share of K ten times", "(0, 1)")
     averaging: int = option(18, "iterations after that, in which steps fall and average noise out", "[0, 1e6]")
-    K_spread: float = option(0.04, "economies are scaled by up to this share before each simulation: K off its usual "
-                             "path", "[0, 0.9]")
+    K_spread: float = option(0.04, "share by which economies are scaled, at most, before each simulation", "[0, 0.9]")
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
     eval_agents: int = option(50, "households an economy when the solution is judged in a panel", "[2, 1e7]")
     eval_economies: int = option(64, "economies of that panel", "[1, 1e6]")
@@ -158,6 +151,7 @@ class Config:
     irf_paths: int = option(200, "economies in an impulse response", "[1, 1e6]")
     irf_agents: int = option(200, "households an economy in an impulse response", "[2, 1e7]")
     irf_periods: int = option(60, "periods of an impulse response", "[1, 1e5]")
+    value_rate: float = 1e-3  # of the value network with adam
 
     @property
     def published(self) -> bool:
@@ -171,14 +165,13 @@ class GridConfig:
 
     n_k: int = option(200, "nodes of individual capital k in the household problem", "[10, 1e5]")
     n_K: int = option(12, "nodes of aggregate capital K in the household problem", "[4, 1000]")
-    k_max: float = option(25.0, "largest k at first, a multiple of K; doubled while households come near", "[2, 1e6]",
-                          flag=False)
-    n_fine: int = option(2000, "k points of the policy table", "[10, 1e6]", flag=False)
     periods: int = option(60_000, "periods behind the final law of motion, a twentieth in most updates", "[1000, 1e7]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
     tolerance: float = option(3e-7, "largest relative change of c, and of K' forecast, at the end", "(0, 1)")
     max_updates: int = option(90, "updates of the law of motion before giving up", "[1, 1e6]")
-    seed: int = option(0, "seed of the path of z behind the law of motion", "[0, 1e9]", flag=False)
+    seed: int = 0  # of the path of z behind the law of motion
+    n_fine: int = 2000  # k points of the policy table
+    k_max: float = 25.0  # largest k at first, a multiple of K; doubled while households come near
     exponent: float = 4.0  # k nodes are k_max x^exponent, x uniform: dense near the limit
     n_K_fine: int = 41  # K points of the policy table, which is linear in between
     n_L: int = 5  # nodes of aggregate labour in the household problem, where it depends on the history of z, and
@@ -189,7 +182,6 @@ class GridConfig:
 # Maliar, Maliar & Valli (2010): 100 nodes of k with exponent 7, 4 nodes of K, for Krusell & Smith [0, 1000] x [30, 50]
 GRIDS = {"converged": GridConfig(), "published": GridConfig(n_k=100, exponent=7.0, n_K=4, K_range=(0.76, 1.27))}
 SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_fine=300, n_K_fine=11, periods=10_000, tolerance=1e-5)
-PREFIX = {GridConfig: "grid_"}  # of the flags of a dataclass
 
 PRESETS = {
     "default": Config(),
@@ -206,21 +198,17 @@ EQUILIBRIA = ("market", "game", "planner")
 class Run:
     """What to do, where and with which seed."""
 
-    preset: str = option("default", "default is accurate and fast; paper follows the authors; smoke is tiny",
-                        choices=tuple(PRESETS))
+    preset: str = option("default", "default: accurate, fast; paper: the authors'; smoke: tiny", choices=tuple(PRESETS))
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
-    grid: str = option("converged", "the grid solution that judges; published: Maliar, Maliar & Valli's (2010); none: "
-                       "Euler and Bellman errors alone judge", choices=(*GRIDS, "none"))
+    grid: str = option("converged", "the judge; published: as Maliar, Maliar & Valli (2010)", choices=(*GRIDS, "none"))
     equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), a constrained planner "
                               "for all; empty: as the economy says", choices=("", *EQUILIBRIA))
     players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
-    start: float = option(0.0, "where a planner's solution begins, in steady-state capital; 0: as the economy says",
-                          "[0, 100]")
+    start: float = option(0.0, "where a planner begins, in steady-state capital; 0: as the economy says", "[0, 100]")
     device: str = option("auto", "auto takes CUDA if there is one", choices=("auto", "cuda", "cpu"))
     compile: str = option("torchscript", "networks and roll-outs compiled or eager", choices=("torchscript", "none"))
     cuda_graphs: bool = option(True, "on CUDA: an outer iteration is one graph; turn off to debug")
-    output_dir: str = option("", "where results go; empty: . for the default economy with the default flags, a folder "
-                             "in runs/ named by the flags for anything else")
+    output_dir: str = option("", "of results; empty: . for the default run, else a folder in runs/ named by the flags")
     evaluate: bool = option(False, "train nothing: rebuild every result from NN_weights_biases.pth")
     resume: bool = option(False, "continue from checkpoint.pt in the output directory")
 
@@ -252,6 +240,12 @@ def krusell_smith(cal: Calibration = Calibration()) -> "Economy":
 # ---------------------------------------------------------------------------------------------- economies
 
 ROUNDING = 1e-4  # what a number of four digits, or of float32, may be off; tables are normalised within it
+CHANCE, NOT_NEGATIVE = f"({-ROUNDING:g}, {1 + ROUNDING:g})", "(-1e-12, inf)"
+
+
+def table(shape: str, within: str, default=dataclasses.MISSING):
+    """A field of Economy: its shape, by the letters of its dimensions, and the interval of its numbers."""
+    return field(default=default, metadata={"shape": shape, "within": within})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -266,28 +260,26 @@ class Economy:
     the tax tau = sum_s p_s benefit(z, s) / L, and income(z, s) = (1 - tau) labour(z, s) + benefit(z, s). Where L and
     tau follow from z alone they are tables; elsewhere L is one more state of the economy, and labour_moves is True."""
 
-    alpha: float  # capital share
-    delta: float  # depreciation rate
-    gamma: float = 1.0  # relative risk aversion
-    k_min: float = 0.0  # borrowing limit: k' >= k_min
-    TFP: np.ndarray  # (Z,), from bad to good
-    P_z: np.ndarray  # (Z, Z) P(z' | z)
-    Pi: np.ndarray  # (S, S) P(s' | s), or (Z, Z, S, S) P(s' | z, z', s)
-    beta: np.ndarray  # (S,) discount factor from now to next period
-    labour: np.ndarray | None = None  # (Z, S) efficiency units of labour that a household supplies
-    benefit: np.ndarray | None = None  # (Z, S) share of the wage, which a tax on this period's labour income pays for
-    income: np.ndarray | None = None  # (Z, S) in place of both: share of the wage after taxes and benefits, and
-    L: np.ndarray | None = None  # (Z,) labour supply; without it what households earn on average
-    shares: np.ndarray | None = None  # (Z, S) stationary shares; needed only where the chain (z, s) is not ergodic
-    sees_s: np.ndarray | None = None  # (S, F) what the networks see of s; without it one 0/1 input for each s
-    sees_z: np.ndarray | None = None  # (Z, G) and of z; without it evenly spaced from -1 to 1
-    weight: np.ndarray | float = 1.0  # (S,) of s in the least-squares problems
-    group: np.ndarray | int = 0  # (S,) the group 0, 1, ... that s belongs to, for the moments by group
+    alpha: float = table("", "(0, 1)")  # capital share
+    delta: float = table("", "(0, 1]")  # depreciation rate
+    gamma: float = table("", "(0, 100)", 1.0)  # relative risk aversion
+    k_min: float = table("", "(-inf, inf)", 0.0)  # borrowing limit: k' >= k_min
+    TFP: np.ndarray = table("Z", "(0, inf)")  # from bad to good
+    P_z: np.ndarray = table("ZZ", CHANCE)  # P(z' | z)
+    Pi: np.ndarray = table("ZZSS", CHANCE)  # P(s' | z, z', s), or (S, S) P(s' | s)
+    beta: np.ndarray = table("S", "(0, inf)")  # discount factor from now to next period
+    labour: np.ndarray | None = table("ZS", NOT_NEGATIVE, None)  # efficiency units of labour that a household supplies
+    benefit: np.ndarray | None = table("ZS", NOT_NEGATIVE, None)  # in wages; a tax on this period's wages pays for it
+    income: np.ndarray | None = table("ZS", NOT_NEGATIVE, None)  # in place of both: in wages, after taxes and benefits
+    shares: np.ndarray | None = table("ZS", CHANCE, None)  # stationary; needed only where the chain is not ergodic
+    sees_s: np.ndarray | None = table("SF", "(-inf, inf)", None)  # what networks see of s; without it 0/1 for each s
+    weight: np.ndarray | float = table("S", "(0, inf)", 1.0)  # of s in the least-squares problems
+    group: np.ndarray | int = table("S", "(-1, inf)", 0)  # 0, 1, ... that s belongs to, for the moments by group
     s_names: tuple = ()  # for legends
     z_names: tuple = ()
     equilibrium: str = "market"  # or "game", "planner": see Delta()
-    players: int = 50  # of the game
-    start: float = 1.0  # where a planner's solution begins, a multiple of K_ss: it can have two local optima
+    players: int = table("", "(1, 1e12)", 50)  # of the game
+    start: float = table("", "(0, 1000)", 1.0)  # of a planner's solution, in K_ss: there can be two local optima
 
     def __post_init__(self):
         arrays = checked_tables(self)
@@ -298,24 +290,31 @@ class Economy:
         """What the tensor functions use, on one device."""
         a, (Z, S) = self.arrays, self.arrays.income.shape
         P = a.P.reshape(Z * S, Z * S)
-        nexts, real = padded([np.flatnonzero(row) for row in P])
-        p_next, nexts = [x.reshape(Z, S, -1) for x in (np.take_along_axis(P, nexts, 1) * real, nexts)]  # (Z, S, J)
-        reach, possible = padded([np.flatnonzero(a.Pi[:, :, s].reshape(-1, S).any(0)) for s in range(S)])  # (S, n)
+        nexts, real = padded(P)
+        reach, possible = padded(a.Pi.any((0, 1)))  # (S, n)
         own = np.take_along_axis(a.Pi, np.broadcast_to(reach, (Z, Z, *reach.shape)), 3) * possible
         members = a.group[:, None] == np.arange(a.group.max() + 1)  # (S, groups)
-        rows = {"TFP": a.TFP, "L": a.L, "beta": a.beta, "income": a.income,
-                "cum_z": a.P_z.cumsum(1)[:, :-1], "cum_s": own.cumsum(-1)[..., :-1], "reach": reach,
-                "next_s": nexts % S, "next_z": nexts // S, "probability": p_next, "annuity": a.annuity,
-                "sees": np.concatenate([np.tile(a.sees_s, (Z, 1, 1)), np.tile(a.sees_z[:, None], (1, S, 1))], 2),
-                "root_weight": np.sqrt(a.weight), "shares": a.shares,
-                "of_group": members / (a.shares.sum(0) @ members),
-                "lowest": (a.income[0] == a.income[0].min()) * 1.0, "labour": a.labour, "benefit": a.benefit,
-                "usual": a.usual, "L_mean": a.L_mean, "L_std": a.L_std, "benefit_law": a.benefit_law}
-        tensors = {name: torch.tensor(x, device=device, dtype=dtype if x.dtype == float else None)
-                   for name, x in rows.items()}
-        numbers = (a.alpha, a.delta, a.gamma, a.k_min, self.K_ss, self.c_ss, a.players)
-        return Tables(self.equilibrium, *map(float, numbers), labour_moves=a.labour_moves, Pi=torch.tensor(
-            a.Pi, device=device), **tensors)
+        sees_z = np.tile(np.linspace(-1, 1, Z)[:, None, None], (1, S, int(Z > 1)))
+        found = vars(self) | vars(a) | {
+            "cum_z": a.P_z.cumsum(1)[:, :-1], "cum_s": own.cumsum(-1)[..., :-1], "reach": reach,
+            "next_s": (nexts % S).reshape(Z, S, -1), "next_z": (nexts // S).reshape(Z, S, -1),
+            "probability": (np.take_along_axis(P, nexts, 1) * real).reshape(Z, S, -1),
+            "sees": np.concatenate([np.tile(a.sees_s, (Z, 1, 1)), sees_z], 2),
+            "root_weight": np.sqrt(a.weight), "of_group": members / (a.shares.sum(0) @ members),
+            "lowest": (a.income[0] == a.income[0].min()) * 1.0}
+        for name, kind in Tables.__annotations__.items():
+            if kind is Tensor:
+                kept = dtype if found[name].dtype == float and name != "Pi" else None
+                found[name] = torch.tensor(found[name], device=device, dtype=kept)
+        return Tables(**{name: found[name] for name in Tables._fields})
+
+
+def padded(table: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Columns in which a row of table is not zero, (rows, as many as any row has), filled up with the row's last one;
+    and which of them do not just fill up."""
+    n = np.count_nonzero(table, 1)[:, None]
+    order, i = np.argsort(table == 0, 1, kind="stable"), np.arange(n.max())
+    return np.take_along_axis(order, np.minimum(i, n - 1), 1), i < n
 
 
 def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
@@ -333,16 +332,13 @@ def steady_state(economy: Economy, a: types.SimpleNamespace) -> dict:
     require(1e-6 < K < 1e9, f"alpha, beta, delta: steady-state capital is {K:.3g}; bring it into (1e-6, 1e9) by lower "
             "--alpha or --beta, or higher --delta")
     require(a.k_min < K, f"k_min: {a.k_min:g} is more than steady-state capital, {K:.4g}; lower it")
-
-    def consumed(K):
-        return TFP * K**a.alpha * L ** (1 - a.alpha) - a.delta * K
-
-    K_start, c_ss = K * (a.start if economy.equilibrium == "planner" else 1.0), float(consumed(K))
-    c = max(consumed(K_start), 0.1 * c_ss)
+    K_start = K * (a.start if economy.equilibrium == "planner" else 1.0)
+    c_ss, c = [TFP * capital**a.alpha * L ** (1 - a.alpha) - a.delta * capital for capital in (K, K_start)]
+    c = max(c, 0.1 * c_ss)
     R_start = 1 - a.delta + a.alpha * TFP * (K_start / L) ** (a.alpha - 1)
     Delta_start = float((R - R_start) * (c / c_ss) ** -a.gamma / c_ss)
     return {"mean_beta": mean_beta, "R_ss": R, "K_ss": K, "w_ss": float((1 - a.alpha) * TFP * (K / L) ** a.alpha),
-            "c_ss": c_ss, "K_start": K_start, "Delta_start": Delta_start}
+            "c_ss": float(c_ss), "K_start": K_start, "Delta_start": Delta_start}
 
 
 class Tables(NamedTuple):
@@ -3271,30 +3267,21 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
 
 def checked_tables(given: Economy) -> types.SimpleNamespace:
     """What was given as float64 arrays of full shape, what was left out at its default, every number inside its
-    interval, where NaN and infinity never are."""
+    interval."""
     try:
         of_S = "labour" if given.income is None else "income"
-        Z, S = len(np.atleast_1d(np.asarray(given.TFP, float))), np.asarray(getattr(given, of_S), float).shape[-1]
-    except (IndexError, TypeError, ValueError):
+        Z, S = len(np.atleast_1d(given.TFP)), np.shape(getattr(given, of_S))[-1]
+    except (IndexError, ValueError):
         raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
     require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
             "benefit; leave it out, or these")
-    require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")
-    inf, chance = math.inf, (-ROUNDING, 1 + ROUNDING)
-    parts = {"alpha": ((), (0, 1)), "delta": ((), (0, 1 + 1e-12)), "gamma": ((), (0, 100)),
-             "k_min": ((), (-inf, inf)), "start": ((), (0, 1000)), "players": ((), (1, 1e12)),
-             "TFP": ((Z,), (0, inf)), "P_z": ((Z, Z), chance), "Pi": ((Z, Z, S, S), chance),
-             "beta": ((S,), (0, inf)), "income": ((Z, S), (-1e-12, inf)), "weight": ((S,), (0, inf)),
-             "labour": ((Z, S), (-1e-12, inf)), "benefit": ((Z, S), (-1e-12, inf)),
-             "group": ((S,), (-1, inf)), "L": ((Z,), (0, inf)), "shares": ((Z, S), chance),
-             "sees_s": ((S, -1), (-inf, inf)), "sees_z": ((Z, -1), (-inf, inf))}
-    defaults = {"sees_s": np.eye(S), "sees_z": np.linspace(-1, 1, Z)[:, None] if Z > 1 else np.zeros((1, 0)),
-                "benefit": 0.0}
-    full = types.SimpleNamespace(L=None, shares=None, income=None, labour=None)
-    for name, (shape, (low, high)) in parts.items():
+    lengths, full = {"Z": Z, "S": S, "F": -1}, types.SimpleNamespace(shares=None, income=None)
+    defaults = {"benefit": 0.0, "sees_s": np.eye(S)}
+    for item in filter(lambda item: item.metadata, dataclasses.fields(given)):
+        name, within, shape = item.name, item.metadata["within"], tuple(lengths[n] for n in item.metadata["shape"])
         x = getattr(given, name)
         x = defaults.get(name) if x is None else x
-        if x is None and name in vars(full):
+        if x is None and item.default is None:
             continue
         try:
             x = np.asarray(x, dtype=float)
@@ -3305,19 +3292,16 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
             x = np.broadcast_to(x, [x.shape[-1] if n < 0 else n for n in shape]).copy()
         except (IndexError, TypeError, ValueError):
             raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by {of_S}") from None
-        outside = x[~((low < x) & (x < high))]
-        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP", "L") and (x < 0).any() else ""
-        require(not outside.size, f"{name}: {outside.flat[0] if outside.size else 0:g} is not in ({low:g}, "
-                f"{high:g}){hint}")
+        outside = x[~inside(x, within)]
+        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP") and (x < 0).any() else ""
+        require(not outside.size, f"{name}: {outside.min(initial=math.inf):g} is not in {within}{hint}")
         setattr(full, name, x if shape else float(x))
     for name, n in (("s_names", S), ("z_names", Z)):
         names = getattr(given, name)
-        require(isinstance(names, (list, tuple, np.ndarray)), f"{name}: give a list of {n} names")
-        names = tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n))
-        require(len(names) == n, f"{name}: {len(names)} names for {n} states")
-        setattr(full, name, names)
-    require(given.equilibrium in EQUILIBRIA,
-            f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
+        require(isinstance(names, (list, tuple, np.ndarray)) and len(names) in (0, n), f"{name}: give a list of {n} "
+                "names, one for each state")
+        setattr(full, name, tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n)))
+    require(given.equilibrium in EQUILIBRIA, f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
     require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
     return full
 
@@ -3331,14 +3315,13 @@ def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
         raise UserError("from_joint: P: give a matrix of numbers") from None
     require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
             f"{(Z * S, Z * S)}")
-    to_z = P.reshape(Z, S, Z, S).sum(3)  # (z, s, z')
-    miss = np.ptp(to_z, axis=1).max()
+    joint = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3)  # (z, z', s, s')
+    to_z = joint.sum(3, keepdims=True)
+    miss = np.ptp(to_z, axis=2).max()
     require(miss <= S * ROUNDING, f"from_joint: the probability of z' depends on s, by up to {miss:.3g}; rows and "
             "columns must be in the order (z, s)")
-    P_z = to_z.mean(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        Pi = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3) / to_z.transpose(0, 2, 1)[..., None]
-    return P_z, np.where(np.isfinite(Pi), Pi, np.eye(S))  # where z' never follows z any Pi will do
+    never = to_z == 0  # where z' never follows z any Pi will do
+    return to_z.mean((2, 3)), np.where(never, np.eye(S), joint) / np.where(never, 1, to_z)
 
 
 def add_chain(a: types.SimpleNamespace) -> None:
@@ -3357,92 +3340,68 @@ def add_chain(a: types.SimpleNamespace) -> None:
     a.ergodic = (np.abs(np.linalg.eigvals(P) - 1) < 1e-10).sum() == 1
     require(a.ergodic or a.shares is not None,
             "P_z, Pi: the chain of (z, s) is not ergodic; give the shares it starts and stays with")
-    found = stationary_of(P, None if a.ergodic else a.shares.reshape(-1).clip(0))
-    if a.shares is not None:
-        miss = np.abs(a.shares.reshape(-1) - found).max()
-        require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
+    if a.ergodic:
+        found = np.linalg.lstsq(np.vstack([P.T - np.eye(Z * S), np.ones(Z * S)]), np.eye(Z * S + 1)[-1], rcond=None)[0]
+    else:  # what these shares lead to; a lazy chain forgets where a cycle stands
+        start = a.shares.reshape(-1).clip(0)
+        found = start / start.sum() @ np.linalg.matrix_power((P + np.eye(Z * S)) / 2, 2**30)
+    found = found.clip(0) / found.clip(0).sum()
+    miss = 0 if a.shares is None else np.abs(a.shares.reshape(-1) - found).max()
+    require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
     a.shares = found.reshape(Z, S)
     of_z = a.shares.sum(1)
-    gone = np.flatnonzero(of_z < 1e-9)
-    require(not gone.size, f"P_z: z = {gone[0] if gone.size else 0} does not recur: once left it never comes again; "
-            "leave it out, or give it a way back")
+    require((of_z > 1e-9).all(), f"P_z: z = {of_z.argmin()} does not recur: once left it never comes again; leave it "
+            "out, or give it a way back")
     supply_of_labour(a)
     seen = np.concatenate([a.sees_s, a.beta[:, None], a.income.T, a.Pi.transpose(2, 0, 1, 3).reshape(S, -1)], 1)
-    for name, rows in (("sees_s", len(np.unique(seen, axis=0))), ("sees_z", Z)):
-        require(len(np.unique(getattr(a, name), axis=0)) == rows,
-                f"{name}: the networks cannot tell two states apart that differ")
-
-
-def stationary_of(P: np.ndarray, start: np.ndarray | None) -> np.ndarray:
-    """The distribution (n,) that P (n, n) keeps: the only one, or the one that start leads to."""
-    n = len(P)
-    if start is None:
-        found = np.linalg.lstsq(np.vstack([P.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1), rcond=None)[0]
-    else:
-        lazy = (P + np.eye(n)) / 2  # which forgets where a cycle stands
-        found = start / start.sum() @ np.linalg.matrix_power(lazy, 2**30)
-    found = found.clip(0)
-    return found / found.sum()
+    require(len(np.unique(a.sees_s, axis=0)) == len(np.unique(seen, axis=0)),
+            "sees_s: the networks cannot tell two states apart that differ")
 
 
 def share_path(a: types.SimpleNamespace, z_path: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Shares (periods, S) of s along a path of z, p' = p Pi[z, z'], from p (S,)."""
-    shares = [p]
-    for z, z_next in zip(z_path[:-1], z_path[1:]):
-        p = p @ a.Pi[z, z_next]
-        shares.append(p)
-    return np.array(shares)
+    moves = zip(z_path[:-1], z_path[1:])
+    return np.array([*itertools.accumulate(moves, lambda p, move: p @ a.Pi[move], initial=p)])
 
 
 def supply_of_labour(a: types.SimpleNamespace) -> None:
     """L (Z,) and income (Z, S) by z; whether labour moves with the history of z, and then usual (Z, 2), mean L and tau
     given z; L_std, of L around it; L_range (Z, 2); laws L' = a + b L by (z, z') in L_law (Z, Z, 2), L_r2 its R2, and
     sum_s p_s benefit(z, s) = a + b L by z in benefit_law (Z, 2). Both are exact where S is 2."""
-    (Z, S), of_z = a.shares.shape, a.shares.sum(1)
-    given_z = a.shares / of_z[:, None]
+    (Z, S), given_z = a.shares.shape, a.shares / a.shares.sum(1, keepdims=True)
     a.labour_moves, a.usual, a.benefit_law = False, np.zeros((Z, 0)), np.zeros((Z, 2))
     a.L_mean, a.L_std = np.zeros(()), np.ones(())
     z_path = draw_z_path(20_000, a.P_z, np.random.default_rng(0))
-    paths = [(z_path, share_path(a, z_path, given_z[z_path[0]]))]
-    for z in np.flatnonzero(a.P_z.diagonal() > 0):  # and for as long as it takes in each z that may last
-        stays = np.full(1000, z)
-        paths.append((stays, share_path(a, stays, given_z[z])))
-    every_z, p = [np.concatenate(x) for x in zip(*paths)]
-    if a.income is not None:
-        earned = (given_z * a.income).sum(1)
-        L = earned if a.L is None else a.L
-        require((L > 0).all(), "L: give labour supplies above 0 (or income, which they follow from)")
-        gap = earned / L - 1
-        z = np.abs(gap).argmax()
-        require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
-                "labour L; change income or L, or leave L out")
-        a.L = earned if np.abs(gap).max() > 1e-9 else L
-        gap = (1 - a.alpha) * ((p * a.income[every_z]).sum(1) / a.L[every_z] - 1)
-        require(np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z alone, so L "
-                f"by z misses what households supply: goods are off by {100 * gap.min():.2g} to {100 * gap.max():+.2g}%"
-                " of output; give labour and benefit in place of income and L")
+    lasting = np.flatnonzero(a.P_z.diagonal() > 0)  # each of these for as long as it takes
+    paths = [z_path, *(np.full(1000, z) for z in lasting)]
+    every_z, p = np.concatenate(paths), np.concatenate([share_path(a, path, given_z[path[0]]) for path in paths])
+    by_z = a.income is not None  # and by nothing else
+    if by_z:
         a.labour, a.benefit = a.income, np.zeros((Z, S))
-        return
     L, paid = [(p * table[every_z]).sum(1) for table in (a.labour, a.benefit)]
     a.L, usual_paid = [(given_z * table).sum(1) for table in (a.labour, a.benefit)]
-    require(min(L.min(), a.L.min()) > 0, "labour: nobody supplies any in some period; give somebody labour above 0")
+    require(min(L.min(), a.L.min()) > 0, f"{'income' if by_z else 'labour'}: nobody supplies any labour in some "
+            "period; give somebody more than 0")
+    gap = (1 - a.alpha) * (L / a.L[every_z] - 1)
     tax = (paid / L).max()
+    require(not by_z or np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z "
+            f"alone, so income by z misses what households supply: goods are off by {100 * gap.min():.2g} to "
+            f"{100 * gap.max():+.2g}% of output; give labour and benefit in place of income")
     require(tax < 1, f"benefit: takes a tax of {100 * tax:.4g}% of labour income on some path of z; lower it")
     a.income = (1 - usual_paid / a.L)[:, None] * a.labour + a.benefit
-    if max(np.abs(L - a.L[every_z]).max() / L.max(), np.abs(paid - usual_paid[every_z]).max()) < 1e-9:
+    if by_z or max(np.abs(L - a.L[every_z]).max() / L.max(), np.abs(paid - usual_paid[every_z]).max()) < 1e-9:
         return
-    a.labour_moves, a.usual = True, np.stack([a.L, usual_paid / a.L], 1)
+    n, a.labour_moves, a.usual = len(z_path), True, np.stack([a.L, usual_paid / a.L], 1)
     a.L_range = np.array([[L[every_z == z].min(), L[every_z == z].max()] for z in range(Z)])
-    n = len(z_path)
-    a.L_mean, a.L_std = L[:n].mean(), L[:n].std()
-    a.L_law, a.L_r2 = np.zeros((Z, Z, 2)), np.ones((Z, Z))
+    L, paid, p = L[:n], paid[:n], p[:n]
+    a.L_mean, a.L_std = L.mean(), L.std()
+    a.L_law, a.L_r2 = np.stack([np.tile(a.L, (Z, 1)), np.zeros((Z, Z))], 2), np.ones((Z, Z))
     for z in range(Z):
-        here = z_path == z
-        a.benefit_law[z] = line(L[:n][here], paid[:n][here])[0]
+        a.benefit_law[z], _ = line(L[z_path == z], paid[z_path == z])
         for z_next in range(Z):
-            t = np.flatnonzero(here[:-1] & (z_path[1:] == z_next))
-            ahead = p[t] @ a.Pi[z, z_next] @ a.labour[z_next]
-            a.L_law[z, z_next], a.L_r2[z, z_next] = line(L[t], ahead) if len(t) else ((a.L[z_next], 0.0), 1.0)
+            t = np.flatnonzero((z_path[:-1] == z) & (z_path[1:] == z_next))
+            if len(t):
+                a.L_law[z, z_next], a.L_r2[z, z_next] = line(L[t], p[t] @ a.Pi[z, z_next] @ a.labour[z_next])
 
 
 def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
@@ -3453,9 +3412,8 @@ def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
 
 
 def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
-    """Whether who is at the borrowing limit with the lowest income can pay interest and stay there, at every K, z (...)
-    and labour (..., 2) that a solution visits: the prices of the solution decide, and those of the steady state do
-    not."""
+    """Refuses a limit at which whoever has the lowest income cannot pay interest and stay there, at some of the K, z
+    (...) and labour (..., 2) that a solution visits: its prices decide, and those of the steady state do not."""
     econ, K = economy.tables(), torch.from_numpy(np.maximum(K, 1e-9)).unsqueeze(-1)
     s, k = torch.arange(len(econ.beta)).expand(*K.shape[:-1], -1), torch.full_like(K, econ.k_min)
     at = place(k, s, K, torch.from_numpy(z).unsqueeze(-1), econ)
@@ -3469,8 +3427,7 @@ def as_economy(economy) -> Economy:
     """An Economy as it is, Krusell & Smith's for a Calibration, the default for None."""
     if economy is None or isinstance(economy, Calibration):
         return krusell_smith(economy or Calibration())
-    require(isinstance(economy, Economy), f"economy: give an Economy, a Calibration or None, not "
-            f"{type(economy).__name__}")
+    require(isinstance(economy, Economy), f"economy: give an Economy or a Calibration, not {type(economy).__name__}")
     return economy
 
 
@@ -3479,13 +3436,6 @@ def economy_dict(economy: Economy) -> dict:
     kept = {f.name: getattr(economy.arrays, f.name, getattr(economy, f.name)) for f in dataclasses.fields(economy)
             if getattr(economy, f.name) is not None}
     return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in kept.items()}
-
-
-def padded(rows: list) -> Tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length as one table, each filled up with its last entry, and which entries are its own."""
-    longest = max(map(len, rows))
-    table = np.array([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
-    return table, np.array([np.arange(longest) < len(row) for row in rows])
 
 
 # ============================================================================================== the machine
@@ -3841,7 +3791,7 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     check_options(Run(seed=seed, device=device, compile=compile))
     require(output_dir is None or isinstance(output_dir, (str, Path)), "output_dir: give the path of a folder")
     require(output_dir or not resume, "resume: give the output_dir whose checkpoint is to go on")
-    check(config)
+    check_options(config)
     economy, device = as_economy(economy), choose_device(device)
     config = sized(config, economy)
     # a run may be resumed to more iterations, and judged at other sizes
@@ -3929,11 +3879,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def options_of(kind) -> list:
-    """The fields of a dataclass that are flags."""
-    return [item for item in dataclasses.fields(kind) if item.metadata and item.metadata["flag"]]
-
-
 def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     """economy: an Economy without flags, or a function that makes one of a calibration, a dataclass whose fields, made
     by option(), become flags. Raises UserError."""
@@ -3945,43 +3890,41 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     parser.add_argument("--version", action="version", version=f"deepham_ks {__version__}")
     for kind in (Run, Config, GridConfig) if fixed else (Run, calibration, Config, GridConfig):
         section = parser.add_argument_group(kind.__name__, kind.__doc__)
-        for item in options_of(kind):
-            of = PRESETS if kind is Config else {"default": kind()}
-            values = {name: getattr(preset, item.name) for name, preset in of.items()}
-            shown = [f"{name} {x!r}" for name, x in values.items() if name == "default" or x != values["default"]]
+        prefix, presets = "grid_" if kind is GridConfig else "", PRESETS.items() if kind is Config else ()
+        for item in filter(lambda item: item.metadata, dataclasses.fields(kind)):
+            others = [(name, getattr(preset, item.name)) for name, preset in presets]
+            shown = [f"default {item.default!r}", *(f"{name} {x!r}" for name, x in others if x != item.default)]
+            how = {"action": argparse.BooleanOptionalAction} if isinstance(item.default, bool) else {
+                "type": type(item.default), "choices": item.metadata["choices"]}
             told = f"{item.metadata['help']} ({', '.join(shown)})".replace("%", "%%")
-            how = {"type": type(item.default), "choices": item.metadata["choices"]}
-            if isinstance(item.default, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            section.add_argument(flag(PREFIX.get(kind, "") + item.name), help=told, **how)
+            section.add_argument(flag(prefix + item.name), help=told, **how)
     given = vars(parser.parse_args(argv))
     changed = [given["preset"]] if given.get("preset", "default") != "default" else []  # names the folder
+    name_no_folder = ("preset", "device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume")
 
     def filled(base):
         """base with the flags given."""
-        prefix = PREFIX.get(type(base), "")
-        values = {item.name: given.get(prefix + item.name, getattr(base, item.name)) for item in options_of(base)}
-        changed.extend(f"{flag(prefix + name)[2:]}-{value}" for name, value in values.items()
-                       if value != getattr(base, name) and name not in MACHINE)
-        base = dataclasses.replace(base, **values)
+        prefix = "grid_" if isinstance(base, GridConfig) else ""
+        asked = {name: given[prefix + name] for name in vars(base) if prefix + name in given}
+        changed.extend(f"{flag(prefix + name)[2:]}-{value}" for name, value in asked.items()
+                       if value != getattr(base, name) and name not in name_no_folder)
+        base = dataclasses.replace(base, **asked)
         check_options(base, lambda name: flag(prefix + name))
         return base
 
     run, cal = filled(Run()), None if fixed else filled(calibration())
     cfg, small = filled(PRESETS[run.preset]), run.preset == "smoke" and run.grid == "converged"
     grid = filled(SMOKE_GRID if small else GRIDS.get(run.grid, GridConfig()))
-    check(cfg)
 
     # no flag may be without effect here and now
-    idle = {"settle", "averaging"} if cfg.published else {"value_rate", "policy_steps", "value_steps"}
+    idle = {"settle", "averaging"} if cfg.published else {"policy_steps", "value_steps"}
     if run.grid == "none":
         idle |= {name for name in given if name.startswith("grid_")}
     require(run.output_dir.isprintable(), f"--output-dir {run.output_dir!r}: leave control characters out of the name")
-    require(not (run.evaluate and run.resume),
-            "--evaluate trains nothing and --resume goes on training; give one of the two")
+    require(not (run.evaluate and (run.resume or RANKS > 1)),
+            "--evaluate trains nothing: run it with python, without torchrun and without --resume")
     if RANKS > 1:
         gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        require(not run.evaluate, "--evaluate trains nothing: run it with python, without torchrun")
         require(run.device == "cpu" or gpus == 0 or here <= gpus, f"--nproc-per-node {here} on a machine with {gpus} "
                 f"GPUs: give --nproc-per-node {gpus}, or --device cpu")
 
@@ -3991,23 +3934,17 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     idle |= {name for name, who in (("players", "game"), ("start", "planner")) if made.equilibrium != who}
     idle = ", ".join(map(flag, sorted(idle & set(given))))
     require(not idle, f"{idle}: without effect here; leave it out")
-    n_moments(made.tables(), sized(cfg, made))
+    n_moments(made.tables(), own_share(sized(cfg, made)))
 
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
     parts = changed if economy is krusell_smith else [Path(Interrupted.script).stem, *changed]
-    name = "_".join(parts).replace("/", "-")
-    if len(name) >= 100:
-        name = f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    run = dataclasses.replace(run, output_dir=run.output_dir or (f"runs/{name}" if parts else "."))
+    folder = "runs/" + "_".join(parts).replace("/", "-") if parts else "."
+    run = dataclasses.replace(run, output_dir=run.output_dir or folder)
     return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid, run)
 
 
-MACHINE = ("preset", "device", "compile", "cuda_graphs", "output_dir", "evaluate", "resume")  # name no folder
-
-
 def check_options(x, name_of: Callable = lambda name: name) -> None:
-    """Every field of a dataclass of options: its type, interval and choices. NaN and infinity lie in no interval that
-    has an open end there."""
+    """Every option of a dataclass: its type, interval and choices."""
     for item in filter(lambda item: item.metadata, dataclasses.fields(x)):
         value, within, name = getattr(x, item.name), item.metadata["within"], name_of(item.name)
         kind, choices = type(item.default), item.metadata["choices"]
@@ -4015,16 +3952,7 @@ def check_options(x, name_of: Callable = lambda name: name) -> None:
         require(fits and isinstance(value, bool) == (kind is bool),
                 f"{name} {value!r}: give {'a number' if kind is float else f'one of type {kind.__name__}'}")
         require(not choices or value in choices, f"{name} {value!r}: give one of {', '.join(choices or ())}")
-        if kind in (int, float):
-            low, high = map(float, within[1:-1].split(","))
-            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
-            require(at_end or low < value < high, f"{name} {value}: give a value in {within}")
-
-
-def check(cfg: Config) -> None:
-    """Values that are possible one by one and impossible together."""
-    check_options(cfg)
-    own_share(cfg)
+        require(kind in (bool, str) or inside(value, within), f"{name} {value}: give a value in {within}")
 
 
 # ---------------------------------------------------------------------------------------------- how a run ends

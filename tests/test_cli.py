@@ -202,7 +202,7 @@ def test_files_of_another_economy(smoke_run, capsys, flag, flags):
 
 
 def as_flags(config, usual, prefix="--"):
-    return [word for item in dataclasses.fields(config) if item.metadata and item.metadata["flag"]
+    return [word for item in dataclasses.fields(config) if item.metadata
             and getattr(config, item.name) != getattr(usual, item.name)
             for word in (prefix + item.name.replace("_", "-"), str(getattr(config, item.name)))]
 

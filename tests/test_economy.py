@@ -590,8 +590,8 @@ def altered(table, *index, by):
 
 @pytest.mark.parametrize("name, shape", [("TFP", (2, 3)), ("P_z", (2, 2)), ("P_z", (3, 2)), ("Pi", (2, 2)),
                                          ("Pi", (2, 3, 3, 3)), ("beta", (2,)), ("beta", (3, 3)), ("income", (2, 3)),
-                                         ("weight", (2,)), ("L", (2,)), ("shares", (2, 3)), ("sees_s", (2, 2)),
-                                         ("sees_s", (3, 1, 1)), ("sees_z", (2, 1)), ("sees_z", (4,)), ("group", (2,)),
+                                         ("weight", (2,)), ("shares", (2, 3)), ("sees_s", (2, 2)),
+                                         ("sees_s", (3, 1, 1)), ("group", (2,)),
                                          ("k_min", (3,))])
 def test_wrong_shape(toy, name, shape):
     assert refused(toy, **{name: np.full(shape, 0.5)}).startswith(f"{name}: ")
@@ -628,8 +628,8 @@ def test_negative_probability(toy, name, row):
 
 
 @pytest.mark.parametrize("name, index", [("TFP", (1,)), ("P_z", (1, 1)), ("Pi", (0, 0, 1, 1)), ("beta", (2,)),
-                                         ("income", (0, 2)), ("weight", (0,)), ("L", (1,)), ("shares", (1, 1)),
-                                         ("sees_s", (0, 0)), ("sees_z", (2, 0)), ("alpha", ()), ("delta", ()),
+                                         ("income", (0, 2)), ("weight", (0,)), ("shares", (1, 1)),
+                                         ("sees_s", (0, 0)), ("alpha", ()), ("delta", ()),
                                          ("gamma", ()), ("k_min", ())])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_are_finite(toy, name, index, value):
@@ -639,7 +639,7 @@ def test_numbers_are_finite(toy, name, index, value):
 
 
 @pytest.mark.parametrize("name, index, value", [("TFP", (0,), 0), ("TFP", (0,), -1), ("beta", (1,), 0),
-                                                ("weight", (1,), 0), ("income", (0, 0), -0.1), ("L", (1,), 0)])
+                                                ("weight", (1,), 0), ("income", (0, 0), -0.1)])
 def test_signs(toy, name, index, value):
     assert refused(toy, **{name: altered(getattr(toy.arrays, name), *index, by=value)}).startswith(f"{name}: ")
 
@@ -705,23 +705,12 @@ def test_shares_must_be_stationary(toy):
 def test_states_that_the_networks_cannot_tell_apart(toy):
     """Equal inputs are refused where discount factor, income or transition differ, and allowed where nothing does."""
     assert refused(toy, sees_s=[[0.0], [1.0], [1.0]]).startswith("sees_s: ")
-    assert refused(toy, sees_z=[[0.0], [1.0], [1.0]]).startswith("sees_z: ")
     # the last two alike in all: nothing of the economy depends on which of them it is
     alike = dict(beta=[0.9, 0.95, 0.95], income=[0.5, 1.0, 1.0], k_min=0.0, sees_s=[[0.0], [1.0], [1.0]],
                  Pi=[[0.5, 0.25, 0.25], [0.2, 0.5, 0.3], [0.2, 0.5, 0.3]])
     dataclasses.replace(toy, **alike)
     for name, index, value in (("beta", (2,), 0.94), ("income", (2,), 1.1), ("Pi", (2,), [0.2, 0.4, 0.4])):
         assert refused(toy, **alike | {name: altered(alike[name], *index, by=value)}).startswith("sees_s: "), name
-
-
-def test_income_and_labour_must_fit(toy):
-    """What households earn on average is the wage for each unit of labour, in every z."""
-    L = toy.arrays.L
-    for wrong in (L * 1.01, altered(L, 2, by=1.0)):
-        told = refused(toy, L=wrong)
-        assert told.startswith("income: ") and "L" in told
-    told = refused(toy, L=L, income=altered(toy.income, 1, 1, by=1.2))
-    assert told.startswith("income: ") and "z = 1" in told
 
 
 def test_tables_broadcast_and_are_copied():
@@ -735,7 +724,8 @@ def test_tables_broadcast_and_are_copied():
     Pi[0], beta[0] = 7, 7
     assert a.Pi.max() == 0.9 and a.beta.max() == 0.95
     assert a.L == pytest.approx(a.income[0] @ np.array([2 / 3, 1 / 3]))
-    assert np.array_equal(a.sees_s, np.eye(2)) and a.sees_z.tolist() == [[-1], [1]]
+    assert np.array_equal(a.sees_s, np.eye(2))
+    assert economy.tables().sees[:, 0].tolist() == [[1, 0, -1], [1, 0, 1]]  # s = 0, and z
     assert a.s_names == ("s = 0", "s = 1") and a.z_names == ("z = 0", "z = 1")
     assert a.weight.tolist() == [1, 1] and economy.gamma == 1 and economy.k_min == 0
 

@@ -135,7 +135,7 @@ def test_the_default_economy_in_labour_and_benefits(econ):
     old, new = dk.krusell_smith(), dataclasses.replace(
         dk.krusell_smith(), income=None, labour=[0.0, cal.l_bar], benefit=[cal.mu, 0.0])
     assert not new.arrays.labour_moves and new.arrays.usual.shape == (2, 0)
-    for name in ("income", "L", "P", "P_z", "Pi", "shares", "annuity", "beta", "TFP", "sees_s", "sees_z", "weight"):
+    for name in ("income", "L", "P", "P_z", "Pi", "shares", "annuity", "beta", "TFP", "sees_s", "weight"):
         assert getattr(new.arrays, name) == pytest.approx(getattr(old.arrays, name), rel=1e-13), name
     assert [getattr(new, name) for name in ("K_ss", "c_ss", "R_ss", "w_ss")] == pytest.approx(
         [getattr(old, name) for name in ("K_ss", "c_ss", "R_ss", "w_ss")], rel=1e-13)
@@ -188,10 +188,7 @@ REFUSED = {
     "a state that does not recur": ({"P_z": [[0.9, 0.1], [0.0, 1.0]]}, "P_z: z = 0 does not recur"),
     "shares that do not stay": ({"shares": [[0.25, 0.25], [0.25, 0.25]]}, "shares: not a stationary distribution"),
     "income beside labour": ({"income": [0.4, 1.0]}, "income: takes the place of labour and benefit"),
-    "L beside labour": ({"L": [0.9, 1.0]}, "L: follows from labour and the shares of s"),
     "income by z": ({"labour": None, "benefit": None, "income": [0.4, 1.0]}, "give labour and benefit in place"),
-    "income and L by z": ({"labour": None, "benefit": None, "income": [0.4, 1.0], "L": [0.8571, 0.9583]},
-                          ""),
 }
 
 

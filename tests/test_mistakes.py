@@ -213,8 +213,8 @@ MISTAKES = {
         "    tax = (usual_paid / a.L).max()\n",
         LABOUR, "test_bad_tables_are_refused_in_one_line"),
     "law of labour as if z stayed": (
-        "ahead = p[t] @ a.Pi[z, z_next] @ a.labour[z_next]",
-        "ahead = p[t] @ a.Pi[z, z] @ a.labour[z_next]",
+        "line(L[t], p[t] @ a.Pi[z, z_next] @ a.labour[z_next])",
+        "line(L[t], p[t] @ a.Pi[z, z] @ a.labour[z_next])",
         LABOUR, "test_labour_next_period_is_linear_where_there_are_two_states"),
     "law of motion without labour": (
         "value = value + labour[..., 0] * (law[..., 2]",

@@ -152,8 +152,9 @@ def test_slopes_and_jacobians_equal_autograd():
 
 def test_features_tell_states_apart(economy):
     """Every (k, s, K, z) has inputs of its own, of order one but for the steep one of k; one column is of K, around its
-    centre; s and z are seen as the economy's tables have them."""
-    econ, a = economy.tables(), economy.arrays
+    centre; s is seen as the economy's table has it, z evenly spaced."""
+    econ, a, Z = economy.tables(), economy.arrays, len(economy.arrays.TFP)
+    sees_z = np.linspace(-1, 1, Z)[:, None][:, : int(Z > 1)]
     k, K = np.linspace(economy.k_min, 4 * economy.K_ss, 9), economy.K_ss * np.linspace(0.8, 1.25, 4)
     at = dk.on_grid(dk.Axes(k, K, a.L[:, None]), econ)
     m, nothing = dk.cash_on_hand(at, econ)[0], torch.zeros(0, dtype=F64)
@@ -161,7 +162,7 @@ def test_features_tell_states_apart(economy):
     assert (x.abs().amax((0, 1, 2, 3)) < 5.9).sum() == x.shape[-1] - 1 and 5.9 < x.abs().max() < 12
     assert len(x.reshape(-1, x.shape[-1]).unique(dim=0)) == m.numel()
     assert torch.allclose(x[..., dk.K_INPUT], 8 * torch.log(at.K / economy.K_ss))
-    assert np.array_equal(x[..., dk.N_OWN :], np.concatenate([a.sees_s[at.s], a.sees_z[at.z]], -1))
+    assert np.array_equal(x[..., dk.N_OWN :], np.concatenate([a.sees_s[at.s], sees_z[at.z]], -1))
     other = dk.features(at, m, dk.Net([], torch.tensor(2 * economy.K_ss), nothing, nothing), econ)
     assert (x != other).any(0).any(0).any(0).any(0).nonzero().flatten().tolist() == [dk.K_INPUT]
 

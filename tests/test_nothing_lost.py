@@ -485,7 +485,7 @@ def edge_values(item):
 
 
 def fields(kind):
-    return [item for item in kind.__dataclass_fields__.values() if item.metadata and item.metadata["flag"]]
+    return [item for item in kind.__dataclass_fields__.values() if item.metadata]
 
 
 FLAGS = st.lists(st.sampled_from([*fields(dk.Calibration), *fields(dk.Config)]).flatmap(edge_values), min_size=1,

@@ -51,7 +51,7 @@ def refused(*argv, **economy):
 
 
 def options(kind):
-    return [item for item in fields(kind) if item.metadata and item.metadata["flag"]]
+    return [item for item in fields(kind) if item.metadata]
 
 
 def test_preset_decides_defaults_and_flags_override_it():
