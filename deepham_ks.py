@@ -271,6 +271,7 @@ class Economy:
     labour: np.ndarray | None = table("ZS", NOT_NEGATIVE, None)  # efficiency units of labour that a household supplies
     benefit: np.ndarray | None = table("ZS", NOT_NEGATIVE, None)  # in wages; a tax on this period's wages pays for it
     income: np.ndarray | None = table("ZS", NOT_NEGATIVE, None)  # in place of both: in wages, after taxes and benefits
+    L: np.ndarray | None = table("Z", "(0, inf)", None)  # beside income: labour supply, which is what households earn
     shares: np.ndarray | None = table("ZS", CHANCE, None)  # stationary; needed only where the chain is not ergodic
     sees_s: np.ndarray | None = table("SF", "(-inf, inf)", None)  # what networks see of s; without it 0/1 for each s
     weight: np.ndarray | float = table("S", "(0, inf)", 1.0)  # of s in the least-squares problems
@@ -3275,7 +3276,8 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
         raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
     require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
             "benefit; leave it out, or these")
-    lengths, full = {"Z": Z, "S": S, "F": -1}, types.SimpleNamespace(shares=None, income=None)
+    require(given.income is not None or given.L is None, "L: follows from labour and the shares of s; leave it out")
+    lengths, full = {"Z": Z, "S": S, "F": -1}, types.SimpleNamespace(shares=None, income=None, L=None)
     defaults = {"benefit": 0.0, "sees_s": np.eye(S)}
     for item in filter(lambda item: item.metadata, dataclasses.fields(given)):
         name, within, shape = item.name, item.metadata["within"], tuple(lengths[n] for n in item.metadata["shape"])
@@ -3293,7 +3295,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
         except (IndexError, TypeError, ValueError):
             raise UserError(f"{name}: give numbers of shape {shape}; Z = {Z} by TFP, S = {S} by {of_S}") from None
         outside = x[~inside(x, within)]
-        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP") and (x < 0).any() else ""
+        hint = "; logs? take exp of them" if name in ("income", "labour", "TFP", "L") and (x < 0).any() else ""
         require(not outside.size, f"{name}: {outside.min(initial=math.inf):g} is not in {within}{hint}")
         setattr(full, name, x if shape else float(x))
     for name, n in (("s_names", S), ("z_names", Z)):
@@ -3378,10 +3380,14 @@ def supply_of_labour(a: types.SimpleNamespace) -> None:
     by_z = a.income is not None  # and by nothing else
     if by_z:
         a.labour, a.benefit = a.income, np.zeros((Z, S))
-    L, paid = [(p * table[every_z]).sum(1) for table in (a.labour, a.benefit)]
+    given_L, (L, paid) = a.L, [(p * table[every_z]).sum(1) for table in (a.labour, a.benefit)]
     a.L, usual_paid = [(given_z * table).sum(1) for table in (a.labour, a.benefit)]
     require(min(L.min(), a.L.min()) > 0, f"{'income' if by_z else 'labour'}: nobody supplies any labour in some "
             "period; give somebody more than 0")
+    gap = np.zeros(Z) if given_L is None else a.L / given_L - 1
+    z = np.abs(gap).argmax()
+    require(abs(gap[z]) <= ROUNDING, f"income: in z = {z} households earn {1 + gap[z]:.6g} wages for each unit of "
+            "labour L; change income or L, or leave L out")
     gap = (1 - a.alpha) * (L / a.L[every_z] - 1)
     tax = (paid / L).max()
     require(not by_z or np.abs(gap).max() <= ROUNDING, "Pi: the shares of s depend on the history of z, not on z "

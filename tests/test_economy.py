@@ -590,7 +590,7 @@ def altered(table, *index, by):
 
 @pytest.mark.parametrize("name, shape", [("TFP", (2, 3)), ("P_z", (2, 2)), ("P_z", (3, 2)), ("Pi", (2, 2)),
                                          ("Pi", (2, 3, 3, 3)), ("beta", (2,)), ("beta", (3, 3)), ("income", (2, 3)),
-                                         ("weight", (2,)), ("shares", (2, 3)), ("sees_s", (2, 2)),
+                                         ("weight", (2,)), ("L", (2,)), ("shares", (2, 3)), ("sees_s", (2, 2)),
                                          ("sees_s", (3, 1, 1)), ("group", (2,)),
                                          ("k_min", (3,))])
 def test_wrong_shape(toy, name, shape):
@@ -628,7 +628,7 @@ def test_negative_probability(toy, name, row):
 
 
 @pytest.mark.parametrize("name, index", [("TFP", (1,)), ("P_z", (1, 1)), ("Pi", (0, 0, 1, 1)), ("beta", (2,)),
-                                         ("income", (0, 2)), ("weight", (0,)), ("shares", (1, 1)),
+                                         ("income", (0, 2)), ("weight", (0,)), ("L", (1,)), ("shares", (1, 1)),
                                          ("sees_s", (0, 0)), ("alpha", ()), ("delta", ()),
                                          ("gamma", ()), ("k_min", ())])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -639,7 +639,7 @@ def test_numbers_are_finite(toy, name, index, value):
 
 
 @pytest.mark.parametrize("name, index, value", [("TFP", (0,), 0), ("TFP", (0,), -1), ("beta", (1,), 0),
-                                                ("weight", (1,), 0), ("income", (0, 0), -0.1)])
+                                                ("weight", (1,), 0), ("income", (0, 0), -0.1), ("L", (1,), 0)])
 def test_signs(toy, name, index, value):
     assert refused(toy, **{name: altered(getattr(toy.arrays, name), *index, by=value)}).startswith(f"{name}: ")
 
@@ -711,6 +711,16 @@ def test_states_that_the_networks_cannot_tell_apart(toy):
     dataclasses.replace(toy, **alike)
     for name, index, value in (("beta", (2,), 0.94), ("income", (2,), 1.1), ("Pi", (2,), [0.2, 0.4, 0.4])):
         assert refused(toy, **alike | {name: altered(alike[name], *index, by=value)}).startswith("sees_s: "), name
+
+
+def test_income_and_labour_must_fit(toy):
+    """What households earn on average is the wage for each unit of labour, in every z."""
+    L = toy.arrays.L
+    for wrong in (L * 1.01, altered(L, 2, by=1.0)):
+        told = refused(toy, L=wrong)
+        assert told.startswith("income: ") and "L" in told
+    told = refused(toy, L=L, income=altered(toy.income, 1, 1, by=1.2))
+    assert told.startswith("income: ") and "z = 1" in told
 
 
 def test_tables_broadcast_and_are_copied():

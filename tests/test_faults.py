@@ -220,7 +220,7 @@ def test_from_joint(whole, digits, miss, economies):
     whole = economies[whole]
     Z, S = whole.arrays.shares.shape
     P_z, Pi = dk.from_joint(whole.arrays.P.reshape(Z * S, -1).round(digits), Z, S)
-    made = dataclasses.replace(whole, P_z=P_z, Pi=Pi, shares=None)
+    made = dataclasses.replace(whole, P_z=P_z, Pi=Pi, shares=None, L=None)
     assert made.arrays.P == pytest.approx(whole.arrays.P, abs=miss)
     assert made.arrays.shares == pytest.approx(whole.arrays.shares, abs=miss)
     assert made.K_ss == pytest.approx(whole.K_ss, rel=miss)
@@ -240,7 +240,7 @@ def test_from_joint_misused(P, Z, S, words):
 def test_tables_of_float32_are_taken():
     """And give the economy of float64."""
     e = dk.krusell_smith()
-    names = ("Pi", "P_z", "TFP", "income", "beta")
+    names = ("Pi", "P_z", "TFP", "income", "L", "beta")
     narrow = {name: np.asarray(getattr(e.arrays, name), np.float32) for name in names}
     made = dataclasses.replace(e, **narrow, shares=e.arrays.shares.astype(np.float32))
     assert made.arrays.P.sum((2, 3)) == pytest.approx(np.ones((2, 2)), abs=1e-14)
@@ -255,10 +255,10 @@ def test_tables_of_torch_are_taken_in_silence():
 
 
 def test_tables_of_four_digits_are_taken():
-    """Normalised within rounding, with shares or without."""
+    """Normalised within rounding, with shares and L or without."""
     e = dk.krusell_smith()
-    rounded = {name: np.round(getattr(e.arrays, name), 4) for name in ("Pi", "P_z", "income")}
-    for more in ({"shares": None}, {"shares": e.arrays.shares.round(4)}):
+    rounded = {name: np.round(getattr(e.arrays, name), 4) for name in ("Pi", "P_z", "income", "L")}
+    for more in ({"shares": None, "L": None}, {"shares": None}, {"shares": e.arrays.shares.round(4)}):
         made = dataclasses.replace(e, **rounded | more)
         assert made.arrays.shares == pytest.approx(e.arrays.shares, abs=1e-4)
         assert made.arrays.L == pytest.approx(e.arrays.L, abs=3e-4)
@@ -268,7 +268,8 @@ def test_tables_of_four_digits_are_taken():
 
 @pytest.mark.parametrize("changes, words", [
     ({"Pi": [[0.5, 0.5], [0.05, 0.94]]}, ["Pi: ", "-0.01"]), ({"P_z": [[0.9, 0.101], [0.1, 0.9]]}, ["P_z: ", "0.001"]),
-    ({"shares": [[0.055, 0.445], [0.045, 0.455]]}, ["shares: ", "0.00955"])], ids=["Pi", "P_z", "shares"])
+    ({"shares": [[0.055, 0.445], [0.045, 0.455]]}, ["shares: ", "0.00955"]),
+    ({"L": [0.955, 0.945]}, ["income: ", "z = 0", "0.990"])], ids=["Pi", "P_z", "shares", "L"])
 def test_beyond_rounding_the_size_is_told(changes, words):
     refused(economy, *words, **changes)
 
@@ -280,7 +281,7 @@ def test_TFP_falls():
     assert economy(TFP=1.0, P_z=[[1.0]]).arrays.L == pytest.approx(economy(TFP=[1.0, 1.0]).arrays.L[0], rel=1e-14)
 
 
-@pytest.mark.parametrize("changes", [{"income": [-1.2, 0.4]}, {"TFP": [-0.01, 0.01]}], ids=str)
+@pytest.mark.parametrize("changes", [{"income": [-1.2, 0.4]}, {"TFP": [-0.01, 0.01]}, {"L": [-0.1, 0.1]}], ids=str)
 def test_logs(changes):
     refused(economy, f"{next(iter(changes))}: ", "logs? take exp", **changes)
 

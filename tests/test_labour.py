@@ -188,7 +188,10 @@ REFUSED = {
     "a state that does not recur": ({"P_z": [[0.9, 0.1], [0.0, 1.0]]}, "P_z: z = 0 does not recur"),
     "shares that do not stay": ({"shares": [[0.25, 0.25], [0.25, 0.25]]}, "shares: not a stationary distribution"),
     "income beside labour": ({"income": [0.4, 1.0]}, "income: takes the place of labour and benefit"),
+    "L beside labour": ({"L": [0.9, 1.0]}, "L: follows from labour and the shares of s"),
     "income by z": ({"labour": None, "benefit": None, "income": [0.4, 1.0]}, "give labour and benefit in place"),
+    "income and L by z": ({"labour": None, "benefit": None, "income": [0.4, 1.0], "L": [0.8571, 0.9583]},
+                          ""),
 }
 
 
