@@ -1962,9 +1962,6 @@ def hp_filtered(x: np.ndarray, smoothing: float) -> np.ndarray:
     return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(len(x)) + smoothing * bend.T @ bend).tocsc(), x)
 
 
-LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
-
-
 class Solution(Policy):
     """A trained policy and value network, in float64: what is judged, saved and loaded. Made of the dict that
     NN_weights_biases.pth holds."""
@@ -2008,7 +2005,8 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
         M_law[:, i] = regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num()
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
     nets = {"policy": policy_net(state, econ, cfg), "value": value_net(state, econ, cfg)}
-    networks = {name: dict(zip(LAYERS, (layer.cpu().clone() for layer in net.layers))) for name, net in nets.items()}
+    layers = "W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3"  # the last six of Q
+    networks = {name: dict(zip(layers, (layer.cpu().clone() for layer in net.layers))) for name, net in nets.items()}
     units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
     return {**networks, **units, "K_mean": float(K.double().mean()), "K_of_z": torch.stack(of_z).double().cpu(),
             "M_law": M_law, "economy": economy_dict(economy), "config": dataclasses.asdict(cfg), "seed": seed,
@@ -2183,9 +2181,6 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
         name: x.cpu().numpy() for name, x in sample.items()}
 
 
-# --- in a panel of N households
-
-
 def panel_policy(solution: Policy) -> Callable:
     """At -> k' of whole cross-sections, in the precision that is fast: of a network float32."""
     if isinstance(solution, Solution):
@@ -2242,9 +2237,6 @@ def meaning(sections: List[Section], econ: Tables, p: int) -> dict:
                for x in sections]
     r = torch.corrcoef(torch.cat(columns, 1))
     return {"K": r[0, 2:], "unemployment": r[1, 2:]}
-
-
-# --- in the limit of infinitely many households
 
 
 def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
@@ -2376,16 +2368,14 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
 
 
 HISTOGRAM = 400  # nodes of k in each s: with twice as many, Gini and std change in the fifth digit
+MOVES = 0.001  # most that mean and std of capital may still have to go when they are judged
+PASSES = 60  # over the judged path of z, at most, until they have less to go
 
 
 def histogram_nodes(top: float, econ: Tables) -> np.ndarray:
     """(HISTOGRAM,) from k_min to top, see k_nodes()."""
     x = torch.linspace(0, 1, HISTOGRAM, dtype=torch.float64)
     return k_nodes(x, torch.tensor(top, dtype=torch.float64), econ).numpy()
-
-
-MOVES = 0.001  # most that mean and std of capital may still have to go when they are judged
-PASSES = 60  # over the judged path of z, at most, until they have less to go
 
 
 def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
@@ -2403,8 +2393,8 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     table, last, change = histogram_policy(solution, axes), np.inf, np.inf
     mass = stationary_mass(solution, k)[z[0]]
     mass = mass / mass.sum()
+    dates = range(first, cfg.eval_periods, POOLED_EVERY)
     for _ in range(PASSES):
-        dates = range(first, cfg.eval_periods, POOLED_EVERY)
         K, labour, pooled, mass = histogram_path(table, axes, mass, z, economy, dates)
         mean_mass = np.mean([mass for mass, *_ in pooled], 0)
         people = mean_mass.sum(0)
@@ -2488,7 +2478,8 @@ def policy_distance(network: Policy, grid: Policy, K_path: np.ndarray) -> dict:
 
 def w1_of_histograms(k: np.ndarray, k_other: np.ndarray, mass: np.ndarray, mass_other: np.ndarray) -> float:
     """W1 of two histograms, mass (n,) on nodes k (n,) that differ: the area between their distribution functions, each
-    linear from half way between two nodes to half way to the next: as steps at the nodes the same two would differ."""
+    linear from half way between two nodes to half way to the next. As steps at the nodes they would be a quarter of the
+    nodes' distance apart where they are the same."""
     ends = [np.concatenate([k[:1], (k[1:] + k[:-1]) / 2, k[-1:]]) for k in (k, k_other)]
     shares = [np.concatenate([mass[:1], mass.cumsum()]) / mass.sum() for mass in (mass, mass_other)]
     at = np.unique(np.concatenate(ends))
