@@ -1761,58 +1761,47 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
 
 
 class Policy:
-    """What the network's and the grid's solution share: a policy and a value, on tensors and on numpy arrays. Below,
-    n_m is the number of moments that the networks see, and zero for a grid."""
+    """What the network's and the grid's solution share, on tensors and on numpy arrays. Each has `economy`, its tables
+    `econ`, mean capital K_mean (goods) and its mean given z, K_of_z (Z,), and on float64 tensors policy(at), k' of
+    households, and values(at), V in the units of utility(). reach() is the least and largest k, and K, at which there
+    is a solution; up to top k was learnt or solved. Below, n_m is the number of moments that the networks see, and zero for a grid."""
 
-    K_mean: float  # mean capital, goods
-    K_of_z: np.ndarray  # (Z,) its mean given z
-    top: float  # largest k that was learnt or solved
     config = Config()  # how it is judged
     seen = Moments((), [])  # of the cross-section
     settled = True  # whether savings had, so that what is judged can be meant
 
-    def policy(self, at: At) -> Tensor:
-        """k' of households, float64 tensors."""
-        raise NotImplementedError
-
-    def values(self, at: At) -> Tensor:
-        """V in the units of utility(), whose c is in units of c_ss."""
-        raise NotImplementedError
-
-    def reach(self) -> Tuple[Tuple[float, float], Tuple[float, float]]:
-        """Least and largest k, and K, at which there is a solution."""
-        raise NotImplementedError
-
     def usual(self, at: At) -> At:
-        """The same with the moments that are usual at K and z."""
-        return at
-
-    def single(self) -> "Policy":
-        """The same for long simulations, in float32 where that is faster."""
-        return self
+        """The same with the moments that are usual at K and z, if any are seen."""
+        if not any(self.seen):
+            return at
+        return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1), at.labour.unsqueeze(-2)))
 
     def next_capital(self, k, s, K, z, M=None, L=None) -> np.ndarray:
         """k' (goods) for numbers or arrays that broadcast: k, K in goods, s and z indices. M (..., n_m) as moments()
         gives it, without which moments, if there are any, are as usual at K and z. L is aggregate labour, in economies
         where it depends on the history of z; without it labour is as usual in z. ValueError outside the range of k, K
         and L that was learnt or solved, and for states that do not exist."""
-        return self.on_arrays(self.policy, k, s, K, z, M, L)
+        return self.policy(self.at(k, s, K, z, M, L)).cpu().numpy()
 
     def value(self, k, s, K, z, M=None, L=None) -> np.ndarray:
         """Expected discounted utility in utils, u(c) = c^(1 - gamma) / (1 - gamma) or ln c; the rest as in
         next_capital()."""
-        return self.on_arrays(self.utils, k, s, K, z, M, L)
+        at, econ = self.at(k, s, K, z, M, L), self.econ
+        if econ.gamma == 1.0:
+            return (self.values(at) + econ.annuity[at.z, at.s] * math.log(econ.c_ss)).cpu().numpy()
+        return (self.values(at) * econ.c_ss ** (1 - econ.gamma)).cpu().numpy()
 
     def consumption(self, k, s, K, z, M=None, L=None) -> np.ndarray:
         """c (goods a period), cash on hand less k'; the rest as in next_capital()."""
-        return self.on_arrays(lambda at: cash_on_hand(at, self.econ)[0] - self.policy(at), k, s, K, z, M, L)
+        at = self.at(k, s, K, z, M, L)
+        return (cash_on_hand(at, self.econ)[0] - self.policy(at)).cpu().numpy()
 
     def mpc(self, k, s, K, z, windfall=0.0, M=None, L=None) -> np.ndarray:
         """Marginal propensity to consume: the share of a windfall (goods, positive or negative) that is consumed in the
         period in which it comes, of the next unit where it is 0; the rest as in next_capital(). ValueError also where
         k and the windfall together lie outside the range."""
         windfall = np.where(np.equal(windfall, 0), MARGIN * self.econ.c_ss, windfall)
-        more = k + windfall / self.on_arrays(lambda at: prices(at, self.econ)[0], k, s, K, z, M, L)
+        more = k + windfall / prices(self.at(k, s, K, z, M, L), self.econ)[0].cpu().numpy()
         return (self.consumption(more, s, K, z, M, L) - self.consumption(k, s, K, z, M, L)) / windfall
 
     @functools.cached_property
@@ -1844,21 +1833,15 @@ class Policy:
         dates = range(0, periods, POOLED_EVERY) if dates is None else sorted(set(dates))
         require(periods >= 1 and (households is None or households >= 2) and set(dates) <= set(range(periods)),
                 "simulate: give periods from 1, households from 2 or None, dates from 0 to periods - 1")
-        of, economy, (k, mass), first, kept = self.histogram, self.economy, self.distribution(), SIMULATED_FIRST, []
+        of, (k, mass) = self.histogram, self.distribution()
         if households is None:
-            z = draw_z_path(first + periods, economy.arrays.P_z, np.random.default_rng(seed))
-
-            def keep(t, mass, k_next):
-                if t - first in dates:
-                    kept.append((mass, k_next, z[t]))
-
-            K, last = simulate_histogram(of.table, of.axes, of.mass, z, economy, keep)
-            paths = [x[first:] for x in (z, np.append(K, last.sum(0) @ k), labour_along(economy, z, of.mass))]
+            z = draw_z_path(BURN + periods, self.economy.arrays.P_z, np.random.default_rng(seed))
+            K, labour, kept, _ = histogram_path(of.table, of.axes, of.mass, z, self.economy, {BURN + t for t in dates})
             sections, held = [histogram_section(self, k, *at) for at in kept], [(k, mass) for mass, *_ in kept]
-            return Simulation(self, *paths, sections, dates, held)
+            return Simulation(self, z[BURN:], K[BURN:], labour[BURN:], sections, dates, held)
         rng, states = torch.Generator().manual_seed(seed), np.arange(len(self.econ.beta))[:, None]
         panel = settled_panel(k, mass, 1, households, self.econ, rng)
-        sections, *paths = panel_path(self, panel, periods, first, dates, rng)
+        sections, *paths = panel_path(self, panel, periods, BURN, dates, rng)
         K, z, labour, C, K_next = [x[:, 0] for x in paths]
         held = [(x.at.k[0].cpu().numpy(), (x.at.s[0].cpu().numpy() == states) / households) for x in sections]
         return Simulation(self, z, np.append(K, K_next[-1]), labour, sections, dates, held, C)
@@ -1869,57 +1852,48 @@ class Policy:
         households, and the 10th and 90th percentile of the paths' own."""
         cfg = Config(irf_periods=periods, irf_paths=paths, irf_agents=households)
         found = impulse_responses(self, cfg, *self.distribution())
-        return {series: np.stack(impulse_response(*found[series], series == "interest_rate")) for series in SERIES[:4]}
-
-    def utils(self, at: At) -> Tensor:
-        econ = self.econ
-        if econ.gamma == 1.0:
-            return self.values(at) + econ.annuity[at.z, at.s] * math.log(econ.c_ss)
-        return self.values(at) * econ.c_ss ** (1 - econ.gamma)
+        return {series: np.stack(impulse_response(found, series)) for series in SERIES[:4]}
 
     def moments(self, k, s) -> np.ndarray:
         """M (..., n_m) of cross-sections k, s (..., N)."""
-        if not self.seen.given and not self.seen.Q:
+        if not any(self.seen):
             raise ValueError("this solution sees nothing but K of the cross-section")
         k, s = np.broadcast_arrays(k, s)
         sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
         return moments_of(*sections, self.seen, self.econ, sections[0][:, :0]).reshape(*k.shape[:-1], -1).cpu().numpy()
 
-    def on_arrays(self, function: Callable, k, s, K, z, M=None, L=None) -> np.ndarray:
-        """A function of At, called with numbers or arrays."""
-        if L is not None and not self.econ.labour_moves:
+    def at(self, k, s, K, z, M=None, L=None) -> At:
+        """Where households are; the arguments and errors of next_capital()."""
+        econ, given = self.econ, L is not None
+        if given and not econ.labour_moves:
             raise ValueError("L follows from z in this economy; leave it out")
-        k, s, K, z, L = np.broadcast_arrays(k, s, K, z, np.nan if L is None else L)
-        for name, index, n in (("s", s, len(self.econ.beta)), ("z", z, len(self.econ.TFP))):
+        k, s, K, z, L = np.broadcast_arrays(k, s, K, z, L if given else 0.0)
+        for name, index, n in (("s", s, len(econ.beta)), ("z", z, len(econ.TFP))):
             wrong = index[~np.isin(index, np.arange(n))]
             if wrong.size:
                 raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
-        for name, x, (low, high) in zip(("k", "K", "L"), (k, K, L), (*self.reach(), self.reach_of_L(z))):
+        ranges = [("k", k, *self.reach()[0]), ("K", K, *self.reach()[1])]
+        if given:
+            ranges.append(("L", L, *np.moveaxis(self.economy.arrays.L_range[z], -1, 0)))
+        for name, x, low, high in ranges:
             slack = 1e-6 * (high - low)  # of float32
-            wrong = (np.isnan(x) & (name != "L")) | (x < low - slack) | (x > high + slack)
+            wrong = ~((x >= low - slack) & (x <= high + slack))
             if wrong.any():
                 raise ValueError(f"{name} = {x[wrong][0]:g} is outside [{np.min(low):.6g}, {np.max(high):.6g}], where "
                                  "this solution was found")
-        dtypes = torch.float64, torch.int64, torch.float64, torch.int64
-        at = place(*[torch.tensor(x, dtype=dtype, device=self.device) for x, dtype in zip((k, s, K, z), dtypes)],
-                   self.econ)
-        if self.econ.labour_moves and not np.isnan(L).all():
-            L = torch.tensor(L, dtype=torch.float64, device=self.device)
-            at = at._replace(labour=labour_at(L, at.z, self.econ))
+        k, K, L = [torch.tensor(x, dtype=torch.float64, device=self.device) for x in (k, K, L)]
+        s, z = [torch.tensor(x, dtype=torch.int64, device=self.device) for x in (s, z)]
+        at = place(k, s, K, z, econ)
+        if given:
+            at = at._replace(labour=labour_at(L, at.z, econ))
+        at = self.usual(at)
+        n = at.M.shape[-1]
         if M is None:
-            return function(self.usual(at)).cpu().numpy()
-        n = len(self.net.M_mean) if isinstance(self, Solution) else 0
+            return at
         if not n or np.shape(M)[-1:] != (n,):
             raise ValueError(f"M is (..., {n}) as moments() gives it, here {np.shape(M)}")
         M = np.broadcast_to(M, (*k.shape, n))
-        return function(at._replace(M=torch.tensor(M, dtype=torch.float64, device=self.device))).cpu().numpy()
-
-    def reach_of_L(self, z: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """Least and largest aggregate labour at z, where it moves."""
-        if not self.econ.labour_moves:
-            return -np.inf, np.inf
-        low, high = self.economy.arrays.L_range[z].T
-        return low.T, high.T
+        return at._replace(M=torch.tensor(M, dtype=torch.float64, device=self.device))
 
     @property
     def device(self):
@@ -1927,8 +1901,7 @@ class Policy:
 
 
 def labour_at(L: Tensor, z: Tensor, econ: Tables) -> Tensor:
-    """(L, tax) (..., 2) of L (...), the tax by the law of the benefits that are paid; (..., 0) where both follow from
-    z."""
+    """(L, tax) (..., 2) of L (...), the tax by the law of the benefits paid; (..., 0) where both follow from z."""
     if not econ.labour_moves:
         return econ.usual[z]
     law = econ.benefit_law[z]
@@ -1936,7 +1909,7 @@ def labour_at(L: Tensor, z: Tensor, econ: Tables) -> Tensor:
 
 
 MARGIN = 1e-5  # of c_ss: the unit of a marginal propensity to consume
-SIMULATED_FIRST = 100  # periods before a path begins, in which K forgets where it started
+BURN = 100  # periods before a path, and before a shock, in which K forgets where it started
 
 
 class Simulation:
@@ -2000,9 +1973,6 @@ def hp_filtered(x: np.ndarray, smoothing: float) -> np.ndarray:
     return x - scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(len(x)) + smoothing * bend.T @ bend).tocsc(), x)
 
 
-LAYERS = ("W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3")  # the last six of Q
-
-
 class Solution(Policy):
     """A trained policy and value network, in float64: what is judged, saved and loaded. Made of the dict that
     NN_weights_biases.pth holds."""
@@ -2026,41 +1996,32 @@ class Solution(Policy):
     def values(self, at: At) -> Tensor:
         return value_of(value_output(self.value_net, at, self.econ), at, self.econ)[0]
 
-    def usual(self, at: At) -> At:
-        return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1), at.labour.unsqueeze(-2)))
-
-    def single(self) -> "Solution":
-        return Solution(self.weights, self.device, torch.float32)
-
     def reach(self) -> tuple:
-        low, high = [float(x) for x in self.weights["K_range"]]
-        return (self.econ.k_min, float(self.stationary[0][-1])), (low, high)
+        return (self.econ.k_min, float(self.stationary[0][-1])), tuple(self.weights["K_range"].tolist())
 
     def save(self, path) -> None:
         save_checkpoint(Path(path), self.weights)
 
 
 def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict:
-    """Everything needed to use the networks: layers, tables, configuration, what inputs are centred on, mean capital,
-    the range that was learnt, and what is usual of the moments by by_law() in each z: M_law (Z, n_m, 2 or 4)."""
+    """What NN_weights_biases.pth holds (docs/output.md): all that is needed to use the networks."""
     econ = economy.tables(state.policy.device, torch.float32)
     with torch.no_grad():  # the economies a while longer, as they are
         rng = generator(state.policy.device.type, seed + state.iteration + 1)
         paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
-    K, z, M, labour = [gathered(x, 1) for x in (paths.at.K, paths.at.z, paths.at.M, paths.at.labour)]
+    K, z, M, labour = [gathered(getattr(paths.at, name), 1) for name in ("K", "z", "M", "labour")]
     require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy(), labour.double().cpu().numpy())
-    laws = [regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num().cpu()
-            for i in range(M.shape[-1])]
+    M_law = torch.zeros(len(econ.TFP), M.shape[-1], state.K_law.shape[1], dtype=torch.float64)
+    for i in range(M.shape[-1]):
+        M_law[:, i] = regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num()
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
-    layers = {"policy": policy_net(state, econ, cfg).layers,
-              "value": value_net(state, econ, cfg).layers}
-    networks = {name: dict(zip(LAYERS, (layer.cpu().clone() for layer in of))) for name, of in layers.items()}
+    nets = {"policy": policy_net(state, econ, cfg), "value": value_net(state, econ, cfg)}
+    layers = "W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3"  # the last six of Q
+    networks = {name: dict(zip(layers, (layer.cpu().clone() for layer in net.layers))) for name, net in nets.items()}
     units = {name: getattr(state, name).cpu().clone() for name in ("K_centre", "M_mean", "M_std", "k_range", "K_range")}
     return {**networks, **units, "K_mean": float(K.double().mean()), "K_of_z": torch.stack(of_z).double().cpu(),
-            "M_law": torch.stack(laws, 1) if laws else torch.zeros(
-                len(econ.TFP), 0, state.K_law.shape[1], dtype=torch.float64),
-            "economy": economy_dict(economy), "config": dataclasses.asdict(cfg), "seed": seed, "settled": state.settled,
-            "history": {name: list(x) for name, x in state.history.items()}}
+            "M_law": M_law, "economy": economy_dict(economy), "config": dataclasses.asdict(cfg), "seed": seed,
+            "settled": state.settled, "history": {name: list(x) for name, x in state.history.items()}}
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -2077,28 +2038,23 @@ class Section(NamedTuple):
 
 def cross_section(solution: Policy, at: At, p: Tensor, k_next: Tensor, weight: Tensor) -> Section:
     """What households k, s, k' (D, n) of the economies z (D, 1) with shares p (D, S) see, and what is expected of their
-    economies: K' is what they save, labour is known for each z', moments and a planner's Delta are in expectation over
-    everybody's s', for each z'."""
+    economies: K' is what they save, labour is known for each z', moments and a planner's Delta, the mean gain from K
+    over households, are in expectation over everybody's s', for each z'."""
     econ, K, K_next = solution.econ, (weight * at.k).mean(1, keepdim=True), (weight * k_next).mean(1, keepdim=True)
     M = moments_of(at.k, at.s, solution.seen, econ, weight).unsqueeze(1)
     M_next = next_moments(k_next, at.s, at.z, solution.seen, econ, weight).unsqueeze(1)
     zero = torch.zeros_like(K)
     at = at._replace(K=K, M=M, Delta=zero, labour=labour_of(p, at.z, econ))
     ahead = Ahead(K_next, M_next, zero.unsqueeze(-1).expand(-1, -1, len(econ.TFP)), labour_ahead(p, at.z, econ))
-    section = Section(at, ahead, k_next, weight)
-    return with_planner_Delta(solution, section) if econ.equilibrium == "planner" else section
-
-
-def with_planner_Delta(solution: Policy, section: Section) -> Section:
-    """Delta, the mean gain from K over households: now, and next period for each z'."""
-    econ, (at, ahead, k_next, weight) = solution.econ, section
-    now = (weight * gain_from_K(k_next, at, econ)).mean(1, keepdim=True)
-    nexts = successors(at, k_next, ahead, econ)
-    gain = gain_from_K(solution.policy(solution.usual(nexts)), nexts, econ)
-    p = weight * econ.probability[at.z, at.s].movedim(-1, 0)
-    to = [p * (nexts.z == z_next) for z_next in range(len(econ.TFP))]
-    Delta_next = torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1).unsqueeze(1)
-    return section._replace(at=at._replace(Delta=now), ahead=ahead._replace(Delta=Delta_next))
+    if econ.equilibrium == "planner":
+        nexts = successors(at, k_next, ahead, econ)
+        gain = gain_from_K(solution.policy(solution.usual(nexts)), nexts, econ)
+        p = weight * econ.probability[at.z, at.s].movedim(-1, 0)
+        to = [p * (nexts.z == z_next) for z_next in range(len(econ.TFP))]
+        Delta_next = torch.stack([((x * gain).sum((0, 2)) / x.sum((0, 2))).nan_to_num() for x in to], 1).unsqueeze(1)
+        at = at._replace(Delta=(weight * gain_from_K(k_next, at, econ)).mean(1, keepdim=True))
+        ahead = ahead._replace(Delta=Delta_next)
+    return Section(at, ahead, k_next, weight)
 
 
 def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
@@ -2106,15 +2062,14 @@ def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
     mass = section.weight.flatten().double().clamp(min=0).cumsum(0)
     at = (torch.arange(n, device=mass.device) + 0.5) / n * mass[-1] * (1 - 1e-12)
     chosen = torch.searchsorted(mass, at).clamp(max=len(mass) - 1)
-    date = chosen // section.weight.shape[1]
-    here = section.at._replace(k=section.at.k.flatten()[chosen], s=section.at.s.flatten()[chosen])
-    of_all = {name: getattr(here, name)[date, 0] for name in ("K", "z", "M", "Delta", "labour")}
-    return here._replace(**of_all), pick(section.ahead, (date, 0))
+    date, (k, s, *of_all) = chosen // section.weight.shape[1], section.at
+    own = [x.flatten()[chosen] for x in (k, s)]
+    return At(*own, *[x[date, 0] for x in of_all]), pick(section.ahead, (date, 0))
 
 
-def euler_errors(solution: Policy, at: At, ahead: Ahead, everywhere: bool = False) -> Tensor:
-    """1 - c~ / c with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit, at the states (n,)
-    where the limit does not hold c = c~ there; everywhere: at all, and NaN at the others."""
+def euler_errors(solution: Policy, at: At, ahead: Ahead) -> Tensor:
+    """1 - c~ / c (n,) with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit; NaN where the
+    limit holds c = c~ there."""
     econ, (m, _), k_next = solution.econ, cash_on_hand(at, solution.econ), solution.policy(at)
     nexts = successors(at, k_next, ahead, econ)
     m_next, R_next = cash_on_hand(nexts, econ)
@@ -2122,7 +2077,7 @@ def euler_errors(solution: Policy, at: At, ahead: Ahead, everywhere: bool = Fals
     implied = inverse_marginal_utility((econ.beta[at.s] * worth).clamp(min=1e-30), econ)
     implied = torch.minimum(implied, m - econ.k_min)
     error, free = 1 - implied / (m - k_next), (k_next > econ.k_min) | (implied < m - econ.k_min)
-    return torch.where(free, error, torch.nan) if everywhere else error[free]
+    return torch.where(free, error, torch.nan)
 
 
 def bellman_errors(solution: Policy, at: At, ahead: Ahead) -> Tuple[Tensor, Tensor]:
@@ -2166,11 +2121,6 @@ ERROR_STATES = 50_000  # states at which errors are taken
 C_MIN = 1e-12  # of c_ss: keeps u'(c) finite where there is nothing to consume
 
 
-def dropped(cfg: Config) -> int:
-    """First periods of eval_periods that nothing is taken from."""
-    return cfg.eval_periods // 10
-
-
 def inequality(x: np.ndarray, weight: np.ndarray) -> dict:
     """Moments, quantiles, Gini, top shares and Lorenz curve (share held by the poorest 0, 5, ..., 100%) of x (n,), each
     with its weight, some of them a little below zero, see lottery()."""
@@ -2203,8 +2153,9 @@ def law_of_motion_figures(K_path: np.ndarray, labour: np.ndarray, z_path: np.nda
 
 
 def euler_sizes(error: Tensor) -> dict:
-    """log10 of absolute Euler errors, 10^-16 at least."""
-    error = np.maximum(error.abs().cpu().numpy(), 1e-16) if len(error) else np.array([1e-16])
+    """log10 of absolute Euler errors, 10^-16 at least, where the limit does not hold."""
+    error = torch.where(error.isnan().all(), 0.0, error)  # where nobody is free nobody errs
+    error = error[~error.isnan()].abs().clamp(min=1e-16).cpu().numpy()
     return {"mean": np.log10(error.mean()), "p99": np.log10(np.percentile(error, 99)), "max": np.log10(error.max())}
 
 
@@ -2214,30 +2165,24 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
     behind them."""
     econ, each = solution.econ, max(1, ERROR_STATES // len(sections))
     of_section = [states_of(section, min(each, section.weight.numel())) for section in sections]
-    at, ahead = [stacked([states[i] for states in of_section]) for i in (0, 1)]
-    n, size = len(at.k), len(at.k) if at.k.is_cuda else 4096  # which a CPU holds in its cache
-    parts = [bellman_errors(solution, pick(at, slice(i, i + size)), pick(ahead, slice(i, i + size)))
-             for i in range(0, n, size)]
-    own, best = [torch.cat(x) for x in zip(*parts)]
-    c = cash_on_hand(at, econ)[0] - solution.policy(at)
-    utils = econ.c_ss ** (1 - econ.gamma)
+    at, ahead = [type(of[0])(*map(torch.cat, zip(*of))) for of in zip(*of_section)]
+    parts = [slice(i, i + 4096) for i in range(0, len(at.k), 4096)]  # which a CPU holds in its cache
+    own, best = [torch.cat(x) for x in zip(*[bellman_errors(solution, pick(at, part), pick(ahead, part))
+                                             for part in parts])]
+    c, utils = cash_on_hand(at, econ)[0] - solution.policy(at), econ.c_ss ** (1 - econ.gamma)
 
     def sizes(error):
         error = error.cpu().numpy()
         return {"mean": np.abs(error).mean(), "rmse": np.sqrt(np.mean(error**2)), "max": np.abs(error).max()}
 
-    every_c = torch.cat([(cash_on_hand(x.at, econ)[0] - x.k_next).flatten() for x in sections]).cpu().numpy()
-    k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in
-                 ([x.at.k for x in sections], [x.weight / x.weight.shape[1] for x in sections])]
-    euler = euler_errors(solution, at, ahead, everywhere=True)
-    K, z, of_path = [torch.tensor(x, device=econ.TFP.device) for x in (K_path, z_path, labour)]
-    R, _ = prices(place(K, z, K, z, econ)._replace(labour=of_path), econ)
+    every_c, k, weight = [torch.cat([x.flatten() for x in of]).cpu().numpy() for of in zip(*[
+        (cash_on_hand(x.at, econ)[0] - x.k_next, x.at.k, x.weight / x.weight.shape[1]) for x in sections])]
+    euler = euler_errors(solution, at, ahead)
     u = utility(torch.from_numpy(every_c).clamp(min=C_MIN * econ.c_ss), econ).numpy()
     figures = {
-        "periods": len(K_path), "states": n, "bellman_own_c": sizes(utils * own), "bellman_best_c": sizes(utils * best),
-        "bellman_in_consumption": sizes(own / (marginal_utility(c, econ) * c)),
-        "euler_log10": euler_sizes(euler[~euler.isnan()]), "capital": inequality(k, weight),
-        "consumption": inequality(every_c, weight), "interest_rate_percent": 100 * (float(R.mean()) - 1),
+        "periods": len(K_path), "states": len(at.k), "bellman_own_c": sizes(utils * own),
+        "bellman_best_c": sizes(utils * best), "bellman_in_consumption": sizes(own / (marginal_utility(c, econ) * c)),
+        "euler_log10": euler_sizes(euler), "capital": inequality(k, weight), "consumption": inequality(every_c, weight),
         "welfare": float(inverse_utility(torch.tensor(weight @ u / weight.sum()), econ)),
         "law_of_motion": law_of_motion_figures(K_path, labour, z_path, len(econ.TFP))}
     if econ.equilibrium == "planner":
@@ -2247,22 +2192,15 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
         name: x.cpu().numpy() for name, x in sample.items()}
 
 
-def stacked(parts: list):
-    """Tuples of tensors, one after the other."""
-    return type(parts[0])(*[torch.cat(of) for of in zip(*parts)])
-
-
-# --- in a panel of N households
-
-
 def panel_policy(solution: Policy) -> Callable:
-    """At -> k' of whole cross-sections, in the precision that is fast."""
-    single = solution.single()
-    dtype = single.econ.beta.dtype
+    """At -> k' of whole cross-sections, in the precision that is fast: of a network float32."""
+    if isinstance(solution, Solution):
+        solution = Solution(solution.weights, solution.device, torch.float32)
+    dtype = solution.econ.beta.dtype
 
     def policy(at, weight):
-        M = moments_of(at.k.to(dtype), at.s, single.seen, single.econ, weight).unsqueeze(1)
-        return single.policy(at._replace(k=at.k.to(dtype), K=at.K.to(dtype), M=M, labour=at.labour.to(dtype)))
+        M = moments_of(at.k.to(dtype), at.s, solution.seen, solution.econ, weight).unsqueeze(1)
+        return solution.policy(at._replace(k=at.k.to(dtype), K=at.K.to(dtype), M=M, labour=at.labour.to(dtype)))
     return policy
 
 
@@ -2295,9 +2233,8 @@ def panel_path(solution: Policy, panel: Panel, periods: int, first: int, dates, 
 def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) -> Tuple[dict, dict]:
     """Figures in panels of N households, which start from the solution's own distribution in the limit. The shocks are
     the same whatever the solution and the device."""
-    econ, rng, first = solution.econ, torch.Generator().manual_seed(JUDGE_SEED), dropped(cfg)
-    panel = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng)
-    periods = cfg.eval_periods - first
+    econ, rng, first = solution.econ, torch.Generator().manual_seed(JUDGE_SEED), cfg.eval_periods // 10
+    panel, periods = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng), cfg.eval_periods - first
     sections, *path, _, _ = panel_path(solution, panel, periods, first, range(0, periods, POOLED_EVERY), rng)
     figures, arrays = judged(solution, sections, *path)
     if solution.seen.Q:
@@ -2307,25 +2244,14 @@ def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) 
 
 def meaning(sections: List[Section], econ: Tables, p: int) -> dict:
     """Correlation of each learnt moment with K and with the share of households in the state of lowest income."""
-    K = torch.cat([x.at.K.flatten() for x in sections])
-    lowest = torch.cat([(econ.lowest[x.at.s] * x.weight).mean(-1) for x in sections])
-    learnt = torch.cat([x.at.M.flatten(0, 1) for x in sections])[:, -p:].T
-    r = torch.corrcoef(torch.cat([torch.stack([K, lowest]), learnt]))[:2, 2:]
-    return {"K": r[0], "unemployment": r[1]}
-
-
-# --- in the limit of infinitely many households
+    columns = [torch.cat([x.at.K, (econ.lowest[x.at.s] * x.weight).mean(-1, keepdim=True), x.at.M[:, 0, -p:]], 1).T
+               for x in sections]
+    r = torch.corrcoef(torch.cat(columns, 1))
+    return {"K": r[0, 2:], "unemployment": r[1, 2:]}
 
 
 def power_grid(n: int, low: float, high: float, exponent: float) -> np.ndarray:
     return low + (high - low) * np.linspace(0, 1, n) ** exponent
-
-
-def between(x: np.ndarray, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """The node below x, but for the last, and how far x is on the way to the next."""
-    position = np.interp(x, nodes, np.arange(len(nodes)))
-    i = np.minimum(position.astype(int), len(nodes) - 2)
-    return i, position - i
 
 
 def moves(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
@@ -2368,23 +2294,21 @@ def corners(axes: Axes, z: int, K: float, L: float) -> Tuple[Tuple[int, ...], np
 def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, economy: Economy,
                        keep: Callable | None = None):
     """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
-    nodes around k', which keeps the mean. table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, or a
-    function of (mass, K, z). Between nodes of K and L each moves its share of the mass, which is the same but for
-    households whose k' passes a node of k there. Returns K (periods,) and the mass after it, at the first z again;
-    keep(t, mass, k') sees every period."""
-    K_path, k_of_all, (Pi, of_s) = np.empty(len(z_path)), np.tile(axes.k, len(mass)), (
-        economy.arrays.Pi, economy.arrays.labour)
+    nodes around k', which keeps the mean. table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, each of whose
+    nodes moves its share of the mass, or a function of (mass, K, z). Returns K (periods,) and the mass after it, at the
+    first z again; keep(t, mass, k') sees every period."""
+    a, K_path, every_k = economy.arrays, np.empty(len(z_path)), np.tile(axes.k, len(mass))
 
     @functools.cache
     def between_nodes(z, index):
         return moves(table[z][:, list(index)], axes.k)
 
     for t, z in enumerate(z_path):
-        K_path[t] = mass.ravel() @ k_of_all
+        K_path[t] = mass.ravel() @ every_k
         if callable(table):
             k_next, weight = table(mass, K_path[t], z)[:, None], np.ones(1)  # (s, 1, n)
         else:
-            index, weight = corners(axes, z, K_path[t], mass.sum(1) @ of_s[z])
+            index, weight = corners(axes, z, K_path[t], mass.sum(1) @ a.labour[z])
             k_next = table[z][:, list(index)]
         if weight.min() < -1e-12:  # beyond the nodes
             k_next, weight = (weight @ k_next)[:, None], np.ones(1)
@@ -2392,7 +2316,7 @@ def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, 
             keep(t, mass, weight @ k_next)
         move = between_nodes(z, index) if len(weight) > 1 else moves(k_next, axes.k)
         moved = move @ (mass[:, None] * weight[:, None]).ravel()
-        mass = Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)
+        mass = a.Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)
     return K_path, mass
 
 
@@ -2402,6 +2326,19 @@ def labour_along(economy: Economy, z_path: np.ndarray, mass: np.ndarray) -> np.n
         return np.zeros((len(z_path), 0))
     p = torch.from_numpy(share_path(economy.arrays, z_path, mass.sum(1)))
     return labour_of(p, torch.from_numpy(z_path)[:, None], economy.tables())[:, 0].numpy()
+
+
+def histogram_path(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, economy: Economy, dates):
+    """simulate_histogram() with all that a Simulation is made of: K (periods + 1,), labour (periods, 2), (mass, k', z)
+    at dates, and the mass at the end."""
+    kept = []
+
+    def keep(t, mass, k_next):
+        if t in dates:
+            kept.append((mass, k_next, z_path[t]))
+
+    K, last = simulate_histogram(table, axes, mass, z_path, economy, keep)
+    return np.append(K, last.sum(0) @ axes.k), labour_along(economy, z_path, mass), kept, last
 
 
 def dispersed_mass(k: np.ndarray, K: float, z: int, economy: Economy) -> np.ndarray:
@@ -2419,34 +2356,31 @@ def stationary_mass(solution: Policy, k: np.ndarray) -> np.ndarray:
                       for z in range(Z)])
     back = 1e-9  # of the mass starts anew each period, so that groups for ever keep their shares
     order = np.arange(Z * S * n).reshape(-1, n).T.ravel()  # nodes outermost: what moves a little is near the diagonal
+    z, s, nodes = [torch.from_numpy(x).to(solution.device) for x in np.meshgrid(
+        np.arange(Z), np.arange(S), k, indexing="ij")]
+    chain, found = scipy.sparse.kron(economy.arrays.P.reshape(Z * S, Z * S).T, scipy.sparse.eye_array(n)), []
 
-    def at_level(level):
+    def excess(level):
+        """Of mean capital over the K at which households save, a log."""
         K = torch.tensor(solution.K_of_z * math.exp(level), device=solution.device)
-        z, s, nodes = [torch.from_numpy(x).to(solution.device) for x in np.meshgrid(
-            np.arange(Z), np.arange(S), k, indexing="ij")]
         at = solution.usual(place(nodes, s, K[z], z, solution.econ))
         k_next = solution.policy(at).cpu().numpy().reshape(Z * S, n)
-        chain = scipy.sparse.kron(economy.arrays.P.reshape(Z * S, Z * S).T, scipy.sparse.eye_array(n))
         system = scipy.sparse.eye_array(Z * S * n) - (1 - back) * (chain @ moves(k_next[:, None], k))
         system = system.tocsc()[order][:, order]
         mass = scipy.sparse.linalg.splu(system, permc_spec="NATURAL").solve(back * start.ravel()[order])
         mass = mass.reshape(n, Z, S).transpose(1, 2, 0) / mass.sum()
-        return mass, math.log(max(mass.sum((0, 1)) @ k, 1e-9) / (mass.sum((1, 2)) @ K.cpu().numpy()))
+        found.append(mass)
+        return math.log(max(mass.sum((0, 1)) @ k, 1e-9) / (mass.sum((1, 2)) @ K.cpu().numpy()))
 
-    found = {}
-
-    def excess(level):
-        found[level], gap = at_level(level)
-        return gap
-
-    ends = (-0.05, 0.05)
-    if excess(ends[0]) <= 0 or excess(ends[1]) >= 0:  # the usual K is not that of this policy: a path has to tell
+    if excess(-0.05) <= 0 or excess(0.05) >= 0:  # the usual K is not that of this policy: a path has to tell
         return start
-    scipy.optimize.brentq(excess, *ends, xtol=1e-7, rtol=1e-12, maxiter=60)
-    return list(found.values())[-1]
+    scipy.optimize.brentq(excess, -0.05, 0.05, xtol=1e-7, rtol=1e-12, maxiter=60)
+    return found[-1]
 
 
 HISTOGRAM = 400  # nodes of k in each s: with twice as many, Gini and std change in the fifth digit
+MOVES = 0.001  # most that mean and std of capital may still have to go when they are judged
+PASSES = 60  # over the judged path of z, at most, until they have less to go
 
 
 def histogram_nodes(top: float, econ: Tables) -> np.ndarray:
@@ -2455,81 +2389,66 @@ def histogram_nodes(top: float, econ: Tables) -> np.ndarray:
     return k_nodes(x, torch.tensor(top, dtype=torch.float64), econ).numpy()
 
 
-MOVES = 0.001  # most that mean and std of capital may still have to go when they are judged
-PASSES = 60  # over the judged path of z, at most, until they have less to go
-
-
 def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     """Infinitely many households, from their stationary distribution over one path of z again and again, so that no
     transition is seen, until mean and std of capital have less than MOVES to go: a pass that moves them by d, the last
-    one by d / r, leaves d r / (1 - r). Of the last pass: z (periods,), K (periods + 1,), labour (periods, 2), pooled
-    (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at z[0], the axes and table of
-    histogram_policy(), and how well it has settled. UserError where that leads out of the range of the solution."""
-    economy = solution.economy
-    k, mass = solution.stationary
-    z_path = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
+    one by d / r, leaves d r / (1 - r). Of the last pass, less its first tenth: z (periods,), K (periods + 1,), labour
+    (periods, 2), pooled (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at the first z,
+    the axes and table of histogram_policy(), and how far it still moves. UserError where that leads out of the range of
+    the solution."""
+    economy, first, (k, mass) = solution.economy, cfg.eval_periods // 10, solution.stationary
+    z = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
     axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
     table, last, change = histogram_policy(solution, axes), np.inf, np.inf
-    mass = mass[z_path[0]] / mass[z_path[0]].sum()
+    mass = mass[z[0]] / mass[z[0]].sum()
+    dates = range(first, cfg.eval_periods, POOLED_EVERY)
     for _ in range(PASSES):
-        pooled, start = [], mass
-
-        def keep(t, mass, k_next, pooled=pooled):
-            if t >= dropped(cfg) and (t - dropped(cfg)) % POOLED_EVERY == 0:
-                pooled.append((mass, k_next, z_path[t]))
-
-        K_path, mass = simulate_histogram(table, axes, mass, z_path, economy, keep)
+        K, labour, pooled, mass = histogram_path(table, axes, mass, z, economy, dates)
         mean_mass = np.mean([mass for mass, *_ in pooled], 0)
         people = mean_mass.sum(0)
         now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
         change_before, change, last = change, np.abs(now / last - 1).max(), now
         slow = min(change / change_before, 0.98)
         moving = float(change * max(slow / (1 - slow), 0.5))
-        if moving < MOVES and np.isfinite(change_before):
+        if moving < MOVES:
             break
     at_end = people[-1] * k[-1] / now[0]
     require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
             f"the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not settle below it; train longer")
     if isinstance(solution, GridSolution):
-        require(solution.K_low < K_path.min() and K_path.max() < solution.K_high, f"grid: K goes from "
-                f"{K_path.min():.4g} to {K_path.max():.4g}, beyond its nodes; judge with --grid none")
-    return types.SimpleNamespace(
-        axes=axes, table=table, z=z_path, K=np.append(K_path, mass.sum(0) @ k), pooled=pooled, mean_mass=mean_mass,
-        labour=labour_along(economy, z_path, start), mass=mass,
-        figures={"moves": moving})
+        require(solution.K_low < K.min() and K.max() < solution.K_high, f"grid: K goes from {K.min():.4g} to "
+                f"{K.max():.4g}, beyond its nodes; judge with --grid none")
+    return types.SimpleNamespace(axes=axes, table=table, z=z[first:], K=K[first:], labour=labour[first:],
+                                 pooled=pooled, mean_mass=mean_mass, mass=mass, moves=moving)
 
 
 def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
     """Figures in the limit N = infinity, where sampling noise hides nothing."""
     found = settled_histogram(solution, cfg)
-    z, K, labour = [x[dropped(cfg) :] for x in (found.z, found.K, found.labour)]
     sections = [histogram_section(solution, found.axes.k, *of) for of in found.pooled]
-    figures, arrays = judged(solution, sections, K[:-1, None], z[:, None], labour[:, None])
-    figures["statistics"] = Simulation(solution, z, K, labour, sections).statistics()
-    figures["risky_steady_state"] = risky_steady_state(
-        solution, found.table, found.axes, found.mass, figures["law_of_motion"]["coefficients"], cfg)
-    return {"n_agents": None} | found.figures | figures, arrays | {
+    figures, arrays = judged(solution, sections, found.K[:-1, None], found.z[:, None], found.labour[:, None])
+    figures["statistics"] = Simulation(solution, found.z, found.K, found.labour, sections).statistics()
+    figures["risky_steady_state"] = risky_steady_state(solution, found.table, found.axes, found.mass, cfg)
+    return {"n_agents": None, "moves": found.moves} | figures, arrays | {
         "k": found.axes.k, "weight": found.mean_mass.sum(0), "mass": found.mean_mass}
 
 
 def histogram_policy(solution: Policy, axes: Axes):
     """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen a function."""
-    (Z, S), device = solution.economy.arrays.shares.shape, solution.device
-    if not solution.seen.given and not solution.seen.Q:
+    Z, S = solution.economy.arrays.shares.shape
+    if not any(solution.seen):
         at = on_grid(axes, solution.econ)
         return np.concatenate([solution.policy(pick(at, slice(z, z + 1))).cpu().numpy() for z in range(Z)])
-    if device.type == "cuda":  # so little work a period that launching it takes longer
-        return histogram_policy(Solution(solution.weights), axes)
+    solution = Solution(solution.weights)  # on the CPU: so little work a period that launching it takes longer
     nodes = np.append(axes.k[:-1:5], axes.k[-1])  # k' is interpolated in between
-    s = torch.arange(S).unsqueeze(1)
-    of_all = torch.from_numpy(axes.k).expand(S, -1)
-    q = contributions(of_all, s.expand_as(of_all), solution.seen, solution.econ).flatten(0, 1)
-    some = torch.from_numpy(nodes).expand(S, -1)
+    (every_k, every_s), (k, s) = [torch.broadcast_tensors(torch.from_numpy(x), torch.arange(S).unsqueeze(1))
+                                  for x in (axes.k, nodes)]
+    q = contributions(every_k, every_s, solution.seen, solution.econ).flatten(0, 1)
 
     def rule(mass, K, z):
         mass = torch.from_numpy(mass / mass.sum())
-        at = place(some, s.expand_as(some), torch.full_like(some, K), torch.full_like(s, z), solution.econ)
+        at = place(k, s, torch.full_like(k, K), torch.full_like(s[:, :1], z), solution.econ)
         labour = labour_of(mass.sum(1).unsqueeze(0), torch.tensor([[z]]), solution.econ)
         at = at._replace(M=torch.tensordot(mass.flatten(), q, 1), labour=labour)
         return np.array([np.interp(axes.k, nodes, row) for row in solution.policy(at).numpy()])
@@ -2541,32 +2460,20 @@ def histogram_section(solution: Policy, k: np.ndarray, mass: np.ndarray, k_next:
     """A period of the histogram, mass (S, n), where anybody is."""
     somebody, s = np.abs(mass) > 1e-16, np.indices(mass.shape)[0]
     rows = np.broadcast_to(k, mass.shape), s, k_next, mass * somebody.sum() / mass[somebody].sum()
-    p = torch.tensor(mass.sum(1) / mass.sum(), device=solution.device).unsqueeze(0)
-    k, s, k_next, weight = [torch.tensor(x[somebody], device=solution.device).unsqueeze(0) for x in rows]
-    at = place(k, s, k.mean(1, keepdim=True), torch.tensor([[z]], device=solution.device), solution.econ)
-    return cross_section(solution, at, p, k_next, weight)
+    k, s, k_next, weight, p, z = [torch.tensor(x, device=solution.device).unsqueeze(0) for x in (
+        *[x[somebody] for x in rows], mass.sum(1) / mass.sum(), [z])]
+    return cross_section(solution, place(k, s, k.mean(1, keepdim=True), z, solution.econ), p, k_next, weight)
 
 
-def risky_steady_state(solution: Policy, table, axes: Axes, mass: np.ndarray, law: np.ndarray, cfg: Config) -> dict:
+def risky_steady_state(solution: Policy, table, axes: Axes, mass: np.ndarray, cfg: Config) -> dict:
     """K*(z), at which the economy rests while z stays what it is and households still fear the other states: the full
-    distribution followed for as many periods as are judged, how much K still moved in the last tenth of them, the mean
-    Euler error there, and where the law of motion (Z, n) would rest."""
-    periods, economy = cfg.eval_periods - dropped(cfg), solution.economy
-    found = {"K": [], "still_moves": [], "euler_log10": [], "by_law_of_motion": []}
+    distribution followed for as many periods as are judged, and the mean Euler error there."""
+    periods, found = cfg.eval_periods - cfg.eval_periods // 10, {"K": [], "euler_log10": []}
     for z in range(len(solution.economy.arrays.TFP)):
-        last = {}
-
-        def keep(t, mass, k_next, last=last):
-            last.update(mass=mass, k_next=k_next)
-
-        path, _ = simulate_histogram(table, axes, mass, np.full(periods, z), economy, keep)
-        section = histogram_section(solution, axes.k, z=z, **last)
-        a_with_L = float(by_law(torch.from_numpy(law[z]), torch.zeros(()), section.at.labour[0, 0].cpu()))
-        found["by_law_of_motion"].append(math.exp(a_with_L / (1 - law[z, 1])))
-        error = euler_errors(solution, *states_of(section, ERROR_STATES // 10))
-        found["K"].append(path[-1])
-        found["still_moves"].append(np.ptp(path[-max(periods // 10, 2) :]))
-        found["euler_log10"].append(euler_sizes(error)["mean"])
+        K, _, [last], _ = histogram_path(table, axes, mass, np.full(periods, z), solution.economy, [periods - 1])
+        states = states_of(histogram_section(solution, axes.k, *last), ERROR_STATES // 10)
+        found["K"].append(K[-2])
+        found["euler_log10"].append(euler_sizes(euler_errors(solution, *states))["mean"])
     return found | {"worst_euler": max(found["euler_log10"])}
 
 
@@ -2604,25 +2511,18 @@ def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
         arrays["irf"][name] = impulse_responses(solution, cfg, behind["k"], behind["mass"])
     if "grid" not in solutions:
         return figures, arrays
-    network, grid, both = solutions["network"], solutions["grid"], figures["comparison"]
+    both, (of_network, of_grid) = figures["comparison"], arrays["limit"].values()
     for size in ("small", "limit"):
-        (k, weight), (k_grid, weight_grid) = [(x["k"], x["weight"]) for x in arrays[size].values()]
         ours, theirs = [figures[name][size]["capital"]["std"] for name in solutions]
-        w1 = (w1_of_histograms(k, k_grid, weight, weight_grid) if size == "limit"
-              else scipy.stats.wasserstein_distance(k, k_grid))
-        both[size] = {"std_gap": ours / theirs - 1, "w1": w1}
-    responses = {series: [impulse_response(*x[series], series == "interest_rate")[0] for x in arrays["irf"].values()]
-                 for series in SERIES[:4]}
+        both[size] = {"std_gap": ours / theirs - 1}
+    both["small"]["w1"] = scipy.stats.wasserstein_distance(*[x["k"] for x in arrays["small"].values()])
+    both["limit"]["w1"] = w1_of_histograms(*[x[name] for name in ("k", "weight") for x in (of_network, of_grid)])
     rest, rest_grid = [np.array(figures[name]["limit"]["risky_steady_state"]["K"]) for name in solutions]
-    both |= {"resting_gap": rest / rest_grid - 1,
-             "policy_distance": policy_distance(network, grid, arrays["limit"]["grid"]["K_path"]),
-             "impulse_response_gap": {series: np.abs(ours - theirs).max() for series, (ours, theirs) in
-                                      responses.items()}}
-    figures["grid"] |= {"law_of_motion": {"coefficients": grid.alm_coefficients, "r2": grid.alm_r2},
-                        "notes": list(grid.notes)}
-    if grid.econ.equilibrium == "planner":
-        figures["grid"]["Delta_law"] = {"coefficients": grid.Delta_law, "r2": grid.Delta_r2}
-    return figures, arrays
+    gaps = {series: np.subtract(*[impulse_response(x, series)[0] for x in arrays["irf"].values()])
+            for series in SERIES[:4]}
+    return figures | {"comparison": both | {
+        "resting_gap": rest / rest_grid - 1, "policy_distance": policy_distance(*solutions.values(), of_grid["K_path"]),
+        "impulse_response_gap": {series: np.abs(gap).max() for series, gap in gaps.items()}}}, arrays
 
 
 # ---------------------------------------------------------------------------------------------- grid solution
@@ -2748,7 +2648,9 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: list, economy: Economy):
     at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
     c = (cash_on_hand(at, econ)[0] - torch.from_numpy(k_next)).clamp(min=C_MIN * econ.c_ss)
     u = (utility(c, econ) + Delta(marginal_utility(c, econ), at, econ) * at.k).numpy()
-    low, share = between(k_next, axes.k)
+    position = np.interp(k_next, axes.k, np.arange(len(axes.k)))
+    low = np.minimum(position.astype(int), len(axes.k) - 2)  # the node below k', but for the last, and
+    share = position - low  # how far k' is on the way to the next
     _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
     V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
@@ -2974,7 +2876,6 @@ def widened(config: GridConfig, K: np.ndarray) -> GridConfig:
 # ---------------------------------------------------------------------------------------------- impulse responses
 
 SERIES = ("capital", "output", "consumption", "interest_rate", "shocks")
-IRF_BURN = 100  # periods before the shock
 
 
 def impulse_responses(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) -> dict:
@@ -2982,33 +2883,29 @@ def impulse_responses(solution: Policy, cfg: Config, k: np.ndarray, mass: np.nda
     (the upper one of two) and are at 0 in it, or one state below. They start from the histogram mass (S, n) at k (n,).
     Every random number is the same whatever the solution and the state at 0."""
     econ, policy, rng = solution.econ, panel_policy(solution), torch.Generator().manual_seed(JUDGE_SEED)
-    panel = settled_panel(k, mass, cfg.irf_paths, cfg.irf_agents, econ, rng)
-    for last, _, k in simulate(policy, panel, IRF_BURN, econ, rng):
+    out, panel = {series: [] for series in SERIES}, settled_panel(k, mass, cfg.irf_paths, cfg.irf_agents, econ, rng)
+    for last, _, k_next in simulate(policy, panel, BURN, econ, rng):
         pass
-    s, z, weight = last.s, last.z, last.weight
-    usual = torch.full_like(z, len(econ.TFP) // 2)
-    draws, out = uniform((2, *s.shape), rng, s.device), {series: [] for series in SERIES}
-    s, after = follow(lambda t, s: draws[0], s, torch.stack([z, usual]), econ)[1], rng.get_state()
-    p = shares_next(last.p, z, usual, econ)
-    k = policy(place(k, s, k.mean(1, keepdim=True), usual, econ)._replace(labour=labour_of(p, usual, econ)), weight)
+    usual = torch.full_like(last.z, len(econ.TFP) // 2)
+    before, after = next_panel(last, k_next, usual, econ, rng), rng.get_state()
+    _, _, k_next = next(simulate(policy, before, 1, econ, rng))
     for z_0 in (usual, (usual - 1).clamp(min=0)):
-        s_0, columns = follow(lambda t, s: draws[1], s, torch.stack([usual, z_0]), econ)[1], []
         rng.set_state(after)
-        now = Panel(k, s_0, weight, z_0, shares_next(p, usual, z_0, econ))
-        for _, at, k_next in simulate(policy, now, cfg.irf_periods, econ, rng):
+        now, columns = next_panel(before, k_next, z_0, econ, rng), []
+        for _, at, k in simulate(policy, now, cfg.irf_periods, econ, rng):
             m, R = cash_on_hand(at, econ)
-            C = (m - k_next).mean(1)
-            columns.append([x.double() for x in (at.K[:, 0], output(at, econ)[:, 0], C, R[:, 0], at.z[:, 0])])
+            columns.append([at.K[:, 0], output(at, econ)[:, 0], (m - k).mean(1), R[:, 0], at.z[:, 0]])
         for series, values in zip(SERIES, zip(*columns)):
-            out[series].append(torch.stack(values, 1).cpu().numpy())
+            out[series].append(torch.stack(values, 1).double().cpu().numpy())
     return out
 
 
-def impulse_response(benchmark, shocked, points=False):
-    """Response of a series (paths, periods) in percent, a ratio of means, or in percentage points:
+def impulse_response(responses: dict, series: str):
+    """A series of impulse_responses() in percent, a ratio of means, or the interest rate in percentage points:
     mean, 10th and 90th percentile of the single paths' responses, each (periods,)."""
     def change(b, s):
-        return 100 * (s - b) if points else 100 * (s / b - 1)
+        return 100 * (s - b) if series == "interest_rate" else 100 * (s / b - 1)
+    benchmark, shocked = responses[series]
     low, high = np.percentile(change(benchmark, shocked), (10, 90), axis=0)
     return change(benchmark.mean(0), shocked.mean(0)), low, high
 
@@ -3239,7 +3136,7 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
         for ax, series in zip(axes.flat, SERIES):
             points = series == "interest_rate"
             for name, responses in arrays["irf"].items():
-                mean, low, high = impulse_response(*responses[series], points)
+                mean, low, high = impulse_response(responses, series)
                 if name == "network":
                     ax.fill_between(range(len(mean)), low, high, color=SKY, alpha=0.25, linewidth=0,
                                     label="network, 10-90% of paths")

@@ -127,6 +127,7 @@ def test_euler_equation_at_the_nodes(converged, nodes):
     is above 0.3 everywhere, so 3.3e-3 at most; the mean is to beat the 10^-4.11 of simulated states in the design."""
     assert consumption(converged, nodes[0]).min() > 0.3
     error = dk.euler_errors(converged, *nodes).abs()
+    error = error[~error.isnan()]
     assert len(error) > 0.8 * len(nodes[0].k)
     assert error.mean() < 10**-4.11 and error.max() < 3.3e-3
 
@@ -305,7 +306,9 @@ def test_histogram_agrees_with_households(smoke_grid, econ):
     path = [at for _, at, _ in dk.simulate(policy, panel, 120, econ, torch.Generator().manual_seed(2))]
     z_path, K_households = np.array([at.z.item() for at in path]), np.array([at.K.item() for at in path])
     axes, start = axes_of(smoke_grid), np.zeros((2, smoke_grid.table.shape[3]))
-    s, (low, share) = path[0].s.numpy().ravel(), dk.between(path[0].k.numpy().ravel(), axes.k)
+    s, position = path[0].s.numpy().ravel(), np.interp(path[0].k.numpy().ravel(), axes.k, np.arange(len(axes.k)))
+    low = np.minimum(position.astype(int), len(axes.k) - 2)
+    share = position - low
     np.add.at(start, (s, low), (1 - share) / 20_000)
     np.add.at(start, (s, low + 1), share / 20_000)
     given = smoke_grid.table.numpy(), axes, start
@@ -392,7 +395,7 @@ def test_other_calibrations_converge(changes):
     assert (grid.alm_r2 > 0.999).all() and (np.abs(grid.alm_coefficients[:, 1] - 0.95) < 0.05).all()
     at = everyone(econ.K_ss * np.linspace(0.1, 4, 50), econ.K_ss * np.linspace(0.95, 1.1, 4), econ)
     error = dk.euler_errors(grid, at, by_law(grid, at)).abs()
-    assert error.mean() < 2e-3  # 60 nodes for 400: the spline's error, of fourth order, is 2,000 times 10^-5 at most
+    assert error.nanmean() < 2e-3  # 60 nodes for 400: the spline's error, of fourth order, is 2,000 times 10^-5 at most
     assert (consumption(grid, at) > 0).all()
 
 
@@ -442,7 +445,7 @@ def test_euler_equation_of_any_economy(small):
     assert error.mean() < 6e-4 and error.quantile(0.99) < 3e-3
     free = m - c > a.k_min
     assert free.any() and not free.all()
-    assert dk.euler_errors(grid, at, ahead).abs().sum() == pytest.approx(float(error.sum()), rel=1e-9)
+    assert dk.euler_errors(grid, at, ahead).abs().nansum() == pytest.approx(float(error.sum()), rel=1e-9)
 
 
 def bellman_in_consumption(grid):

@@ -153,7 +153,7 @@ MISTAKES = {
         "[found - law for",
         GRID, "test_law_of_motion_is_that_of_the_whole_path"),
     "histogram forgets the transition": (
-        "mass = Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)",
+        "mass = a.Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)",
         "mass = moved.reshape(mass.shape)",
         GRID, "test_histogram_keeps_mass_mean_and_shares"),
     "histogram moves by one node of K": (
@@ -189,7 +189,7 @@ MISTAKES = {
         "torch.stack([L, 0 * paid / L], -1).unsqueeze(1)",
         LABOUR, "test_goods_add_up_in_every_period"),
     "histogram in the middle of the range of L": (
-        "mass.sum(1) @ of_s[z])\n",
+        "mass.sum(1) @ a.labour[z])\n",
         "axes.L[z].mean())\n",
         LABOUR, "test_goods_add_up_in_every_period"),
     "labour next period by today's shares": (
@@ -205,8 +205,8 @@ MISTAKES = {
         "others.append(0 * (at.labour[..., :1] - econ.L_mean)",
         LABOUR, "test_training_uses_labour"),
     "next_capital() drops L": (
-        "at = at._replace(labour=labour_at(L, at.z, self.econ))\n",
-        "at = at._replace(labour=self.econ.usual[at.z])\n",
+        "at = at._replace(labour=labour_at(L, at.z, econ))\n",
+        "at = at._replace(labour=econ.usual[at.z])\n",
         LABOUR, "test_policies_and_values_depend_on_labour"),
     "a tax that is paid on most paths": (
         "    tax = (paid / L).max()\n",

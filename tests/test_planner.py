@@ -180,7 +180,7 @@ def test_the_grid_finds_the_constrained_efficient_economy(davila):
     grid = dk.solve_grid(economy, SMALL)
     found, _ = dk.judge_limit(grid, dk.Config(eval_periods=600))
     assert found["capital"]["mean"] == pytest.approx(119.084, rel=0.003)
-    assert found["interest_rate_percent"] == pytest.approx(-2.926, abs=0.03)
+    assert found["statistics"]["interest_rate_percent"] == pytest.approx(-2.926, abs=0.03)
     assert found["capital"]["gini"] == pytest.approx(0.8645, abs=0.003)
     assert found["consumption"]["gini"] == pytest.approx(0.3861, abs=0.003)
     assert found["euler_log10"]["mean"] < -4  # with Delta' of the cross-section itself

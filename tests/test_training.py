@@ -306,7 +306,7 @@ def test_euler_errors_of_an_iteration_are_the_judges(economies):
 
             at, ahead = [type(x)(*[part.double() if part.is_floating_point() else part for part in x])
                          for x in (kept["batch"].at, kept["batch"].ahead)]
-            kept["error"] = dk.euler_errors(Stub(), at, ahead).abs().mean().item()
+            kept["error"] = dk.euler_errors(Stub(), at, ahead).abs().nanmean().item()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dk, "roll_out_households", keep)

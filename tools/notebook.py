@@ -149,7 +149,8 @@ import deepham_ks as dk
 metrics = json.loads((output_dir / "metrics.json").read_text())
 rows = {name: metrics[name]["limit"] for name in ("network", "grid") if name in metrics}
 numbers = {"mean capital (goods)": lambda x: x["capital"]["mean"], "std of capital": lambda x: x["capital"]["std"],
-           "Gini of capital": lambda x: x["capital"]["gini"], "interest rate (%)": lambda x: x["interest_rate_percent"],
+           "Gini of capital": lambda x: x["capital"]["gini"],
+           "interest rate (%)": lambda x: x["statistics"]["interest_rate_percent"],
            "Euler error, log10 mean": lambda x: x["euler_log10"]["mean"],
            "Bellman error, mean (utils)": lambda x: x["bellman_own_c"]["mean"]}
 print(f"{'N = infinity':<30}" + "".join(f"{name:>12}" for name in rows))

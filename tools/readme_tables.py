@@ -229,7 +229,7 @@ def examples(root):
     """Each example against the grid of the same economy."""
     header = ["example", "states (s x z)", "training (s)", "grid (s)", "mean K", "r (%)", "std of k", "Gini of wealth",
               "top 1 / 5 / 20% hold (%), network", "grid", "W1 (goods)", "Euler log10 mean"]
-    shown = [("capital mean", 2), ("interest_rate_percent", 3), ("capital std", 2), ("capital gini", 4)]
+    shown = [("capital mean", 2), ("statistics interest_rate_percent", 3), ("capital std", 2), ("capital gini", 4)]
     rows = []
     for name, (metrics, states) in load_examples(root).items():
         top = [" / ".join(show(at(metrics, f"{who} limit capital top_percent_hold {q}"), 1) for q in (1, 5, 20))
@@ -247,7 +247,7 @@ PLANNER = {"market": "market", "planner_seed0": "planner"}
 def planner(root):
     """Market and planner of Davila et al. (2012)."""
     command = "python benchmarks/planner.py"
-    shown = [("capital mean", 2), ("interest_rate_percent", 3), ("capital gini", 4), ("consumption gini", 4),
+    shown = [("capital mean", 2), ("statistics interest_rate_percent", 3), ("capital gini", 4), ("consumption gini", 4),
              ("welfare", 4), ("euler_log10 mean", 2)]
     header = ["economy", "mean K", "r (%)", "Gini of wealth", "Gini of consumption", "welfare (goods)",
               "Euler log10 mean", "W1 (goods)", "training (s)"]
@@ -324,8 +324,8 @@ def countercyclical(root):
             rows.append([name, metrics["error"].removeprefix("deepham_ks: "), "", "", "", "", "", ""])
             continue
         limit = [show(at(metrics, f"network limit {path}"), digits) for path, digits in
-                 (("capital mean", 2), ("interest_rate_percent", 2), ("capital gini", 3), ("consumption gini", 3),
-                  ("euler_log10 mean", 2))]
+                 (("capital mean", 2), ("statistics interest_rate_percent", 2), ("capital gini", 3),
+                  ("consumption gini", 3), ("euler_log10 mean", 2))]
         rows.append([name, *limit, f"{K:.2f}", f"{r:.2f}"])
     return table(["economy", "mean K", "r (%)", "Gini of wealth", "Gini of consumption", "Euler log10 mean",
                   "mean K, paper", "r (%), paper"], rows)
