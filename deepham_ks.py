@@ -2868,7 +2868,7 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     ln_K, L = [x.ravel() for x in np.meshgrid(np.log(centre * np.array([0.9, 1.1])), [axes.L.min(), axes.L.max()])]
     x = np.stack([np.ones(4), ln_K, L, L**2])[: laws.shape[2]]  # where two laws are compared
     gap, damping, long = math.inf, config.damping, None
-    correction = steps = np.zeros_like(laws)  # from the laws of the short path to those of the long one
+    correction = steps = np.zeros_like(laws)  # correction: from the laws of the short path to the long one's
     for update in range(config.max_updates):
         c, k_endo, change, bounded = solve_household(c, laws, nodes, economy, config)
         table = invert(refined(k_endo, coarse, axes), nodes, k)
@@ -2966,12 +2966,11 @@ def impulse_response(benchmark, shocked, points=False):
 
 
 def figure_list(economy: Economy, cfg: Config) -> List[tuple]:
-    """Every figure that is judged, in the order in which it is shown: name; keys in metrics.json joined by blanks, with
-    {} for a solution, without it a comparison with the grid; what is published at N = 50, by Maliar, Maliar & Valli
-    (2010) and of Bellman errors by Han, Yang & E (2021); the tolerance in the default economy; and in any other a
-    number too, or (the grid's figure, its mean K) -> number. Networks that see who is unemployed have tighter
-    tolerances at small N; those that know more than K rest elsewhere than the grid. Where labour moves K* lies where no
-    path leads: nobody there is judged."""
+    """Every figure that is judged, in the order in which it is shown: name; keys in metrics.json, with {} of a solution
+    and else of a comparison with the grid; what is published at N = 50, by Maliar, Maliar & Valli (2010) and of Bellman
+    errors by Han, Yang & E (2021); the tolerance in the default economy; and that in any other, a number or (the grid's
+    figure, its mean K) -> number. Networks that see who is unemployed have tighter tolerances at small N; those that
+    know more than K rest elsewhere than the grid. Where labour moves no path leads to K*: nobody there is judged."""
     sees, N, moves = sees_who_earns(cfg), f"N={cfg.eval_agents}", economy.arrays.labour_moves
     rests = None if cfg.moments or cfg.learnt_moments or moves else 0.001
     return [
@@ -3012,9 +3011,8 @@ def verdict(figures: dict, economy: Economy, cfg: Config) -> List[dict]:
         compares = "{}" not in path
         if compares and not grid:
             continue
-        ours, theirs = found_at(path.format("network")), None
-        if grid:
-            theirs = 0.0 if compares else found_at(path.format("grid"))
+        ours = found_at(path.format("network"))
+        theirs = (0.0 if compares else found_at(path.format("grid"))) if grid else None
         tolerance = (tolerance if default else elsewhere) if judged else None
         if callable(tolerance):
             tolerance = tolerance(theirs, grid["limit"]["capital"]["mean"])
