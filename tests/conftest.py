@@ -166,8 +166,7 @@ def ahead_of(K_next, Z, n_m=0):
 
 def axes_of(grid):
     """The nodes of a grid's policy table."""
-    n_K = grid.table.shape[2] // grid.L.shape[1]
-    return dk.Axes(grid.nodes.numpy(), np.linspace(grid.K_low, grid.K_high, n_K), grid.L.numpy())
+    return dk.Axes(grid.k.numpy(), grid.K.numpy(), grid.L.numpy())
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def states_at_nodes(grid, k_top, every=1):
     k, K = table_nodes(grid)
     at = everyone(k[k <= k_top], K, grid.econ)
     ahead = by_law(grid, at)
-    here = torch.nonzero((ahead.K >= grid.K_low) & (ahead.K <= grid.K_high))[::every, 0]
+    here = torch.nonzero((ahead.K >= grid.K[0]) & (ahead.K <= grid.K[-1]))[::every, 0]
     return dk.pick(at, here), dk.pick(ahead, here)
 
 
@@ -76,7 +76,7 @@ def small(request, economies, small_grids):
 def test_attributes(converged):
     assert converged.alm_coefficients.shape == (2, 2) and converged.alm_r2.shape == (2,)
     assert converged.next_capital(40.0, 1, 39.0, 1).shape == ()
-    assert converged.notes == () and converged.K_low < converged.K_mean < converged.K_high
+    assert converged.notes == () and converged.K[0] < converged.K_mean < converged.K[-1]
 
 
 def test_law_of_motion_is_that_of_the_whole_path():
@@ -358,7 +358,7 @@ def test_regression_says_what_it_cannot_learn():
 def test_refinement(converged, econ):
     """Twice the nodes of k and K: the household problem moves k' by less than 0.002 on [0, 200]."""
     economy, fine = dk.krusell_smith(), dataclasses.replace(FEWER, n_k=2 * FEWER.n_k, n_K=2 * FEWER.n_K, tolerance=1e-5)
-    K = np.linspace(converged.K_low, converged.K_high, fine.n_K)
+    K = np.linspace(*converged.reach()[1], fine.n_K)
     nodes = dk.household_nodes(nodes_at(dk.power_grid(fine.n_k, 0.0, converged.k_max, fine.exponent), K, econ), econ)
     assert nodes.m.shape == (2, 2, 24, 400)
 
@@ -380,7 +380,7 @@ def test_published_setting_is_close(converged):
     assert (published.n_k, published.exponent, published.n_K) == (100, 7, 4)
     grid = dk.solve_grid(config=dataclasses.replace(published, n_fine=1000, periods=15_000, tolerance=3e-6))
     assert grid.k_max == pytest.approx(1000, rel=0.02)
-    assert (grid.K_low, grid.K_high) == pytest.approx((30, 50), rel=0.01)
+    assert grid.reach()[1] == pytest.approx((30, 50), rel=0.01)
     states = np.meshgrid(np.linspace(0.5, 160, 640), [0, 1], [37, 39.5, 42], [0, 1], indexing="ij")
     gap = np.abs(grid.next_capital(*states) - converged.next_capital(*states))
     assert 0 < gap.mean() < 0.006 and gap.max() < 0.017
@@ -410,7 +410,7 @@ def test_any_economy_converges(small):
     Z, S = economy.arrays.income.shape
     n_K = len(table_nodes(grid)[1])  # more where K moves a lot, so that they stay as dense
     assert grid.table.shape == grid.value_table.shape == (Z, S, n_K, SMALL.n_fine)
-    spread = (grid.K_high - grid.K_low) / (n_K - 1) * (SMALL.n_K_fine - 1)
+    spread = (grid.K[-1] - grid.K[0]) / (n_K - 1) * (SMALL.n_K_fine - 1)
     assert spread <= 1.3 * np.ptp(SMALL.K_range) * grid.K_mean and (Z == 3) == (n_K > SMALL.n_K_fine)
     assert (np.diff(forecast(grid.alm_coefficients, np.array([grid.K_mean])), axis=0) > 0).all()
     if Z > 1:
@@ -421,7 +421,7 @@ def test_any_economy_converges(small):
     assert (grid.table >= economy.k_min).all() and (grid.table.diff(dim=-1) >= 0).all()
     assert (grid.table == economy.k_min).any()
     assert (consumption(grid, states_at_nodes(grid, 4 * grid.K_mean)[0]) > 0).all()
-    assert grid.K_low < grid.K_mean < grid.K_high
+    assert grid.K[0] < grid.K_mean < grid.K[-1]
 
 
 def test_euler_equation_of_any_economy(small):
@@ -466,7 +466,7 @@ def test_nodes_follow_all_of_the_path_of_K(small):
     z_path = dk.draw_z_path(5000, a.P_z, np.random.default_rng(7))
     mass = dk.dispersed_mass(axes.k, grid.K_mean, 0, economy)
     K_path = dk.simulate_histogram(grid.table.numpy(), axes, mass, z_path, economy)[0][200:]
-    assert grid.K_low < K_path.min() and K_path.max() < grid.K_high
+    assert grid.K[0] < K_path.min() and K_path.max() < grid.K[-1]
     assert len(a.TFP) == 1 or K_path.max() > 6.5
 
 
@@ -490,7 +490,7 @@ def test_grid_grows_with_the_households(economies, small_grids):
     grown = dk.solve_grid(economies["toy"], dataclasses.replace(SMALL, k_max=3.0))
     assert grown.k_max > 3.0 * grown.econ.K_ss and any("largest k" in note for note in grown.notes)
     assert grown.K_mean == pytest.approx(enough.K_mean, rel=3e-3)
-    assert enough.K_low > SMALL.K_range[0] * enough.econ.K_ss  # this economy holds more capital than its steady state
+    assert enough.K[0] > SMALL.K_range[0] * enough.econ.K_ss  # this economy holds more capital than its steady state
 
 
 def test_nodes_of_k_grow_from_Python_and_from_nowhere_else(economies, small_grids):

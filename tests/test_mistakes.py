@@ -145,12 +145,12 @@ MISTAKES = {
         "scipy.sparse.csr_array(P * a.beta[0])",
         GRID, "test_euler_equation_of_any_economy"),
     "grid table of two states": (
-        "corner = (((at.z * table.shape[1] + at.s) * n_L + L)",
-        "corner = (((at.z * 2 + at.s) * n_L + L)",
+        "corner = (at.z * table.shape[1] + at.s) * n_L",
+        "corner = (at.z * 2 + at.s) * n_L",
         GRID, "test_any_economy_converges"),
     "law of motion of the grid's short path": (
-        "[found + to_long - law for",
-        "[found - law for",
+        "steps = steps, new + correction - laws",
+        "steps = steps, new - laws",
         GRID, "test_law_of_motion_is_that_of_the_whole_path"),
     "histogram forgets the transition": (
         "mass = a.Pi[z, z_path[(t + 1) % len(z_path)]].T @ moved.reshape(mass.shape)",

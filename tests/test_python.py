@@ -358,6 +358,25 @@ def test_every_axis_of_every_picture_is_labelled(tmp_path, monkeypatch):
         assert all(ax.get_xlabel() for ax in fig.axes if not strips or ax in strips), name
 
 
+def test_pictures_of_solutions_that_know_other_k_and_K(smoke_grid, tmp_path, monkeypatch):
+    """Each is drawn where there is one: a grid up to its last k, and nowhere where its nodes of K are elsewhere."""
+    import matplotlib.figure
+
+    seen, network = {}, train(None, iterations=2, eval_periods=60)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda fig, path, **_: seen.update({path.name: fig}))
+    with dk.torch.no_grad():
+        figures, arrays = dk.compare({"network": network, "grid": smoke_grid}, network.config)
+    for name, changes, known in (("k", {"k_max": 20.0}, lambda k: k <= 20),
+                                 ("K", {"K": 2 * smoke_grid.K}, lambda k: k < 0)):
+        (tmp_path / name).mkdir()
+        grid = dataclasses.replace(smoke_grid, **changes)
+        dk.draw_pictures(tmp_path / name, {"network": network, "grid": grid}, figures, arrays)
+        for file in ("policy_functions.png", "consumption_functions.png"):
+            of_network, of_grid = seen[file].axes[0].lines
+            assert of_network.get_xdata()[-1] > 20 and np.isfinite(of_network.get_ydata()).all()
+            assert (np.isfinite(of_grid.get_ydata()) == known(of_grid.get_xdata())).all()
+
+
 # ------------------------------------------------------------------------------------------------ the field's models
 
 
