@@ -917,9 +917,7 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
 
 def full_steps(state: State, cfg: Config) -> int:
     """Iterations with steps of full size: until savings have settled, or as many as there is room for."""
-    if cfg.published:
-        return cfg.iterations
-    return state.settled or max(cfg.iterations - cfg.averaging, 0)
+    return cfg.iterations if cfg.published else state.settled or max(cfg.iterations - cfg.averaging, 0)
 
 
 DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.averaging, slow enough to go on learning
@@ -927,8 +925,7 @@ DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.aver
 
 def set_rates(state: State, cfg: Config) -> None:
     """Sizes of the steps: of the policy; of the law of K, which follows by halves; of the planner's Delta, which waits
-    until the policy is near its first-order condition. The first two fall like 1 / n once savings have settled, and are
-    smaller for a while after trouble."""
+    until the policy is near its first-order condition. The first two fall once savings have settled."""
     fall = 1 + DECAY * max(state.iteration - full_steps(state, cfg), 0)
     step, near = state.caution / fall, min(state.history["policy_residual"][-3:], default=1.0) < 0.05
     law = 1.0 if state.iteration == 0 or cfg.published else 0.5
@@ -1050,8 +1047,7 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
 
 
 def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Panel:
-    """The economies with each group's capital scaled by up to cfg.K_spread: K off its usual path. Nodes of infinitely
-    many households reach further than any of them."""
+    """The economies with each group's capital scaled by up to cfg.K_spread, on nodes that reach far enough."""
     k, s, weight, z, p = (getattr(state, name) for name in Panel._fields)
     scale = 1 + cfg.K_spread * (2 * uniform((len(k), econ.of_group.shape[1]), rng, k.device) - 1)
     k = econ.k_min + (k - econ.k_min) * scale.gather(1, econ.of_group.argmax(1)[s])
@@ -1164,8 +1160,8 @@ TAUGHT = 5  # periods of a roll-out that teach
 
 
 def taught(cfg: Config) -> List[int]:
-    """Periods of a roll-out whose states teach: in its first half, so that T / 2 periods follow, and many of them
-    early, where households are where they were put. In the published algorithm all that V learns from."""
+    """Periods of a roll-out whose states teach: in its first half, so that T / 2 periods follow, and most of them
+    early, where households are where they were put. The published algorithm's V learns from all of the first half."""
     last = max(cfg.horizon // 2 - 1, 0)
     if cfg.published:
         return list(range(last + 1))
@@ -1174,9 +1170,8 @@ def taught(cfg: Config) -> List[int]:
 
 def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator):
     """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
-    simulated economies. As many start in each s, since rare states hold most of the error, and a share of them anywhere
-    in the simulated range of k and a little beyond: the ergodic set of a wrong policy never visits the tails that
-    decide the distribution."""
+    simulated economies. A share of them start anywhere in the simulated range of k and a little beyond: the ergodic set
+    of a wrong policy never visits the tails that decide the distribution."""
     M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
@@ -1194,7 +1189,8 @@ def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng
 
 
 def some_households(state: State, M: int, econ: Tables, cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
-    """k, s (M,) of households drawn from the economies, as many in each s; as they are in the published algorithm."""
+    """k, s (M,) of households drawn from the economies, as many in each s, since rare states hold most of the error; as
+    they are in the published algorithm."""
     (B, N), S, device = state.k.shape, len(econ.beta), state.k.device
     if cfg.published:
         household = torch.randint(B * N, (M,), generator=rng, device=device)
@@ -1220,15 +1216,15 @@ AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # states: what stays in a cache; a GPU 
 
 
 def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Batch:
-    """M fresh households under the current policy, with their labels; the states that teach, as one list (n,)."""
+    """M fresh households under the current policy, with their labels: the states that teach (n,), or in the published
+    algorithm all (T, M)."""
     net = policy_net(state, econ, cfg)
     k0, path, ahead, date = sample_households(state, paths, econ, cfg, rng)
     path = path._replace(k=fast.roll_out(net, k0, path, econ))
     at, k_next = pick(path, slice(cfg.horizon)), path.k[1:]
     n = max(1, AT_ONCE[k0.device.type] // (econ.next_s.shape[2] * cfg.batch))
     parts = [slice(t, t + n) for t in range(0, cfg.horizon, n)]
-    found = [fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]
-    c, dc = [torch.cat(x) for x in zip(*found)]
+    c, dc = map(torch.cat, zip(*[fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]))
     if cfg.published:
         V_T = fast.network_value(value_net(state, econ, cfg), pick(path, -1), econ)
         U, worth = fast.published_labels(*V_T, c, dc, at, econ)
@@ -1340,8 +1336,8 @@ def policy_residual(batch: Batch, econ: Tables) -> Tensor:
 
 
 def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """The output of the policy network, the log of what is consumed, moves by policy_residual() wherever the borrowing
-    limit leaves room. Whether the step was taken."""
+    """The output of the policy network, the log of the share that is consumed, moves by policy_residual() wherever the
+    borrowing limit leaves room. Whether the step was taken."""
     net, at = policy_net(state, econ, cfg), batch.at
     m, _ = cash_on_hand(at, econ)
     x, seen = features(at, m, net, econ), [held.flatten(0, 1)[batch.date] for held in paths.held]
@@ -1375,8 +1371,7 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
     states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
-    Fukushima 2001): careful far from the solution, free near it; a hundredth of it, and the damping falls further,
-    where there is no noise. Of the step, a third and a ninth of it the one that
+    Fukushima 2001), a hundredth of it where there is no noise. Of the step, a third and a ninth of it the one that
     leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
@@ -1475,9 +1470,8 @@ LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the netwo
 
 
 def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> None:
-    """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k
-    + beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
-    Huge & Savine 2020)."""
+    """V of the policy as it is, on states where the policy leads: u(c) + Delta k + beta E V(s') - V(s) = 0, E an exact
+    sum over (s', z'), and V_k = R u'(c) + Delta (fit the slopes too: Huge & Savine 2020)."""
     damping, cfg = torch.full_like(state.damping, 1e-2), dataclasses.replace(cfg, wide_share=0.0)
     state.rates[1:] = 0  # what households believe stays what it is
     for _ in range(VALUE_ROUNDS):
@@ -1657,8 +1651,7 @@ def sized(cfg: Config, economy: Economy) -> Config:
 def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
     """Before the first iteration: everybody consumes the share of cash on hand above the limit at which the
     representative household would stay where it is, and V is that consumption for ever."""
-    device, n, a, K = econ.TFP.device, n_moments(econ, cfg), economy.arrays, economy.K_start
-    of_z = a.shares.sum(1)
+    n, a, K, of_z = n_moments(econ, cfg), economy.arrays, economy.K_start, economy.arrays.shares.sum(1)
     Y = float(of_z @ a.TFP * K**a.alpha * (of_z @ a.L) ** (1 - a.alpha))
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
     rng_Q = torch.Generator().manual_seed(seed + 2)
@@ -1666,20 +1659,19 @@ def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: t
     Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in shapes[6:]]
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
     idle = list(range(inputs - n - econ.labour_moves, inputs))  # labour and moments come in as they are needed,
-    policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed, idle), *Q]).to(device)
+    policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed, idle), *Q]).to(econ.TFP.device)
     idle = [0, *[i + 1 for i in idle]]  # and so does the square of ln K
-    value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1, idle).to(device)
-    law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
-    law[:, 1] = 1  # K' = K
+    value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1, idle).to(econ.TFP.device)
     k, K_all = [gathered(x, 0).aminmax() for x in (ends_of(panel), mean_over(panel.k, panel.weight))]
-    return State(
-        policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
-        rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
-        M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
-        K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1),
-        k_range=torch.stack(k), K_range=torch.stack(K_all),
-        adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
-        adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
+    with econ.TFP.device:
+        law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64)
+        law[:, 1] = 1  # K' = K
+        return State(
+            policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2), rates=torch.zeros(3),
+            **panel._asdict(), K_centre=torch.tensor(K).float(), M_mean=torch.zeros(n), M_std=torch.ones(n),
+            K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1), k_range=torch.stack(k),
+            K_range=torch.stack(K_all), adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published),
+            adam_steps=torch.zeros(2, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------------------------------------- solutions
