@@ -74,7 +74,7 @@ import scipy.stats
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 __version__ = "3.3.0"
@@ -718,7 +718,8 @@ def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables, near: 
     """d features / dk: (...) -> (..., n), n inputs. One household's k moves neither K nor the moments."""
     rest = (k - econ.k_min).clamp(min=0.0)
     own = [R / above_limit(m, econ), 1 / (rest + near * econ.c_ss) / 0.5, econ.K_ss / (rest + econ.K_ss) ** 2]
-    return pad(torch.stack(own, -1), [0, n - 3])
+    zeros = torch.zeros(list(k.shape) + [n - 3], dtype=k.dtype, device=k.device)
+    return torch.cat([torch.stack(own, -1), zeros], -1)
 
 
 def for_value(x: Tensor, column: int = K_INPUT) -> Tensor:
@@ -1612,10 +1613,9 @@ def next_moments(k_next: Tensor, s: Tensor, z: Tensor, seen: Callable | None, ec
     if not seen:
         return k_next.new_zeros(len(k_next), len(econ.TFP), 0)
     M_next, s_next = [], econ.reach[s]  # (B, N, reachable)
-    q = seen(k_next.unsqueeze(-1).expand(s_next.shape), s_next)
+    q, zero = seen(k_next.unsqueeze(-1).expand(s_next.shape), s_next), torch.zeros_like(k_next).unsqueeze(-1)
     for z_next in range(len(econ.TFP)):
-        cumulative = pad(econ.cum_s[z, z_next, s], [1, 0])
-        p = cumulative.diff(append=torch.ones_like(cumulative[..., :1]))  # P(s' | z, z', s)
+        p = econ.cum_s[z, z_next, s].diff(prepend=zero, append=zero + 1)  # P(s' | z, z', s)
         M_next.append(mean_over((p.unsqueeze(-1) * q).sum(2), weight))
     return torch.stack(M_next, 1)
 

@@ -109,6 +109,16 @@ def test_next_moments_against_every_combination_of_next_states(economies, name, 
             assert mass == pytest.approx(1) and torch.allclose(found[b, z_next], total, atol=1e-10)
 
 
+def test_next_moments_of_households_who_stay_what_they_are():
+    """Where every s leads to one s' alone nothing is drawn: moments by group of those who save k' are those of k'."""
+    economy = dk.Economy(alpha=0.36, delta=0.025, TFP=[1.0], P_z=[[1.0]], Pi=np.eye(2), beta=0.99, income=[[1.0, 1.0]],
+                         shares=[[0.25, 0.75]], group=[0, 1], sees_s=[[0], [1]])
+    econ, k, s = economy.tables(), torch.rand(3, 8, dtype=F64), torch.arange(8).expand(3, -1) % 2
+    seen = dk.seen_moments([], econ, dataclasses.replace(SMOKE, moments="groups", learnt_moments=0))
+    found = dk.next_moments(k, s, torch.zeros(3, 1, dtype=torch.long), seen, econ, k[:, :0])
+    assert torch.allclose(found[:, 0], M_of(k, s, seen)) and (found > 0).all()
+
+
 def test_derivatives_through_the_mean_of_the_cross_section(world):
     """Q_jacobian, and the inputs with learnt moments in the place of their values, by autograd."""
     econ, cfg, state, seen = world.econ, world.cfg, world.state, world.section
