@@ -412,9 +412,7 @@ def place(k: Tensor, s: Tensor, K: Tensor, z: Tensor, econ: Tables) -> At:
 
 def supplied(at: At, econ: Tables) -> Tensor:
     """Aggregate labour L."""
-    if econ.labour_moves:
-        return at.labour[..., 0]
-    return econ.L[at.z]
+    return at.labour[..., 0] if econ.labour_moves else econ.L[at.z]
 
 
 def prices(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
@@ -504,18 +502,14 @@ def by_law(law: Tensor, ln_K: Tensor, labour: Tensor) -> Tensor:
     return value
 
 
-def given_next_z(x: Tensor, z: Tensor) -> Tensor:
-    """Of x (..., Z, n) what belongs to each of the z' (J, ...): (J, ..., n)."""
-    x = x.expand(list(z.shape) + [x.shape[-2], x.shape[-1]])
-    return x.gather(-2, z.unsqueeze(-1).unsqueeze(-1).expand(list(z.shape) + [1, x.shape[-1]])).squeeze(-2)
-
-
 def successors(at: At, k_next: Tensor, ahead: Ahead, econ: Tables) -> At:
-    """The J states that may follow, stacked in front: (J, ...)."""
+    """The J states that may follow, stacked in front: (J, ...), each with what is expected for its z'."""
     s, z = econ.next_s[at.z, at.s].movedim(-1, 0), econ.next_z[at.z, at.s].movedim(-1, 0)
-    gain = given_next_z(ahead.Delta.unsqueeze(-1), z).squeeze(-1)
-    return At(k_next.unsqueeze(0).expand(z.shape), s, ahead.K.unsqueeze(0).expand(z.shape), z, given_next_z(ahead.M, z),
-              gain, given_next_z(ahead.labour, z))
+    of_z = z.unsqueeze(-1).unsqueeze(-1)
+    M = torch.take_along_dim(ahead.M.unsqueeze(0), of_z, -2).squeeze(-2)
+    gain = torch.take_along_dim(ahead.Delta.unsqueeze(0), of_z.squeeze(-1), -1).squeeze(-1)
+    labour = torch.take_along_dim(ahead.labour.unsqueeze(0), of_z, -2).squeeze(-2)
+    return At(k_next.unsqueeze(0).expand(z.shape), s, ahead.K.unsqueeze(0).expand(z.shape), z, M, gain, labour)
 
 
 def expected(values: Tensor, at: At, econ: Tables) -> Tensor:
@@ -544,22 +538,9 @@ def draw_z_path(periods: int, P_z: np.ndarray, rng: np.random.Generator) -> np.n
     return np.array(z_path)
 
 
-def follow(draws: Callable, s: Tensor, z_path: Tensor, econ: Tables) -> Tensor:
-    """Path s (periods + 1, ...) from s along z_path (periods + 1, ...), which broadcasts against it; draws(t, s) are
-    the uniform numbers of period t."""
-    s_path = s.new_empty(len(z_path), *s.shape)
-    s_path[0] = s
-    for t in range(len(z_path) - 1):
-        s = s_path[t]
-        s_path[t + 1] = econ.reach[s, draw(draws(t, s), econ.cum_s[z_path[t], z_path[t + 1], s])]
-    return s_path
-
-
-def own_transition(s: Tensor, z: Tensor, z_next: int, econ: Tables) -> Tensor:
-    """P(s' | z, z', s) of the states s' that s can reach, reach[s]: (...) -> (..., n)."""
-    cumulative = econ.cum_s[z, z_next, s]
-    ends = torch.zeros_like(cumulative[..., :1]), torch.ones_like(cumulative[..., :1])
-    return torch.diff(torch.cat([ends[0], cumulative, ends[1]], -1))
+def next_s(u: Tensor, s: Tensor, z: Tensor, z_next: Tensor, econ: Tables) -> Tensor:
+    """s' of households in s where z' comes after z, from uniform numbers u; all (...), z and z' broadcast."""
+    return econ.reach[s, draw(u, econ.cum_s[z, z_next, s])]
 
 
 class Panel(NamedTuple):
@@ -662,17 +643,15 @@ def next_panel(panel: Panel, k_next: Tensor, z_next: Tensor, econ: Tables, rng: 
         B, S, n = len(k), len(econ.beta), k.shape[1] // len(econ.beta)
         moved = spread(weight.view(B, S, n), k_next.view(B, S, n), k[0, :n])
         return Panel(k, s, (econ.Pi[z[:, 0], z_next[:, 0]].to(moved).mT @ moved).flatten(1), z_next, p)
-    u = uniform(s.shape, rng, s.device)
-    return Panel(k_next, follow(lambda t, s: u, s, torch.stack([z, z_next]), econ)[1], weight, z_next, p)
+    return Panel(k_next, next_s(uniform(s.shape, rng, s.device), s, z, z_next, econ), weight, z_next, p)
 
 
 def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator) -> Iterator:
     """The economies under a policy, (At, weight) -> k', period by period: yields the Panel; where its households are,
     At of k, s (B, N), K, z (B, 1), labour (B, 1, 2) and no moments; and k' (B, N)."""
-    zero = panel.k[:, :1] * 0
     for u in uniform((periods, *panel.z.shape), rng, panel.z.device):
-        K, labour = mean_over(panel.k, panel.weight).unsqueeze(1), labour_of(panel.p, panel.z, econ)
-        at = At(panel.k, panel.s, K, panel.z, zero.unsqueeze(-1)[..., :0], zero, labour)
+        at = place(panel.k, panel.s, mean_over(panel.k, panel.weight).unsqueeze(1), panel.z, econ)
+        at = at._replace(labour=labour_of(panel.p, panel.z, econ))
         k_next = policy(at, panel.weight)
         yield panel, at, k_next
         panel = next_panel(panel, k_next, draw(u, econ.cum_z[panel.z]), econ, rng)
@@ -710,29 +689,27 @@ def above_limit(m: Tensor, econ: Tables) -> Tensor:
 
 def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
     """Inputs of the policy network, (...) -> (..., inputs)."""
-    return with_own(at.k, above_limit(m, econ), features_of_others(at.k, at, net, econ), econ)
+    return with_own(at.k, above_limit(m, econ), features_of_others(at, net, econ), econ)
 
 
 def with_own(k: Tensor, above: Tensor, others: Tensor, econ: Tables) -> Tensor:
     """What k and cash above the limit say, and others. Log cash carries the curvature, log capital what is left of it
-    where the limit is near and cash hardly moves with k; the third is bounded."""
+    where the limit is near and cash hardly moves with k."""
     near_limit, bounded = capital_inputs(k, econ)
     own = [torch.log(above / (econ.K_ss + econ.c_ss)), near_limit, bounded]
     return torch.cat([x.unsqueeze(-1) for x in own] + [others], -1)
 
 
-def features_of_others(like: Tensor, at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
-    """The inputs that a household's own capital does not move, of like's shape (...): ln K, s and z, labour where it
-    moves, moments. These are together of order one: many of them are then held by the damping of the steps while labels
-    are noisy."""
-    ln_K = (scale * torch.log(at.K / net.K_centre)).expand_as(like).unsqueeze(-1)
-    others = [ln_K, econ.sees[at.z, at.s]]
+def features_of_others(at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
+    """The inputs that a household's own capital does not move: ln K, s and z, labour where it moves, and moments. These
+    are together of order one: many of them are then held by the damping of the steps while labels are noisy."""
+    others = [(scale * torch.log(at.K / net.K_centre)).unsqueeze(-1), econ.sees[at.z, at.s]]
     if econ.labour_moves:
         others.append((at.labour[..., :1] - econ.L_mean) / econ.L_std)
     n = at.M.shape[-1]
     if n > 0:
         others.append((at.M - net.M_mean) / (n**0.5 * net.M_std))
-    return torch.cat([x.expand(list(like.shape) + [x.shape[-1]]) for x in others], -1)
+    return torch.cat([x.expand(list(at.k.shape) + [x.shape[-1]]) for x in others], -1)
 
 
 def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables, near: float = NEAR_LIMIT) -> Tensor:
@@ -744,21 +721,20 @@ def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables, near: 
 
 
 def for_value(x: Tensor, column: int = K_INPUT) -> Tensor:
-    """What the value network sees: x and, in front, the square of ln K, in which V bends where the policy hardly does.
-    Of feature slopes as well, in which ln K is zero."""
+    """What the value network sees: in front of features x, or of their slopes, the square of ln K, in which V bends
+    where the policy hardly does."""
     return torch.cat([x[..., column : column + 1].square(), x], -1)
 
 
-def layer_shapes(n: int, H: int) -> List[tuple]:
-    """W1, b1, W2, b2, w3, b3 of a network with n inputs and two layers of H units."""
-    return [(H, n), (H,), (H, H), (H,), (H,), ()]
+def layer_shapes(n: int, H: int, outputs: tuple = ()) -> List[tuple]:
+    """W1, b1, W2, b2, w3, b3 of a network with n inputs, two layers of H units and one output, or (p,) of them."""
+    return [(H, n), (H,), (H, H), (H,), (*outputs, H), outputs]
 
 
 def unpack(theta: Tensor, shapes: list) -> List[Tensor]:
     """Layers of these shapes, views of the front of the parameter vector theta (P,)."""
     sizes = [math.prod(shape) for shape in shapes]
-    parts = torch.split(theta[: sum(sizes)], sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes)]
+    return [part.view(shape) for part, shape in zip(theta[: sum(sizes)].split(sizes), shapes)]
 
 
 def network(layers: List[Tensor], x: Tensor) -> Tensor:
@@ -788,10 +764,6 @@ def network_jacobian(layers: List[Tensor], x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([W1.flatten(1), d1.sum(0), W2.flatten(1), d2.sum(0), w3, b3], 1)
 
 
-def outer(a: Tensor, b: Tensor) -> Tensor:
-    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
-
-
 def slope_jacobian(layers: List[Tensor], x: Tensor, dx: Tensor) -> Tensor:
     """d slope / d theta of network_and_slope, by hand: (M, inputs) -> (M, P). d and e are the adjoints of the
     pre-activations and of their tangents."""
@@ -804,33 +776,25 @@ def slope_jacobian(layers: List[Tensor], x: Tensor, dx: Tensor) -> Tensor:
     d2 = -2 * h2 * a2 * e2
     e1 = slope * torch.matmul(e2, layers[2])
     d1 = slope * torch.matmul(d2, layers[2]) - 2 * h * a * e1
-    W1, W2 = outer(e1, dx) + outer(d1, x), outer(e2, dh) + outer(d2, h)
-    return torch.cat([W1, d1, W2, d2, slope2 * a2, torch.zeros_like(h2[:, :1])], 1)
+    W1 = e1[:, :, None] * dx[:, None] + d1[:, :, None] * x[:, None]
+    W2 = e2[:, :, None] * dh[:, None] + d2[:, :, None] * h[:, None]
+    return torch.cat([W1.flatten(1), d1, W2.flatten(1), d2, slope2 * a2, torch.zeros_like(h2[:, :1])], 1)
 
 
-def initial_parameters(n: int, H: int, output_bias: float, seed: int) -> Tensor:
-    """theta (P,) with a zero output layer: a constant function, output_bias."""
+def initial_parameters(n: int, H: int, output_bias: float, seed: int, idle: List[int]) -> Tensor:
+    """theta (P,) with a zero output layer: a constant function, output_bias. Nor do inputs idle enter W1."""
     rng = torch.Generator().manual_seed(seed)
     W1, b1 = torch.randn(H, n, generator=rng) / n**0.5, torch.randn(H, generator=rng) / 2
+    W1[:, idle] = 0
     W2, b2 = torch.randn(H, H, generator=rng) / H**0.5, torch.randn(H, generator=rng) / 5
     return torch.cat([W1.flatten(), b1, W2.flatten(), b2, torch.zeros(H), torch.tensor([output_bias])])
 
 
-def consumed_share(f: Tensor) -> Tensor:
-    """min(1, exp f): nothing is saved, k' = k_min, exactly where the network is positive."""
-    return torch.exp(f.clamp(max=0.0))
-
-
 def network_capital(net: Net, at: At, econ: Tables) -> Tensor:
-    """k' of the policy network."""
+    """k' of the policy network: what is above the limit less the share min(1, exp f) of it that is consumed."""
     m, _ = cash_on_hand(at, econ)
-    return savings(net.layers, at.k, m, features_of_others(at.k, at, net, econ), econ)
-
-
-def savings(layers: List[Tensor], k: Tensor, m: Tensor, others: Tensor, econ: Tables) -> Tensor:
-    """k' = k_min + (1 - consumed_share) of what is above the limit."""
     above = above_limit(m, econ)
-    f = network(layers, with_own(k, above, others, econ))
+    f = network(net.layers, with_own(at.k, above, features_of_others(at, net, econ), econ))
     return econ.k_min - torch.expm1(f.clamp(max=0.0)) * above
 
 
@@ -952,9 +916,7 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
 
 def full_steps(state: State, cfg: Config) -> int:
     """Iterations with steps of full size: until savings have settled, or as many as there is room for."""
-    if cfg.published:
-        return cfg.iterations
-    return state.settled or max(cfg.iterations - cfg.averaging, 0)
+    return cfg.iterations if cfg.published else state.settled or max(cfg.iterations - cfg.averaging, 0)
 
 
 DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.averaging, slow enough to go on learning
@@ -962,8 +924,7 @@ DECAY = 0.25  # how fast steps fall: fast enough to average over all of cfg.aver
 
 def set_rates(state: State, cfg: Config) -> None:
     """Sizes of the steps: of the policy; of the law of K, which follows by halves; of the planner's Delta, which waits
-    until the policy is near its first-order condition. The first two fall like 1 / n once savings have settled, and are
-    smaller for a while after trouble."""
+    until the policy is near its first-order condition. The first two fall once savings have settled."""
     fall = 1 + DECAY * max(state.iteration - full_steps(state, cfg), 0)
     step, near = state.caution / fall, min(state.history["policy_residual"][-3:], default=1.0) < 0.05
     law = 1.0 if state.iteration == 0 or cfg.published else 0.5
@@ -975,8 +936,8 @@ WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mea
 
 def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
     """k' as a share of K at WATCHED, a mean over (z, s) and over K up to 3% off its centre: (10,)."""
-    K, (z, s) = state.K_centre, torch.meshgrid(*[torch.arange(n, device=econ.TFP.device) for n in econ.shares.shape],
-                                               indexing="ij")
+    K, (Z, S), device = state.K_centre, econ.shares.shape, econ.TFP.device
+    z, s = torch.arange(Z, device=device).unsqueeze(1), torch.arange(S, device=device)
     k = econ.k_min + torch.stack([multiple * (K - econ.k_min) for multiple in WATCHED]).view(-1, 1, 1, 1)
     of_K = torch.stack([0.97 * K, K, 1.03 * K]).view(-1, 1, 1)
     at = place(*torch.broadcast_tensors(k, s, of_K, z), econ)._replace(M=state.M_mean)
@@ -984,22 +945,22 @@ def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
     return (k_next * econ.shares).sum((2, 3)).mean(1) / K
 
 
+def two_means(series: list, n: int) -> np.ndarray:
+    """Means of the n before the last n, and of the last n, (2, ...)."""
+    return np.reshape(series[-2 * n :], (2, n, -1)).mean(1)
+
+
 def movement(watched: list) -> float:
     """Mean change between two means of five iterations in a row of watched_savings(), which averages noise out."""
     n = min(5, len(watched) // 2)
-    if n == 0:
-        return 1.0
-    before, last = np.array(watched[-2 * n :]).reshape(2, n, -1).mean(1)
-    return float(np.abs(last - before).mean())
+    return float(np.abs(np.diff(two_means(watched, n), axis=0)).mean()) if n else 1.0
 
 
 def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables, cfg: Config) -> Tensor:
     """The figures of HISTORY from mean_K to policy_damping, and watched_savings(), on the device."""
-    at = batch.at
+    net, at, (m, _) = policy_net(state, econ, cfg), batch.at, cash_on_hand(batch.at, econ)
     if cfg.published:  # whose labels are realised, not expected
-        net, k_next = policy_net(state, econ, cfg), cash_on_hand(at, econ)[0] - batch.c
-        batch = batch._replace(expected=fast.expected_worth(net, at, k_next, batch.ahead, econ))
-    m, _ = cash_on_hand(at, econ)
+        batch = batch._replace(expected=fast.expected_worth(net, at, m - batch.c, batch.ahead, econ))
     free = batch.c < above_limit(m, econ) * (1 - 1e-6)
     error = 1 - inverse_marginal_utility((econ.beta[at.s] * batch.expected).clamp(min=1e-30), econ) / batch.c
     missed, error = [torch.where(free, x, 0.0) for x in (policy_residual(batch, econ), error)]
@@ -1010,15 +971,13 @@ def iteration_figures(state: State, batch: "Batch", taken: Tensor, econ: Tables,
     return torch.cat([figures, watched_savings(state, econ, cfg)])
 
 
-def change_of(series: list, n: int) -> float:
-    """Mean of the last n over the mean of the n before."""
-    return float(np.mean(series[-n:]) / np.mean(series[-2 * n : -n]))
-
-
 def has_settled(state: State, cfg: Config) -> bool:
     """Savings moved little ten times in a row, and Euler errors neither fall nor rise."""
     moved = state.history["movement"][-10:]
-    return len(moved) == 10 and max(moved) < cfg.settle and 0.8 < change_of(state.history["euler"], 5) < 1.25
+    if len(moved) < 10 or max(moved) >= cfg.settle:
+        return False
+    (before,), (last,) = two_means(state.history["euler"], 5)
+    return 0.8 < last / before < 1.25
 
 
 def still_moving(history: dict, settled: int, cfg: Config) -> str:
@@ -1026,10 +985,10 @@ def still_moving(history: dict, settled: int, cfg: Config) -> str:
     if cfg.published:
         return ""
     euler = history["euler"][settled:]
-    n = min(len(euler) // 3, 10)
-    if n and change_of(euler, n) < 0.8:
-        before, last = np.array(euler[-2 * n :]).reshape(2, n).mean(1)
-        return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
+    if n := min(len(euler) // 3, 10):
+        (before,), (last,) = two_means(euler, n)
+        if last < 0.8 * before:
+            return f"Euler errors fell to {last:.1e} in {n} iterations, from {before:.1e}"
     if not settled:
         return f"savings moved by {history['movement'][-1]:.1e} of K in ten iterations (--settle {cfg.settle:g})"
     return ""
@@ -1048,23 +1007,22 @@ class Paths(NamedTuple):
 
 def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Paths:
     """The economies go on from where they are, under the current policy; what the state holds of them follows."""
-    net = policy_net(state, econ, cfg)
-    moments, now, M, M_next, held, gains = seen_moments(net.layers, cfg), [], [], [], [], []
+    net, M, rows, held, gains = policy_net(state, econ, cfg), [], [], [], []
+    seen = seen_moments(net.layers, econ, cfg)
 
     def policy(at, weight):
-        M.append(moments_of(at.k, at.s, moments, econ, weight))
+        M.append(moments_of(at.k, at.s, seen, weight))
         return fast.network_capital(net, at._replace(M=M[-1].unsqueeze(1)), econ)
 
     for panel, at, k_next in simulate(policy, scaled(state, econ, cfg, rng), cfg.periods, econ, rng):
         k, s, weight, z, p = panel
-        now.append((at.K[:, 0], z[:, 0], at.labour[:, 0], p))
-        M_next.append(next_moments(k_next, s, z, moments, econ, weight))
-        if moments.Q:
+        rows.append((at.K[:, 0], z[:, 0], at.labour[:, 0], p, next_moments(k_next, s, z, seen, econ, weight)))
+        if cfg.learnt_moments:
             held.append((k, s, weight))
         if econ.equilibrium == "planner":
             gains.append(mean_over(gain_from_K(k_next, at, econ), weight))
-    (K, z, labour, p), M, M_next = [torch.stack(x) for x in zip(*now)], torch.stack(M), torch.stack(M_next[:-1])
-    labour_next = labour_ahead(p[:-1].flatten(0, 1), z[:-1].view(-1, 1), econ).view(*M_next.shape[:3], -1)
+    M, (K, z, labour, p, M_next) = torch.stack(M), [torch.stack(x) for x in zip(*rows)]
+    labour_next = labour_ahead(p[:-1].flatten(0, 1), z[:-1].view(-1, 1), econ).view(*M_next[1:].shape[:3], -1)
     held = tuple(torch.stack(x) for x in zip(*held))
     every_K, every_z, every_labour = [gathered(x, 1) for x in (K, z, labour)]
     if M.numel():  # which are there to tell what the law of K cannot
@@ -1074,22 +1032,21 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
         K_next = torch.exp(by_law(state.K_law[z[:-1]], torch.log(K[:-1].double()), labour[:-1].double())).to(K.dtype)
     Delta, Delta_next = torch.zeros_like(K), torch.zeros_like(K_next).unsqueeze(-1).expand(-1, -1, len(econ.TFP))
     if gains:
-        found, _ = regress_by_z(gathered(torch.stack(gains), 1), terms(every_K, every_labour), every_z, 0 * econ.TFP)
+        found, _ = regress_by_z(gathered(torch.stack(gains), 1), every_K, every_labour, every_z, 0 * econ.TFP)
         approach(state.Delta_law, found, state.rates[2])
         law = state.Delta_law.to(K.dtype)
         Delta = by_law(law[z], torch.log(K), labour)
         Delta_next = by_law(law, torch.log(K_next).unsqueeze(-1), labour_next)
-    widen(state.k_range, gathered(torch.stack(ends_of(panel)), 0))
+    widen(state.k_range, gathered(ends_of(panel), 0))
     widen(state.K_range, every_K)
     for name, x in panel._asdict().items():  # only here: the first date was the state itself
         getattr(state, name).copy_(x)
     recentre(state, every_K, gathered(M, 1), econ, cfg)
-    return Paths(At(K, z, K, z, M, Delta, labour), Ahead(K_next, M_next, Delta_next, labour_next), held)
+    return Paths(At(K, z, K, z, M, Delta, labour), Ahead(K_next, M_next[:-1], Delta_next, labour_next), held)
 
 
 def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Panel:
-    """The economies with each group's capital scaled by up to cfg.K_spread: K off its usual path. Nodes of infinitely
-    many households reach further than any of them."""
+    """The economies with each group's capital scaled by up to cfg.K_spread, on nodes that reach far enough."""
     k, s, weight, z, p = (getattr(state, name) for name in Panel._fields)
     scale = 1 + cfg.K_spread * (2 * uniform((len(k), econ.of_group.shape[1]), rng, k.device) - 1)
     k = econ.k_min + (k - econ.k_min) * scale.gather(1, econ.of_group.argmax(1)[s])
@@ -1104,27 +1061,24 @@ def scaled(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> Pan
 RARE = 1e-6  # a share of infinitely many households that does not count as any
 
 
-def ends_of(panel: Panel) -> List[Tensor]:
-    """Least and largest k that households hold."""
+def ends_of(panel: Panel) -> Tensor:
+    """Least and largest k that households hold, (2,)."""
     if not panel.weight.numel():
-        return list(panel.k.aminmax())
+        return torch.stack(panel.k.aminmax())
     k, order = panel.k[0].sort(stable=True)
     below = panel.weight.clamp(min=0)[:, order].double().cumsum(1)
     share = below / below[:, -1:]
     reached = (share > RARE) & (share.roll(1, 1) < 1 - RARE)
     reached[:, 0] = share[:, 0] > RARE
-    return [torch.where(reached, k, torch.inf).min(), torch.where(reached, k, -torch.inf).max()]
+    return torch.stack([torch.where(reached, k, torch.inf).min(), torch.where(reached, k, -torch.inf).max()])
 
 
-def terms(K: Tensor, labour: Tensor) -> List[Tensor]:
-    """What by_law() has beside the constant: ln K and, where labour (..., 2) moves, L and L^2; float64."""
+def regress_by_z(y: Tensor, K: Tensor, labour: Tensor, z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
+    """y on ln K and, where labour (periods, B, 2) moves, L and L^2, by least squares over (periods, B), in float64:
+    coefficients (Z, 2 or 4) as by_law() takes them, and R2 (Z,). Where K does not move (one z, say) slopes are
+    (still(z), 0, 0) and R2 is NaN; where z never comes the constant is NaN."""
     L = [labour[..., 0].double()] if labour.shape[-1] else []
-    return [torch.log(K.double()), *L, *[x.square() for x in L]]
-
-
-def regress_by_z(y: Tensor, x: List[Tensor], z: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """y = a(z) + b(z)' x by least squares, float64, over (periods, B): coefficients (Z, 1 + len(x)) and R2 (Z,). Where
-    x[0] does not move (one z, say) b is (still(z), 0, ...) and R2 is NaN, and where z never comes a is NaN."""
+    x = [torch.log(K.double()), *L, *[v.square() for v in L]]
     here = (z == torch.arange(len(still), device=still.device).view(-1, 1, 1)).double()  # (Z, periods, B)
 
     def mean(v):
@@ -1146,9 +1100,8 @@ def regress_by_z(y: Tensor, x: List[Tensor], z: Tensor, still: Tensor) -> Tuple[
 
 
 def law_of_motion(K_path: Tensor, labour: Tensor, z_path: Tensor, still: Tensor) -> Tuple[Tensor, Tensor]:
-    """ln K' on terms() by z over paths K, z (periods, B), labour (periods, B, 2), as regress_by_z() has it."""
-    x = terms(K_path, labour)
-    return regress_by_z(x[0][1:], [v[:-1] for v in x], z_path[:-1], still)
+    """ln K' by regress_by_z() over paths K, z (periods, B), labour (periods, B, 2)."""
+    return regress_by_z(torch.log(K_path[1:].double()), K_path[:-1], labour[:-1], z_path[:-1], still)
 
 
 def approach(law: Tensor, found: Tensor, share: Tensor) -> None:
@@ -1206,8 +1159,8 @@ TAUGHT = 5  # periods of a roll-out that teach
 
 
 def taught(cfg: Config) -> List[int]:
-    """Periods of a roll-out whose states teach: in its first half, so that T / 2 periods follow, and many of them
-    early, where households are where they were put. In the published algorithm all that V learns from."""
+    """Periods of a roll-out whose states teach: in its first half, so that T / 2 periods follow, and most of them
+    early, where households are where they were put. The published algorithm's V learns from all of the first half."""
     last = max(cfg.horizon // 2 - 1, 0)
     if cfg.published:
         return list(range(last + 1))
@@ -1216,9 +1169,8 @@ def taught(cfg: Config) -> List[int]:
 
 def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator):
     """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
-    simulated economies. As many start in each s, since rare states hold most of the error, and a share of them anywhere
-    in the simulated range of k and a little beyond: the ergodic set of a wrong policy never visits the tails that
-    decide the distribution."""
+    simulated economies. A share of them start anywhere in the simulated range of k and a little beyond: the ergodic set
+    of a wrong policy never visits the tails that decide the distribution."""
     M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
@@ -1229,13 +1181,15 @@ def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng
     k, s = some_households(state, M, econ, cfg, rng)
     k = torch.where(start_wide < cfg.wide_share, wide, k)
     path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
-    shocks = uniform(path.z.shape, rng, device)
-    path = path._replace(s=follow(lambda t, s: shocks[t], s, path.z, econ))
-    return k, path, ahead, window[:-1] * B + economy
+    shocks, s_path = uniform(path.z.shape, rng, device), [s]
+    for t in range(cfg.horizon):
+        s_path.append(next_s(shocks[t], s_path[t], path.z[t], path.z[t + 1], econ))
+    return k, path._replace(s=torch.stack(s_path)), ahead, window[:-1] * B + economy
 
 
 def some_households(state: State, M: int, econ: Tables, cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
-    """k, s (M,) of households drawn from the economies, as many in each s; as they are in the published algorithm."""
+    """k, s (M,) of households drawn from the economies, as many in each s, since rare states hold most of the error; as
+    they are in the published algorithm."""
     (B, N), S, device = state.k.shape, len(econ.beta), state.k.device
     if cfg.published:
         household = torch.randint(B * N, (M,), generator=rng, device=device)
@@ -1261,15 +1215,15 @@ AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # states: what stays in a cache; a GPU 
 
 
 def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Batch:
-    """M fresh households under the current policy, with their labels; the states that teach, as one list (n,)."""
+    """M fresh households under the current policy, with their labels: the states that teach (n,), or in the published
+    algorithm all (T, M)."""
     net = policy_net(state, econ, cfg)
     k0, path, ahead, date = sample_households(state, paths, econ, cfg, rng)
     path = path._replace(k=fast.roll_out(net, k0, path, econ))
     at, k_next = pick(path, slice(cfg.horizon)), path.k[1:]
     n = max(1, AT_ONCE[k0.device.type] // (econ.next_s.shape[2] * cfg.batch))
     parts = [slice(t, t + n) for t in range(0, cfg.horizon, n)]
-    found = [fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]
-    c, dc = [torch.cat(x) for x in zip(*found)]
+    c, dc = map(torch.cat, zip(*[fast.consumption_and_slope(net, pick(at, part), econ) for part in parts]))
     if cfg.published:
         V_T = fast.network_value(value_net(state, econ, cfg), pick(path, -1), econ)
         U, worth = fast.published_labels(*V_T, c, dc, at, econ)
@@ -1291,7 +1245,7 @@ def consumption_and_slope(net: Net, at: At, econ: Tables) -> Tuple[Tensor, Tenso
     m, R = cash_on_hand(at, econ)
     x = features(at, m, net, econ)
     f, f_k = network_and_slope(net.layers, x, feature_slopes(at.k, m, R, x.shape[-1], econ))
-    share, above = consumed_share(f), above_limit(m, econ)
+    share, above = torch.exp(f.clamp(max=0.0)), above_limit(m, econ)
     return share * above, torch.where(f < 0, share * (R + above * f_k), R)
 
 
@@ -1299,7 +1253,8 @@ def expected_worth(net: Net, at: At, k_next: Tensor, ahead: Ahead, econ: Tables)
     """E[R' u'(c') + Delta']: what k' is worth next period under the policy network, an exact sum over (s', z')."""
     nexts = successors(at, k_next, ahead, econ)
     m, R = cash_on_hand(nexts, econ)
-    c = consumed_share(network(net.layers, features(nexts, m, net, econ))) * above_limit(m, econ)
+    f = network(net.layers, features(nexts, m, net, econ))
+    c = torch.exp(f.clamp(max=0.0)) * above_limit(m, econ)
     return expected(worth_of_cash(c, R, nexts, econ), at, econ)
 
 
@@ -1308,9 +1263,11 @@ def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
     k_path, T = torch.empty_like(path.K), path.K.shape[0] - 1
     k_path[0] = k
     y, R = earnings(path, econ)
-    others = features_of_others(path.K, path, net, econ)
+    others = features_of_others(path, net, econ)  # of all periods at once
     for t in range(T):
-        k_path[t + 1] = savings(net.layers, k_path[t], R[t] * k_path[t] + y[t], others[t], econ)
+        above = above_limit(R[t] * k_path[t] + y[t], econ)
+        f = network(net.layers, with_own(k_path[t], above, others[t], econ))
+        k_path[t + 1] = econ.k_min - torch.expm1(f.clamp(max=0.0)) * above
     return k_path
 
 
@@ -1322,8 +1279,7 @@ def worth_of_saving(expected: Tensor, c: Tensor, dc: Tensor, at: At, econ: Table
     whose second term is the miss of the first-order condition one period on: all later ones are in it, and at the
     solution it is zero. It comes back by at most one for one, as beta dk'/dk V_k' / u'(c) can be a thousand for who
     loses the income with next to nothing saved (Munos et al. 2016), and is at most as large as the first."""
-    beta, u_prime = econ.beta[at.s], marginal_utility(c, econ)
-    _, R = earnings(at, econ)
+    beta, u_prime, (R, _) = econ.beta[at.s], marginal_utility(c, econ), prices(at, econ)
     saved = R - dc  # dk'/dk
     growth = beta[:-1] * (saved / R * worth_of_cash(c, R, at, econ))[1:].abs() / u_prime[:-1]
     of_miss, high, low = saved[1:] / growth.clamp(min=1.0), expected.abs(), -expected.abs() / 2
@@ -1339,8 +1295,7 @@ def published_labels(V_T: Tensor, V_k_T: Tensor, c: Tensor, dc: Tensor, at: At,
                      econ: Tables) -> Tuple[Tensor, Tensor]:
     """Realised utility U_t = u(c_t) + Delta_t k_t + beta U_{t+1} and next period's costate lambda_{t+1}, with lambda_t
     = u'(c_t) dc/dk + Delta_t + beta lambda_{t+1} dk'/dk, from V and V_k at T: back-propagation through time."""
-    beta, u_prime = econ.beta[at.s], marginal_utility(c, econ)
-    _, R = earnings(at, econ)
+    beta, u_prime, (R, _) = econ.beta[at.s], marginal_utility(c, econ), prices(at, econ)
     gain = Delta(u_prime, at, econ)
     u, u_k = utility(c, econ) + gain * at.k, u_prime * dc + gain
     U, lam_next = torch.empty_like(c), torch.empty_like(c)
@@ -1380,18 +1335,18 @@ def policy_residual(batch: Batch, econ: Tables) -> Tensor:
 
 
 def policy_step(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
-    """The output of the policy network, the log of what is consumed, moves by policy_residual() wherever the borrowing
-    limit leaves room. Whether the step was taken."""
+    """The output of the policy network, the log of the share that is consumed, moves by policy_residual() wherever the
+    borrowing limit leaves room. Whether the step was taken."""
     net, at = policy_net(state, econ, cfg), batch.at
     m, _ = cash_on_hand(at, econ)
-    x, seen = features(at, m, net, econ), learnt_seen(batch, paths)
+    x, seen = features(at, m, net, econ), [held.flatten(0, 1)[batch.date] for held in paths.held]
     f, missed = network(net.layers, x), policy_residual(batch, econ)
     free = ((f < 0) | (missed < 0)) * econ.root_weight[at.s]
     free = free * robust(missed, free)
     slopes = learnt_slopes(net.layers[6:], seen, net, econ) if seen else None
 
     def residuals(theta):
-        layers = unpack(theta, shapes_of(net))
+        layers = policy_net(dataclasses.replace(state, policy=theta), econ, cfg).layers
         return ((f + missed - network(layers, with_learnt(x, layers[6:], seen, net, econ))) * free).unsqueeze(0)
 
     def jacobians(part):
@@ -1415,8 +1370,7 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
     states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
-    Fukushima 2001): careful far from the solution, free near it; a hundredth of it, and the damping falls further,
-    where there is no noise. Of the step, a third and a ninth of it the one that
+    Fukushima 2001), a hundredth of it where there is no noise. Of the step, a third and a ninth of it the one that
     leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
@@ -1424,7 +1378,8 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
     for start in range(0, n, 2048):  # in parts: the whole jacobian would not fit a cache
         part = slice(start, start + 2048)
         for residual, jacobian in zip(now[:, part], jacobians(part)):
-            add_gram(A, jacobian)
+            for low, high in itertools.pairwise(len(A) * i // 6 for i in range(7)):  # a Cholesky factor reads no more
+                A[low:high, :high].addmm_(jacobian[:, low:high].T, jacobian[:, :high])
             gradient.addmv_(jacobian.T, residual)
     A, gradient, at_start = total(A).double(), total(gradient), least
     care, floor = (1.0, LEAST_DAMPING) if noisy else (0.01, LEAST_DAMPING / 3)
@@ -1440,14 +1395,6 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
     damping.copy_(torch.where(taken, (damping / 3).clamp(min=floor), (damping * 10).clamp(max=1e6)))
     agreed(theta.copy_(best))
     return taken.to(damping.dtype)
-
-
-def add_gram(A: Tensor, jacobian: Tensor) -> None:
-    """A += jacobian' jacobian below the diagonal, which is all that a Cholesky factor is made of."""
-    P = len(A)
-    for block in range(6):
-        low, high = P * block // 6, P * (block + 1) // 6
-        A[low:high, :high].addmm_(jacobian[:, low:high].T, jacobian[:, :high])
 
 
 def robust(residual: Tensor, weight: Tensor) -> Tensor:
@@ -1475,24 +1422,23 @@ def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: 
     return torch.ones_like(state.damping)
 
 
-def value_loss(theta: Tensor, state: State, states: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
+def value_loss(state: State, states: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
     """Half the mean squared error of g against realised utility, held to what half the least and twice the most
     consumption give for ever, as utility may have a bound."""
     D, U = econ.annuity[states.at.z, states.at.s], states.U
     if econ.equilibrium == "market":
         U = U.clamp(D * utility(states.c.min() / 2, econ), D * utility(2 * states.c.max(), econ))
-    net = value_net(state, econ, cfg)
-    g = value_output(net._replace(layers=unpack(theta, shapes_of(net))), states.at, econ)
+    g = value_output(value_net(state, econ, cfg), states.at, econ)
     return (equivalent_of(U, states.at, econ) - g).square().mean() / 2
 
 
-def policy_loss(theta: Tensor, state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
+def policy_loss(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
     """Its gradient is that of minus utility, -sum_t beta^t (dU/d log c) d log c / d theta: back-propagation through
     time without the graph through time."""
-    net, (m, _), seen = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), learnt_seen(batch, paths)
-    layers = unpack(theta, shapes_of(net))
-    x = with_learnt(features(batch.at, m, net, econ), layers[6:], seen, net, econ)
-    f, beta = network(layers, x).clamp(max=0.0), econ.beta[batch.at.s]
+    net, (m, _) = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ)
+    seen = [held.flatten(0, 1)[batch.date] for held in paths.held]
+    x = with_learnt(features(batch.at, m, net, econ), net.layers[6:], seen, net, econ)
+    f, beta = network(net.layers, x).clamp(max=0.0), econ.beta[batch.at.s]
     first_order = (marginal_utility(batch.c, econ) - beta * batch.worth) * batch.c
     return -(beta.cumprod(0) / beta * first_order * f).sum(0).mean()
 
@@ -1504,7 +1450,8 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
     mean, square = state.adam[:, P:] if of_value else state.adam[:, :P]
     with torch.enable_grad():
         at = theta.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(at, state, batch, paths, econ, cfg), at)
+        tried = dataclasses.replace(state, **{name: at})
+        (gradient,) = torch.autograd.grad(loss(tried, batch, paths, econ, cfg), at)
     gradient = total(gradient) / RANKS
     mean.lerp_(gradient, 0.01)
     square.lerp_(gradient.square(), 0.01)
@@ -1522,9 +1469,8 @@ LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the netwo
 
 
 def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> None:
-    """V of the policy as it is, on states where the policy leads. The level solves the Bellman equation u(c) + Delta k
-    + beta E V(s') - V(s) = 0, an exact sum over (s', z'), and the slope is V_k = R u'(c) + Delta (fit the slopes too:
-    Huge & Savine 2020)."""
+    """V of the policy as it is, on states where the policy leads: u(c) + Delta k + beta E V(s') - V(s) = 0, E an exact
+    sum over (s', z'), and V_k = R u'(c) + Delta (fit the slopes too: Huge & Savine 2020)."""
     damping, cfg = torch.full_like(state.damping, 1e-2), dataclasses.replace(cfg, wide_share=0.0)
     state.rates[1:] = 0  # what households believe stays what it is
     for _ in range(VALUE_ROUNDS):
@@ -1556,7 +1502,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[at.z, at.s].T * beta * V_g_next])  # of minus the residual
 
     def both(theta):
-        layers = unpack(theta, shapes_of(net))
+        layers = value_net(dataclasses.replace(state, value=theta), econ, cfg).layers
         g, g_k = network_and_slope(layers, x, dx)
         V_next = value_of(network(layers, x_next), nexts, econ)[0]
         return flow + beta * expected(V_next, at, econ) - value_of(g, at, econ)[0], V_k - V_g * g_k
@@ -1589,29 +1535,17 @@ MOMENTS = {
 Q_HIDDEN = 12  # width of the two tanh layers of Q, as in the authors' code
 
 
-class Moments(NamedTuple):
-    """What the networks see of a cross-section beside K."""
-
-    given: tuple  # names of MOMENTS
-    Q: list  # layers V1, c1, V2, c2, V3 (p, H), c3 (p,) of the learnt ones; empty where nothing is learnt
-
-
-def given_moments(cfg: Config) -> tuple:
-    """Names; UserError for one that is none."""
-    names = tuple(name for name in cfg.moments.split(",") if name)
-    for name in names:
-        require(name in MOMENTS, f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
-    return names
-
-
 def sees_who_earns(cfg: Config) -> bool:
-    return cfg.learnt_moments > 0 or "unemployment" in given_moments(cfg)
+    return cfg.learnt_moments > 0 or "unemployment" in cfg.moments.split(",")
 
 
 def n_moments(econ: Tables, cfg: Config) -> int:
-    """How many the networks see; UserError where households are too few to tell them apart."""
-    anybody, N = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device), cfg.n_agents
-    n = sum(MOMENTS[name](anybody, anybody.long(), econ).shape[-1] for name in given_moments(cfg)) + cfg.learnt_moments
+    """How many the networks see. UserError for a name that is none, and where households are too few to tell so many
+    apart."""
+    anybody, n, N = torch.zeros(1, dtype=econ.beta.dtype, device=econ.beta.device), cfg.learnt_moments, cfg.n_agents
+    for name in filter(None, cfg.moments.split(",")):
+        require(name in MOMENTS, f"--moments: {name!r} is none of {', '.join(MOMENTS)}")
+        n += MOMENTS[name](anybody, anybody.long(), econ).shape[-1]
     require(N == 0 or 2 * n <= N, f"--moments, --learnt-moments: {n} moments of {N} households; raise --n-agents or "
             "take fewer")
     return n
@@ -1619,9 +1553,9 @@ def n_moments(econ: Tables, cfg: Config) -> int:
 
 def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
     """Six layers of the policy network and, where moments are learnt, six of Q."""
-    n, p, H = N_OWN + econ.sees.shape[2] + econ.labour_moves + n_moments(econ, cfg), cfg.learnt_moments, Q_HIDDEN
-    Q = [(H, 2 + econ.sees.shape[2]), (H,), (H, H), (H,), (p, H), (p,)]
-    return layer_shapes(n, cfg.hidden) + (Q if p else [])
+    seen, p = econ.sees.shape[2], cfg.learnt_moments
+    shapes = layer_shapes(N_OWN + seen + econ.labour_moves + n_moments(econ, cfg), cfg.hidden)
+    return shapes + (layer_shapes(2 + seen, Q_HIDDEN, (p,)) if p else [])
 
 
 def policy_net(state: State, econ: Tables, cfg: Config) -> Net:
@@ -1634,30 +1568,25 @@ def value_net(state: State, econ: Tables, cfg: Config) -> Net:
     return Net(unpack(state.value, shapes), state.K_centre, state.M_mean, state.M_std)
 
 
-def seen_moments(layers: List[Tensor], cfg: Config) -> Moments:
-    """layers: the policy network's, behind which stand those of Q."""
-    return Moments(given_moments(cfg), layers[6:])
-
-
-def shapes_of(net: Net) -> List[tuple]:
-    return [layer.shape for layer in net.layers]
+def seen_moments(layers: List[Tensor], econ: Tables, cfg: Config) -> Callable | None:
+    """What households k, s (...) add to the moments that the networks see, a function -> (..., n); None where they see
+    none. layers: the policy network's, behind which stand those of Q."""
+    of = [MOMENTS[name] for name in cfg.moments.split(",") if name]
+    of += [functools.partial(Q, layers[6:])] if cfg.learnt_moments else []
+    return (lambda k, s: torch.cat([moment(k, s, econ) for moment in of], -1)) if of else None
 
 
 def Q(layers: List[Tensor], k: Tensor, s: Tensor, econ: Tables) -> Tensor:
     """(..., p) of households k, s (...)."""
-    h = torch.tanh(linear(learnt_inputs(k, s, econ), layers[0], layers[1]))
+    x = torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[0, s]], -1)
+    h = torch.tanh(linear(x, layers[0], layers[1]))
     h = torch.tanh(linear(h, layers[2], layers[3]))
     return linear(h, layers[4], layers[5])
 
 
-def learnt_inputs(k: Tensor, s: Tensor, econ: Tables) -> Tensor:
-    """What Q sees of a household, (...) -> (..., 2 + F + G)."""
-    return torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[0, s]], -1)
-
-
 def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, weight: Tensor, econ: Tables) -> Tensor:
     """d (mean of Q over a cross-section) / d its parameters: k, s, weight (n, N or 0) -> (n, p, parameters)."""
-    x, N = learnt_inputs(k, s, econ), k.shape[1]
+    x, N = torch.cat([torch.stack(capital_inputs(k, econ), -1), econ.sees[0, s]], -1), k.shape[1]
     h = torch.tanh(linear(x, layers[0], layers[1]))
     h2 = torch.tanh(linear(h, layers[2], layers[3]))
     one_of_p, columns = torch.eye(len(layers[5]), dtype=k.dtype, device=k.device), []
@@ -1672,32 +1601,21 @@ def Q_jacobian(layers: List[Tensor], k: Tensor, s: Tensor, weight: Tensor, econ:
     return torch.stack(columns, 1)
 
 
-def contributions(k: Tensor, s: Tensor, moments: Moments, econ: Tables) -> Tensor:
-    """What households add to the moments: (...) -> (..., n)."""
-    given = [MOMENTS[name](k, s, econ) for name in moments.given]
-    return torch.cat([*given, Q(moments.Q, k, s, econ)] if moments.Q else given, -1)
-
-
-def moments_of(k: Tensor, s: Tensor, moments: Moments, econ: Tables, weight: Tensor) -> Tensor:
+def moments_of(k: Tensor, s: Tensor, seen: Callable | None, weight: Tensor) -> Tensor:
     """Moments (B, n) of cross-sections k, s, weight (B, N or 0), see Panel."""
-    if not moments.given and not moments.Q:
-        return k.new_zeros(len(k), 0)
-    return mean_over(contributions(k, s, moments, econ), weight)
+    return mean_over(seen(k, s), weight) if seen else k.new_zeros(len(k), 0)
 
 
-def next_moments(k_next: Tensor, s: Tensor, z: Tensor, moments: Moments, econ: Tables, weight: Tensor) -> Tensor:
+def next_moments(k_next: Tensor, s: Tensor, z: Tensor, seen: Callable | None, econ: Tables, weight: Tensor) -> Tensor:
     """E[M' | z'] for each z', everybody's s' in expectation, an exact sum: k', s (B, N), z (B, 1) -> (B, Z, n)."""
-    if not moments.given and not moments.Q:
+    if not seen:
         return k_next.new_zeros(len(k_next), len(econ.TFP), 0)
-    s_next = econ.reach[s]  # (B, N, reachable)
-    q = contributions(k_next.unsqueeze(-1).expand(s_next.shape), s_next, moments, econ)
-    p = [own_transition(s, z, z_next, econ).unsqueeze(-1) for z_next in range(len(econ.TFP))]
-    return torch.stack([mean_over((of_z * q).sum(2), weight) for of_z in p], 1)
-
-
-def learnt_seen(batch: Batch, paths: Paths) -> tuple:
-    """k, s and weight (n, N or 0) of the cross-sections that a batch sees; () where nothing is learnt."""
-    return tuple(x.flatten(0, 1)[batch.date] for x in paths.held)
+    M_next, s_next = [], econ.reach[s]  # (B, N, reachable)
+    q, zero = seen(k_next.unsqueeze(-1).expand(s_next.shape), s_next), torch.zeros_like(k_next).unsqueeze(-1)
+    for z_next in range(len(econ.TFP)):
+        p = econ.cum_s[z, z_next, s].diff(prepend=zero, append=zero + 1)  # P(s' | z, z', s)
+        M_next.append(mean_over((p.unsqueeze(-1) * q).sum(2), weight))
+    return torch.stack(M_next, 1)
 
 
 def with_learnt(x: Tensor, layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> Tensor:
@@ -1731,30 +1649,27 @@ def sized(cfg: Config, economy: Economy) -> Config:
 def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
     """Before the first iteration: everybody consumes the share of cash on hand above the limit at which the
     representative household would stay where it is, and V is that consumption for ever."""
-    device, n, a, K = econ.TFP.device, n_moments(econ, cfg), economy.arrays, economy.K_start
-    of_z = a.shares.sum(1)
+    n, a, K, of_z = n_moments(econ, cfg), economy.arrays, economy.K_start, economy.arrays.shares.sum(1)
     Y = float(of_z @ a.TFP * K**a.alpha * (of_z @ a.L) ** (1 - a.alpha))
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
     rng_Q = torch.Generator().manual_seed(seed + 2)
     (_, inputs), *_ = shapes = policy_shapes(econ, cfg)
     Q = [torch.randn(shape, generator=rng_Q).flatten() / shape[-1] ** 0.5 for shape in shapes[6:]]
     panel = initial_panel(cfg.n_economies, cfg.n_agents, econ, K, rng)
-    policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed), *Q]).to(device)
-    value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1).to(device)
-    for theta, size in ((policy, inputs), (value, inputs + 1)):  # labour and moments come in as they are needed
-        theta[: cfg.hidden * size].view(cfg.hidden, size)[:, size - n - econ.labour_moves :] = 0
-    value[: cfg.hidden * (inputs + 1)].view(cfg.hidden, -1)[:, 0] = 0  # and so does the square of ln K
-    law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64, device=device)
-    law[:, 1] = 1  # K' = K
-    k, K_all = [gathered(x, 0).aminmax() for x in (torch.stack(ends_of(panel)), mean_over(panel.k, panel.weight))]
-    return State(
-        policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2, device=device),
-        rates=torch.zeros(3, device=device), **panel._asdict(), K_centre=torch.tensor(K, device=device).float(),
-        M_mean=torch.zeros(n, device=device), M_std=torch.ones(n, device=device),
-        K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1),
-        k_range=torch.stack(k), K_range=torch.stack(K_all),
-        adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published, device=device),
-        adam_steps=torch.zeros(2, dtype=torch.float64, device=device))
+    idle = list(range(inputs - n - econ.labour_moves, inputs))  # labour and moments come in as they are needed,
+    policy = torch.cat([initial_parameters(inputs, cfg.hidden, math.log(share), seed, idle), *Q]).to(econ.TFP.device)
+    idle = [0, *[i + 1 for i in idle]]  # and so does the square of ln K
+    value = initial_parameters(inputs + 1, cfg.hidden, 0.0, seed + 1, idle).to(econ.TFP.device)
+    k, K_all = [gathered(x, 0).aminmax() for x in (ends_of(panel), mean_over(panel.k, panel.weight))]
+    with econ.TFP.device:
+        law = torch.zeros(len(of_z), 4 if econ.labour_moves else 2, dtype=torch.float64)
+        law[:, 1] = 1  # K' = K
+        return State(
+            policy=policy, policy_before=policy.clone(), value=value, damping=torch.tensor(1e-2), rates=torch.zeros(3),
+            **panel._asdict(), K_centre=torch.tensor(K).float(), M_mean=torch.zeros(n), M_std=torch.ones(n),
+            K_law=law, Delta_law=economy.Delta_start * law.roll(-1, 1), k_range=torch.stack(k),
+            K_range=torch.stack(K_all), adam=torch.zeros(2, (len(policy) + len(value)) * cfg.published),
+            adam_steps=torch.zeros(2, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------------------------------------- solutions
@@ -1768,7 +1683,7 @@ class Policy:
     for a grid."""
 
     config = Config()  # how it is judged
-    seen = Moments((), [])  # of the cross-section
+    seen = None  # of the cross-section, see seen_moments()
     settled = True  # whether savings had, so that what is judged can be meant
 
     def usual(self, at: At) -> At:
@@ -1857,11 +1772,11 @@ class Policy:
 
     def moments(self, k, s) -> np.ndarray:
         """M (..., n_m) of cross-sections k, s (..., N)."""
-        if not any(self.seen):
+        if not self.seen:
             raise ValueError("this solution sees nothing but K of the cross-section")
         k, s = np.broadcast_arrays(k, s)
         sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
-        return moments_of(*sections, self.seen, self.econ, sections[0][:, :0]).reshape(*k.shape[:-1], -1).cpu().numpy()
+        return moments_of(*sections, self.seen, sections[0][:, :0]).reshape(*k.shape[:-1], -1).cpu().numpy()
 
     def at(self, k, s, K, z, M=None, L=None) -> At:
         """Where households are; the arguments and errors of next_capital()."""
@@ -1986,7 +1901,7 @@ class Solution(Policy):
         units = [torch.as_tensor(weights[name]).to(device, dtype) for name in ("K_centre", "M_mean", "M_std")]
         policy, value = [[layer.to(device, dtype) for layer in weights[name].values()] for name in ("policy", "value")]
         self.net, self.value_net = Net(policy[:6], *units), Net(value, *units)
-        self.seen = seen_moments(policy, self.config)
+        self.seen = seen_moments(policy, self.econ, self.config)
         self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
         self.usual_moments, self.settled = weights["M_law"].to(device), weights["settled"] > 0
         self.top = float(learnt_top(weights["k_range"][1], weights["K_centre"]))
@@ -2014,7 +1929,7 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
     require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy(), labour.double().cpu().numpy())
     M_law = torch.zeros(len(econ.TFP), M.shape[-1], state.K_law.shape[1], dtype=torch.float64)
     for i in range(M.shape[-1]):
-        M_law[:, i] = regress_by_z(M[..., i], terms(K, labour), z, 0 * econ.TFP)[0].nan_to_num()
+        M_law[:, i] = regress_by_z(M[..., i], K, labour, z, 0 * econ.TFP)[0].nan_to_num()
     of_z = [K[z == i].mean() if (z == i).any() else K.mean() for i in range(len(econ.TFP))]
     nets = {"policy": policy_net(state, econ, cfg), "value": value_net(state, econ, cfg)}
     layers = "W1", "b1", "W2", "b2", "w3", "b3", "V1", "c1", "V2", "c2", "V3", "c3"  # the last six of Q
@@ -2042,7 +1957,7 @@ def cross_section(solution: Policy, at: At, p: Tensor, k_next: Tensor, weight: T
     economies: K' is what they save, labour is known for each z', moments and a planner's Delta, the mean gain from K
     over households, are in expectation over everybody's s', for each z'."""
     econ, K, K_next = solution.econ, (weight * at.k).mean(1, keepdim=True), (weight * k_next).mean(1, keepdim=True)
-    M = moments_of(at.k, at.s, solution.seen, econ, weight).unsqueeze(1)
+    M = moments_of(at.k, at.s, solution.seen, weight).unsqueeze(1)
     M_next = next_moments(k_next, at.s, at.z, solution.seen, econ, weight).unsqueeze(1)
     zero = torch.zeros_like(K)
     at = at._replace(K=K, M=M, Delta=zero, labour=labour_of(p, at.z, econ))
@@ -2200,7 +2115,7 @@ def panel_policy(solution: Policy) -> Callable:
     dtype = solution.econ.beta.dtype
 
     def policy(at, weight):
-        M = moments_of(at.k.to(dtype), at.s, solution.seen, solution.econ, weight).unsqueeze(1)
+        M = moments_of(at.k.to(dtype), at.s, solution.seen, weight).unsqueeze(1)
         return solution.policy(at._replace(k=at.k.to(dtype), K=at.K.to(dtype), M=M, labour=at.labour.to(dtype)))
     return policy
 
@@ -2238,8 +2153,8 @@ def judge_panel(solution: Policy, cfg: Config, k: np.ndarray, mass: np.ndarray) 
     panel, periods = settled_panel(k, mass, cfg.eval_economies, cfg.eval_agents, econ, rng), cfg.eval_periods - first
     sections, *path, _, _ = panel_path(solution, panel, periods, first, range(0, periods, POOLED_EVERY), rng)
     figures, arrays = judged(solution, sections, *path)
-    if solution.seen.Q:
-        figures["moments"] = meaning(sections, econ, len(solution.seen.Q[-1]))
+    if solution.config.learnt_moments:
+        figures["moments"] = meaning(sections, econ, solution.config.learnt_moments)
     return {"n_agents": cfg.eval_agents, "n_economies": cfg.eval_economies} | figures, arrays
 
 
@@ -2438,14 +2353,14 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
 def histogram_policy(solution: Policy, axes: Axes):
     """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen a function."""
     Z, S = solution.economy.arrays.shares.shape
-    if not any(solution.seen):
+    if not solution.seen:
         at = on_grid(axes, solution.econ)
         return np.concatenate([solution.policy(pick(at, slice(z, z + 1))).cpu().numpy() for z in range(Z)])
     solution = Solution(solution.weights)  # on the CPU: so little work a period that launching it takes longer
     nodes = np.append(axes.k[:-1:5], axes.k[-1])  # k' is interpolated in between
     (every_k, every_s), (k, s) = [torch.broadcast_tensors(torch.from_numpy(x), torch.arange(S).unsqueeze(1))
                                   for x in (axes.k, nodes)]
-    q = contributions(every_k, every_s, solution.seen, solution.econ).flatten(0, 1)
+    q = solution.seen(every_k, every_s).flatten(0, 1)
 
     def rule(mass, K, z):
         mass = torch.from_numpy(mass / mass.sum())
@@ -2759,7 +2674,7 @@ def simulated_laws(table: np.ndarray, axes: Axes, mass: np.ndarray, z_path: np.n
                                       keep if econ.equilibrium == "planner" else None)
     K, Delta, z, labour = [torch.as_tensor(x)[BURN_IN:, None] for x in (K_path, Deltas, z_path, labour)]
     both = (law_of_motion(K, labour, z, torch.from_numpy(laws[0, :, 1])),
-            regress_by_z(Delta, terms(K, labour), z, torch.zeros(laws.shape[1], dtype=torch.float64)))
+            regress_by_z(Delta, K, labour, z, torch.zeros(laws.shape[1], dtype=torch.float64)))
     found, r2 = [torch.stack(x).numpy() for x in zip(*both)]
     return K_path, mass, np.where(np.isnan(found), laws, found), r2
 
@@ -3096,11 +3011,11 @@ def draw_pictures(folder: Path, solutions: dict, figures: dict, arrays: dict) ->
                    ylabel=f"{series.replace('_', ' ')} ({'p.p.' if points else 'percent'})")
 
     # what a household with capital k adds to each learnt moment, by s, in units of the moment's own movement
-    if network.seen.Q:
-        p, meant = len(network.seen.Q[-1]), of["small"]["moments"]
+    if p := network.config.learnt_moments:
+        meant = of["small"]["moments"]
         at_k = torch.linspace(a.k_min, k[-1], 300, dtype=torch.float64, device=network.device).expand(len(s_of), -1)
         s = torch.tensor(s_of, device=network.device).unsqueeze(1).expand_as(at_k)
-        q = (contributions(at_k, s, network.seen, network.econ) - network.net.M_mean) / network.net.M_std
+        q = (network.seen(at_k, s) - network.net.M_mean) / network.net.M_std
         with picture(draw / "moments.png", 1, [2.4] * p) as axes:
             for row, ax in enumerate(axes.flat):
                 for line, i, color in zip(q[..., row - p].cpu(), s_of, (BLUE, "#D55E00")):
@@ -3424,7 +3339,7 @@ def unbounded_saving(state: State, econ: Tables, cfg: Config) -> str:
     saves more and more; what bounds its wealth is R < 1 alone."""
     k, s, weight, z, p = (gathered(getattr(state, name), 0) for name in Panel._fields)
     K, labour, net = mean_over(k, weight).unsqueeze(1), labour_of(p, z, econ), policy_net(state, econ, cfg)
-    M = moments_of(k, s, seen_moments(net.layers, cfg), econ, weight).unsqueeze(1)
+    M = moments_of(k, s, seen_moments(net.layers, econ, cfg), weight).unsqueeze(1)
     at = At(k, s, K, z, M, by_law(state.Delta_law[z], torch.log(K), labour).to(k.dtype), labour)
     c, R = cash_on_hand(at, econ)[0] - network_capital(net, at, econ), prices(at, econ)[0]
     richest, R = torch.where(k <= state.k_range[1], k, -torch.inf).argmax(), float(R.mean())

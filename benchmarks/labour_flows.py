@@ -23,7 +23,7 @@ import deepham_ks as dk  # noqa: E402
 FOUND = ROOT / "benchmarks" / "labour_flows.json"
 SEEDS, YEARS = (0, 1, 2), 10
 BAD = 4 * YEARS  # quarters in the bad state
-TERMS = dk.terms
+REGRESS = dk.regress_by_z
 KINDS = {"K alone": {}, "(K, L)": {}, "learnt": {"learnt_moments": 1}}
 
 
@@ -32,11 +32,11 @@ def solved(kind: str, seed: int) -> tuple:
     move."""
     economy = labour_flows.economy(labour_flows.Calibration())
     if kind == "K alone":
-        dk.terms = lambda K, labour: [x if i == 0 else 0 * x for i, x in enumerate(TERMS(K, labour))]
+        dk.regress_by_z = lambda y, K, labour, z, still: REGRESS(y, K, 0 * labour, z, still)
         economy.arrays.L_std = np.array(np.inf)
     solution = dk.solve(economy, dataclasses.replace(dk.Config(), **KINDS[kind]), seed=seed)
     figures = settled(solution)
-    dk.terms = TERMS
+    dk.regress_by_z = REGRESS
     return solution, figures
 
 
@@ -53,13 +53,13 @@ def settled(solution: dk.Policy) -> dict:
 def what_is_learnt(solution: dk.Solution) -> dict:
     """R2 of the learnt moment on K and L, by z, over the judged path, and with one more regressor: what it says beyond
     them, by the share of what K and L leave that each candidate explains."""
-    held, econ = solution.histogram, solution.econ
+    held = solution.histogram
     k, rows = held.axes.k, []
     for mass, _, z in held.pooled:
         at = [torch.from_numpy(np.tile(k, (len(mass), 1)).reshape(1, -1)),
               torch.arange(len(mass)).repeat_interleave(len(k))[None],
               torch.from_numpy((mass / mass.sum() * mass.size).reshape(1, -1))]
-        M = float(dk.moments_of(*at[:2], solution.seen, econ, at[2])[0, -1])
+        M = float(dk.moments_of(*at[:2], solution.seen, at[2])[0, -1])
         people, K = mass.sum(0), mass.sum(0) @ k
         rows.append([z, M, K, mass[1].sum(), mass[0] @ k / mass[0].sum(), people @ np.log(k + 1), people @ np.sqrt(k),
                      (people @ (k - K) ** 2) ** 0.5, people[k < 0.25 * K].sum()])

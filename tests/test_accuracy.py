@@ -515,11 +515,11 @@ def test_limit_agrees_with_households(limit, small_grid, econ):
     assert np.array_equal(arrays["z_path"][:, 0], z_path[50:])
     panel, K_path = dk.settled_panel(arrays["k"], arrays["mass"], 1, 20_000, econ, rng), []
     k, s, z = panel.k, panel.s, torch.tensor(z_path)[:, None, None]
-    s_path = dk.follow(lambda t, s: torch.rand(s.shape, generator=rng), s, z[200:], econ)
-    for s, z_now in zip(s_path, z[200:]):
+    for z_now, z_next in zip(z[200:], [*z[201:], z[-1]]):
         K = k.mean(1, keepdim=True)
         K_path.append(K.item())
         k = small_grid.policy(dk.place(k, s, K, z_now, econ))
+        s = dk.next_s(torch.rand(s.shape, generator=rng), s, z_now, z_next, econ)
     # the noise of 20,000 households: income that piles up with decay 0.965, 0.2 at most; from 200 on as what came
     # before is forgotten at .965 a period
     assert np.abs(np.array(K_path) - arrays["K_path"][150:, 0])[150:].max() < 0.2

@@ -243,8 +243,7 @@ def assert_follows_the_chain(economy, s, z):
 
 def followed(u, s, z, z_next, tables):
     """s' of households in s that draw u (n,), while z goes to z_next."""
-    z_path = torch.tensor([[z], [z_next]])
-    return dk.follow(lambda t, s: u, torch.full((len(u),), s), z_path, tables)[1]
+    return dk.next_s(u, *[torch.full((len(u),), x) for x in (s, z, z_next)], tables)
 
 
 def test_states_that_are_drawn_along_a_given_path(economy, tables, rng):
@@ -419,14 +418,14 @@ def test_ends_of_a_cross_section():
     """Of households least and largest k; of nodes those of a thousandth of a thousandth or more, in any economy."""
     none, z = torch.zeros(2, 0), torch.zeros(2, 1, dtype=torch.long)
     k = torch.tensor([[3.0, 1.0, 2.0], [5.0, 9.0, 4.0]])
-    assert dk.ends_of(dk.Panel(k, k.long(), none, z, none)) == [1, 9]
+    assert dk.ends_of(dk.Panel(k, k.long(), none, z, none)).tolist() == [1, 9]
     k, s = torch.arange(5.0).repeat(2, 2), torch.arange(2).repeat_interleave(5).repeat(2, 1)
     weight = torch.tensor([[0, 0.3, 0.2, 0, 1e-9, -1e-3, 0, 0.5, 1e-4, 0], [1e-9, 0, 1, 0, 0, 0, 0, 1, 0, -1e-3]])
-    assert dk.ends_of(dk.Panel(k, s, weight, z, none)) == [1, 3]
+    assert dk.ends_of(dk.Panel(k, s, weight, z, none)).tolist() == [1, 3]
     weight[1, 0] = 0.1
-    assert dk.ends_of(dk.Panel(k, s, weight, z, none)) == [0, 3]
+    assert dk.ends_of(dk.Panel(k, s, weight, z, none)).tolist() == [0, 3]
     weight[0, 9] = 1e-3
-    assert dk.ends_of(dk.Panel(k, s, weight, z, none)) == [0, 4]
+    assert dk.ends_of(dk.Panel(k, s, weight, z, none)).tolist() == [0, 4]
 
 
 # ------------------------------------------------------------------------------------------------ expectations

@@ -28,12 +28,12 @@ MISTAKES = {
         "(econ.probability[0, at.s].movedim(-1, 0) * values)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "moments of one z' for all": (
-        "return x.gather(-2, z.unsqueeze(-1).unsqueeze(-1)",
-        "return x.gather(-2, 0 * z.unsqueeze(-1).unsqueeze(-1)",
+        "torch.take_along_dim(ahead.M.unsqueeze(0), of_z, -2)",
+        "torch.take_along_dim(ahead.M.unsqueeze(0), 0 * of_z, -2)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "next state ignores z'": (
-        "econ.cum_s[z_path[t], z_path[t + 1], s]",
-        "econ.cum_s[z_path[t], z_path[t], s]",
+        "draw(u, econ.cum_s[z, z_next, s])",
+        "draw(u, econ.cum_s[z, z, s])",
         NETWORKS, "test_sampled_households"),
     "networks do not see z": (
         "econ.sees[at.z, at.s]]",
@@ -129,8 +129,8 @@ MISTAKES = {
         "        if False:",
         TRAINING, "test_prices_follow_the_policy_between_the_steps_of_adam"),
     "next moments with everybody's state as it is": (
-        "s_next = econ.reach[s]  # (B, N, reachable)",
-        "s_next = s.unsqueeze(-1).expand(*s.shape, econ.reach.shape[1])",
+        "M_next, s_next = [], econ.reach[s]  # (B, N, reachable)",
+        "M_next, s_next = [], s.unsqueeze(-1).expand(*s.shape, econ.reach.shape[1])",
         MOMENTS, "test_next_moments_against_every_combination_of_next_states"),
     "planner's Delta left out of what capital is worth": (
         "    return R * u_prime + Delta(u_prime, at, econ)",
@@ -181,8 +181,8 @@ MISTAKES = {
         "    mass = (0 * section.weight + 1).flatten()",
         ACCURACY, "test_states_of_a_section_represent_its_mass"),
     "labour by its mean in z": (
-        "        return at.labour[..., 0]\n",
-        "        return econ.L[at.z]\n",
+        "    return at.labour[..., 0] if",
+        "    return econ.L[at.z] if",
         LABOUR, "test_goods_add_up_in_every_period"),
     "benefits that nobody pays for": (
         "torch.stack([L, paid / L], -1).unsqueeze(1)",
@@ -221,8 +221,8 @@ MISTAKES = {
         "value = value + 0 * labour[..., 0] * (law[..., 2]",
         LABOUR, "test_regression_recovers_a_law_with_labour"),
     "labour of one z' for all": (
-        "gain, given_next_z(ahead.labour, z))",
-        "gain, given_next_z(ahead.labour, 0 * z))",
+        "torch.take_along_dim(ahead.labour.unsqueeze(0), of_z, -2)",
+        "torch.take_along_dim(ahead.labour.unsqueeze(0), 0 * of_z, -2)",
         NETWORKS, "test_expected_worth_is_the_sum_over_every_next_state"),
     "nodes that all count the same": (
         "    return (x * (weight.unsqueeze(-1) if x.dim() > weight.dim() else weight)).mean(1)",

@@ -31,7 +31,8 @@ class World:
             if x.is_floating_point():
                 setattr(self.state, name, x.double())
         self.state.policy += 0.3 * torch.randn(self.state.policy.shape, generator=g, dtype=F64)
-        self.moments = dk.Moments(dk.given_moments(cfg), dk.policy_net(self.state, self.econ, cfg).layers[6:])
+        layers = dk.policy_net(self.state, self.econ, cfg).layers
+        self.moments, self.Q = dk.seen_moments(layers, self.econ, cfg), layers[6:]
         Z, S = economy.arrays.income.shape
         self.k = economy.k_min + economy.K_ss * 2 * torch.rand(B, N, generator=g, dtype=F64)
         self.s = torch.randint(S, (B, N), generator=g)
@@ -47,9 +48,9 @@ def world(request, economies):
     return World(economies[name], weighted=weighted)
 
 
-def M_of(k, s, moments, econ):
+def M_of(k, s, moments):
     """Moments of households, who count the same."""
-    return dk.moments_of(k, s, moments, econ, k[:, :0])
+    return dk.moments_of(k, s, moments, k[:, :0])
 
 
 @pytest.mark.parametrize("name", ["log", "toy"])
@@ -57,15 +58,15 @@ def test_moments_are_means_over_households(economies, name):
     """[given, learnt]: the variance as numpy has it, Q one household at a time; weights count households."""
     world = World(economies[name])
     econ, k, s = world.econ, world.k, world.s
-    M = M_of(k, s, world.moments, econ)
+    M = M_of(k, s, world.moments)
     assert torch.allclose(M[:, 0], ((k / world.economy.K_ss - 1) ** 2).mean(1))
     for b in range(len(k)):
-        q = [dk.Q(world.moments.Q, k_i[None], s_i[None], econ)[0] for k_i, s_i in zip(k[b], s[b])]
+        q = [dk.Q(world.Q, k_i[None], s_i[None], econ)[0] for k_i, s_i in zip(k[b], s[b])]
         assert torch.allclose(M[b, 1:], sum(q) / len(q), atol=1e-12)
     double = torch.full_like(k, 6 / 7)
     double[:, 0] = 2 * 6 / 7  # the first household counts twice
-    again = M_of(torch.cat([k[:, :1], k], 1), torch.cat([s[:, :1], s], 1), world.moments, econ)
-    assert torch.allclose(dk.moments_of(k, s, world.moments, econ, double), again)
+    again = M_of(torch.cat([k[:, :1], k], 1), torch.cat([s[:, :1], s], 1), world.moments)
+    assert torch.allclose(dk.moments_of(k, s, world.moments, double), again)
 
 
 @pytest.mark.parametrize("name, moment", [
@@ -102,16 +103,26 @@ def test_next_moments_against_every_combination_of_next_states(economies, name, 
             for s_next in itertools.product(range(S), repeat=len(s)):
                 p = np.prod(economy.arrays.Pi[z, z_next, s, s_next])
                 if p:
-                    M = dk.moments_of(world.k[b : b + 1], torch.tensor(s_next)[None], world.moments, world.econ,
+                    M = dk.moments_of(world.k[b : b + 1], torch.tensor(s_next)[None], world.moments,
                                       world.weight[b : b + 1])
                     total, mass = total + p * M[0], mass + p
             assert mass == pytest.approx(1) and torch.allclose(found[b, z_next], total, atol=1e-10)
 
 
+def test_next_moments_of_households_who_stay_what_they_are():
+    """Where every s leads to one s' alone nothing is drawn: moments by group of those who save k' are those of k'."""
+    economy = dk.Economy(alpha=0.36, delta=0.025, TFP=[1.0], P_z=[[1.0]], Pi=np.eye(2), beta=0.99, income=[[1.0, 1.0]],
+                         shares=[[0.25, 0.75]], group=[0, 1], sees_s=[[0], [1]])
+    econ, k, s = economy.tables(), torch.rand(3, 8, dtype=F64), torch.arange(8).expand(3, -1) % 2
+    seen = dk.seen_moments([], econ, dataclasses.replace(SMOKE, moments="groups", learnt_moments=0))
+    found = dk.next_moments(k, s, torch.zeros(3, 1, dtype=torch.long), seen, econ, k[:, :0])
+    assert torch.allclose(found[:, 0], M_of(k, s, seen)) and (found > 0).all()
+
+
 def test_derivatives_through_the_mean_of_the_cross_section(world):
     """Q_jacobian, and the inputs with learnt moments in the place of their values, by autograd."""
     econ, cfg, state, seen = world.econ, world.cfg, world.state, world.section
-    by_hand = dk.Q_jacobian(world.moments.Q, *seen, econ)
+    by_hand = dk.Q_jacobian(world.Q, *seen, econ)
     net, size = dk.policy_net(state, econ, cfg), by_hand.shape[2]
 
     def means(tail):
@@ -122,11 +133,11 @@ def test_derivatives_through_the_mean_of_the_cross_section(world):
     assert torch.allclose(by_hand, by_graph, atol=1e-12) and by_graph.abs().max() > 1e-4
     K, z = world.k.mean(1), world.z[:, 0]
     at = dk.place(world.k[:, 0], world.s[:, 0], K, z, econ)._replace(
-        M=dk.moments_of(*seen[:2], world.moments, econ, seen[2]))
+        M=dk.moments_of(*seen[:2], world.moments, seen[2]))
     x = dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ)
-    assert torch.allclose(dk.with_learnt(x, world.moments.Q, seen, net, econ), x, atol=1e-12)
+    assert torch.allclose(dk.with_learnt(x, world.Q, seen, net, econ), x, atol=1e-12)
     unit = 3**0.5 * state.M_std[-2:]
-    assert torch.allclose(dk.learnt_slopes(world.moments.Q, seen, net, econ), by_hand / unit.unsqueeze(1))
+    assert torch.allclose(dk.learnt_slopes(world.Q, seen, net, econ), by_hand / unit.unsqueeze(1))
 
 
 @pytest.mark.parametrize("shift, spread", [(0.0, 5.0), (3.0, 1.0), (3.0, 0.01)])
@@ -134,7 +145,7 @@ def test_the_policy_stays_the_function_it_was_when_units_change(world, shift, sp
     """recentre() moves centres and units of the moments; k' of the same cross-sections does not move."""
     econ, cfg, state = world.econ, world.cfg, world.state
     at = dk.place(world.k, world.s, world.k.mean(1, keepdim=True), world.z, econ)._replace(
-        M=M_of(world.k, world.s, world.moments, econ).unsqueeze(1))
+        M=M_of(world.k, world.s, world.moments).unsqueeze(1))
     before, units = dk.network_capital(dk.policy_net(state, econ, cfg), at, econ), state.M_std.clone()
     M = shift + spread * torch.randn(60, 4, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
     dk.recentre(state, state.K_centre.expand(60, 4), M, econ, cfg)
@@ -161,7 +172,7 @@ def test_solutions_with_moments(economies):
     above = world.k - economy.k_min
     k = economy.k_min + above * ((K_low + K_high) / 2 - economy.k_min) / above.mean(1, keepdim=True)
     K, s, z = k.mean(1, keepdim=True), world.s, world.z
-    M = M_of(k, s, solution.seen, econ)
+    M = M_of(k, s, solution.seen)
     here = dk.panel_policy(solution)(dk.place(k, s, K, z, econ), k[:, :0])
     at = dk.place(k, s, K, z, econ)._replace(M=M.unsqueeze(1))
     assert torch.allclose(here.double(), solution.policy(at), rtol=1e-5)
@@ -203,8 +214,7 @@ def test_without_moments_nothing_of_theirs_is_kept():
     """And the same inputs under an idle moment, whose column of W1 is zero, give the same policy."""
     cfg = dataclasses.replace(SMOKE, moments="", learnt_moments=0)
     found = trained(None, cfg)
-    assert set(found.weights["policy"]) == {"W1", "b1", "W2", "b2", "w3", "b3"} and not found.seen.given + tuple(
-        found.seen.Q)
+    assert set(found.weights["policy"]) == {"W1", "b1", "W2", "b2", "w3", "b3"} and found.seen is None
     with pytest.raises(ValueError, match="nothing but K"):
         found.moments([1.0, 2.0], [0, 1])
     K = found.K_mean
@@ -245,7 +255,9 @@ def test_bad_moments(tmp_path, capsys, flags, told):
 
 
 def test_an_empty_name_is_no_moment():
-    assert dk.given_moments(dataclasses.replace(SMOKE, moments="variance,")) == ("variance",)
+    econ = dk.krusell_smith().tables()
+    sees = [dk.n_moments(econ, dataclasses.replace(SMOKE, moments=names)) for names in ("", "variance", "variance,")]
+    assert sees == [2, 3, 3]
 
 
 def test_who_sees_which_households_earn():

@@ -334,7 +334,7 @@ def test_published_policy_gradient_is_that_of_the_whole_graph(world):
     batch = dk.Batch(dk.pick(world.at, slice(0, T)), world.ahead, c, worth, worth, U, world.path.s[:-1])
     theta = state.policy.clone().requires_grad_()
     (by_costates,) = torch.autograd.grad(dk.policy_loss(
-        theta, state, batch, dk.Paths(None, None, ()), econ, CFG), theta)
+        dataclasses.replace(state, policy=theta), batch, dk.Paths(None, None, ()), econ, CFG), theta)
     moved = state.policy.clone().requires_grad_()
     net = world.net._replace(layers=dk.unpack(moved, dk.policy_shapes(econ, CFG)))
     (through_time,) = torch.autograd.grad(-unrolled(world, net, world.k0).mean(), moved)
@@ -347,16 +347,16 @@ def test_published_values_stay_where_utility_has_them(world):
     econ, state = world.econ, world.state
     U, worth, c = published(world)
     batch = dk.Batch(dk.pick(world.at, slice(0, T)), world.ahead, c, worth, worth, U, world.path.s[:-1])
-    plain = dk.value_loss(state.value, state, batch, None, econ, CFG)
+    plain = dk.value_loss(state, batch, None, econ, CFG)
     g = dk.equivalent_of(U, batch.at, econ)
     x = dk.for_value(dk.features(batch.at, dk.cash_on_hand(batch.at, econ)[0], world.net, econ))
     D, ends = torch.tensor(world.economy.arrays.annuity)[batch.at.z, batch.at.s], (c.min() / 2, 2 * c.max())
     inside = U.clamp(*[D * dk.utility(end, econ) for end in ends])
-    assert torch.equal(plain, dk.value_loss(state.value, state, batch._replace(U=inside), None, econ, CFG))
+    assert torch.equal(plain, dk.value_loss(state, batch._replace(U=inside), None, econ, CFG))
     if torch.equal(inside, U):
         assert plain.item() == pytest.approx((g - dk.network(world.value_net.layers, x)).square().mean().item() / 2)
     beyond = torch.full_like(U, 1e3 if econ.gamma > 1 else -1e5)
-    assert dk.value_loss(state.value, state, batch._replace(U=beyond), None, econ, CFG).isfinite()
+    assert dk.value_loss(state, batch._replace(U=beyond), None, econ, CFG).isfinite()
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -385,12 +385,13 @@ def linear_step(theta, damping, rate=1.0, y=Y, jacobian=J, judged=None):
     return theta, damping, taken
 
 
-def test_gram_matrix():
-    """The lower triangle of J' J, whatever the number of columns; what is above it is not read."""
-    for P in (1, 3, 6, 7, 50):
-        jacobian, A = random(20, P), torch.zeros(P, P, dtype=F64)
-        dk.add_gram(A, jacobian)
-        assert torch.allclose(A.tril(), (jacobian.T @ jacobian).tril(), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("P", [1, 3, 6, 7, 50])
+def test_gauss_newton_with_any_number_of_parameters(P):
+    """J' J is put together in blocks, whatever the number of columns."""
+    jacobian, theta = random(60, P), torch.zeros(P, dtype=F64)
+    y = jacobian @ torch.ones(P, dtype=F64)
+    new, _, taken = linear_step(theta, 0.1, judged=lambda theta: y - jacobian @ theta, jacobian=jacobian)
+    assert taken and torch.allclose(new, levenberg_marquardt(jacobian, y, 0.1, 60), rtol=1e-10)
 
 
 @pytest.mark.parametrize("rate, damping", [(1.0, 1e-4), (0.3, 0.5)])
@@ -463,11 +464,11 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     paths = dk.Paths(None, None, held if learnt else ())
     date, rates = torch.randint(15, (n,), generator=g), torch.tensor([0.2, 0, 0], dtype=F64)
     *_, weight = seen = [x.flatten(0, 1)[date] for x in held]
-    state.rates, moments = rates, dk.Moments(dk.given_moments(cfg), dk.policy_net(state, econ, cfg).layers[6:])
+    state.rates, moments = rates, dk.seen_moments(dk.policy_net(state, econ, cfg).layers, econ, cfg)
     k = economy.k_min + economy.K_ss * torch.rand(n, generator=g, dtype=F64) ** 3
     s, z = [torch.randint(of, (n,), generator=g) for of in (S, Z)]
     at = dk.place(k, s, dk.mean_over(seen[0], weight), z, econ)._replace(
-        M=dk.moments_of(*seen[:2], moments, econ, weight))
+        M=dk.moments_of(*seen[:2], moments, weight))
     net, shapes = dk.policy_net(state, econ, cfg), dk.policy_shapes(econ, cfg)
     f = dk.network(net.layers, dk.features(at, dk.cash_on_hand(at, econ)[0], net, econ))
     state.policy[sum(map(math.prod, shapes[:6])) - 1] -= f.median()
@@ -476,9 +477,8 @@ def test_policy_step_is_least_squares_of_log_c_on_its_first_order_condition(econ
     worth = dk.marginal_utility(c * torch.exp(-0.4 * torch.randn(n, generator=g, dtype=F64)), econ)
 
     def output(theta):
-        of = dk.Moments(moments.given, dk.unpack(theta, shapes)[6:])
-        M_now = dk.moments_of(*seen[:2], of, econ, weight)
         of = net._replace(layers=dk.unpack(theta, shapes))
+        M_now = dk.moments_of(*seen[:2], dk.seen_moments(of.layers, econ, cfg), weight)
         return dk.network(of.layers, dk.features(at._replace(M=M_now), m, of, econ))
 
     f, wish = output(state.policy), torch.log(dk.inverse_marginal_utility(econ.beta[at.s] * worth, econ) / c)
@@ -511,7 +511,7 @@ def test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope(de
     batch, (m, R), value_net = dk.Batch(at, ahead, c, c, c, c, at.s), dk.cash_on_hand(at, econ), world.value_net
     u_prime, weight = dk.marginal_utility(c, econ), torch.tensor(world.economy.arrays.weight)[at.s].sqrt()
     gain = dk.Delta(u_prime, at, econ)
-    D, shapes = torch.tensor(world.economy.arrays.annuity)[at.z, at.s], dk.shapes_of(value_net)
+    D, shapes = torch.tensor(world.economy.arrays.annuity)[at.z, at.s], [x.shape for x in value_net.layers]
     V, V_k = dk.network_value(value_net, at, econ)
     V_g = dk.value_of(dk.equivalent_of(V, at, econ), at, econ)[1]
 

@@ -549,13 +549,13 @@ def test_a_step_of_adam_is_torchs():
                   (("policy", ADAM.policy_rate), ("value", ADAM.value_rate))}
     for step in range(3):
         for name, goal in target.items():
-            def loss(theta, *_, goal=goal, step=step):
-                return ((theta - goal) ** 2 * (1 + step)).sum()
+            def loss(state, *_, name=name, goal=goal, step=step):
+                return ((getattr(state, name) - goal) ** 2 * (1 + step)).sum()
 
             with torch.no_grad():
                 dk.adam_step(state, name, loss, None, None, econ, ADAM)
             optimizers[name].zero_grad()
-            loss(theirs[name]).backward()
+            loss(dataclasses.replace(state, **{name: theirs[name]})).backward()
             optimizers[name].step()
     for name, x in theirs.items():
         assert torch.allclose(getattr(state, name), x, rtol=1e-4, atol=1e-6), name
