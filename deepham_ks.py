@@ -1688,7 +1688,7 @@ class Policy:
 
     def usual(self, at: At) -> At:
         """The same with the moments that are usual at K and z, if any are seen."""
-        if not any(self.seen):
+        if not self.seen:
             return at
         return at._replace(M=by_law(self.usual_moments[at.z], torch.log(at.K).unsqueeze(-1), at.labour.unsqueeze(-2)))
 
