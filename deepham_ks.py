@@ -1904,7 +1904,7 @@ class Solution(Policy):
         self.seen = seen_moments(policy, self.econ, self.config)
         self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
         self.usual_moments, self.settled = weights["M_law"].to(device), weights["settled"] > 0
-        self.top = float(learnt_top(weights["k_range"][1], weights["K_centre"]))
+        self.top = float(learnt_top(weights["k_range"][1], weights["K_centre"].double()))
 
     def policy(self, at: At) -> Tensor:
         return fast.network_capital(self.net, at, self.econ)
