@@ -21,7 +21,7 @@ for seed in 1 2 3 4 5 6 7 8 9; do
   file=benchmarks/seeds/seed$seed.json
   STEPS+=("seed$seed | $file | run $file deepham_ks.py --seed $seed --output-dir runs/seed$seed")
 done
-for name in labour_flows ar1 davila stochastic_beta; do
+for name in labour_flows ar1 davila castaneda stochastic_beta; do
   file=benchmarks/examples/$name.json
   STEPS+=("$name | $file | run $file examples/$name.py --output-dir runs/$name")
 done

@@ -300,6 +300,7 @@ def run_script(monkeypatch, path, *argv):
 
 @pytest.mark.parametrize("name, S, Z, more", [
     ("stochastic_beta", 6, 2, []), ("davila", 3, 1, []), ("ar1", 7, 5, []), ("aiyagari", 7, 1, []),
+    ("castaneda", 4, 2, []),
     ("krusell_smith_1998", 6, 2, ["--model", "stochastic-beta"]),
     ("groups", 6, 2, ["--groups", "3", "--spread", "0.002", "--moments", "groups"])])
 def test_examples_train(tmp_path, monkeypatch, capsys, quick, name, S, Z, more):

@@ -207,6 +207,7 @@ def test_another_calibration_has_a_folder_of_its_own(change):
 
 @pytest.mark.parametrize("script, flags", [
     ("stochastic_beta", ["--beta", "0.9"]), ("davila", ["--z-duration", "9"]),
+    ("castaneda", ["--tfp-shock", "0", "--z-duration", "9"]),
     ("groups", ["--groups", "1", "--spread", "0.01"])])
 def test_an_example_refuses_a_flag_that_has_no_effect(script, flags, quick):
     example = runpy.run_path(str(ROOT / "examples" / f"{script}.py"))

@@ -26,6 +26,7 @@ SEED_ROWS = tuple(range(10))
 REFERENCE = "benchmarks/seeds/seed0.json"
 EXAMPLES = {"stochastic_beta": "discount factors that change about once a lifetime",
             "davila": "a few earn much (Davila et al. 2012)",
+            "castaneda": "very few earn a thousand times more (Castaneda et al. 2003)",
             "ar1": "AR(1) TFP and productivity",
             "labour_flows": "unemployment follows job finding and separation"}
 LABOUR = "benchmarks/labour_flows.json"
