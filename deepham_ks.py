@@ -38,7 +38,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -126,7 +125,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Config:
-    """The method; the defaults are the preset `default`. Other numbers of it are named constants beside their use."""
+    """The method; the defaults are the preset `default`. Most other numbers of it are constants beside their use."""
 
     n_agents: int = option(0, "N, households an economy; 0: infinitely many, 125 if moments say who earns", "[0, 1e7]")
     n_economies: int = option(0, "B, economies at a time; 0: 96, or 16 to 48 of infinitely many households", "[0, 1e6]")
@@ -1435,10 +1434,10 @@ def value_loss(state: State, states: Batch, paths: Paths, econ: Tables, cfg: Con
 def policy_loss(state: State, batch: Batch, paths: Paths, econ: Tables, cfg: Config) -> Tensor:
     """Its gradient is that of minus utility, -sum_t beta^t (dU/d log c) d log c / d theta: back-propagation through
     time without the graph through time."""
-    net, (m, _) = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ)
-    seen = [held.flatten(0, 1)[batch.date] for held in paths.held]
-    x = with_learnt(features(batch.at, m, net, econ), net.layers[6:], seen, net, econ)
-    f, beta = network(net.layers, x).clamp(max=0.0), econ.beta[batch.at.s]
+    net, (m, _), beta = policy_net(state, econ, cfg), cash_on_hand(batch.at, econ), econ.beta[batch.at.s]
+    seen = [held.flatten(0, 1)[batch.date.flatten()] for held in paths.held]
+    x = with_learnt(features(batch.at, m, net, econ).flatten(0, 1), net.layers[6:], seen, net, econ)
+    f = network(net.layers, x).view(beta.shape).clamp(max=0.0)
     first_order = (marginal_utility(batch.c, econ) - beta * batch.worth) * batch.c
     return -(beta.cumprod(0) / beta * first_order * f).sum(0).mean()
 
@@ -1695,8 +1694,8 @@ class Policy:
     def next_capital(self, k, s, K, z, M=None, L=None) -> np.ndarray:
         """k' (goods) for numbers or arrays that broadcast: k, K in goods, s and z indices. M (..., n_m) as moments()
         gives it, without which moments, if there are any, are as usual at K and z. L is aggregate labour, in economies
-        where it depends on the history of z; without it labour is as usual in z. ValueError outside the range of k, K
-        and L that was learnt or solved, and for states that do not exist."""
+        where it depends on the history of z; without it labour is as usual in z. ValueError outside the range of K and
+        L that was learnt or solved, beyond the k that is held, see `stationary`, and for states that do not exist."""
         return self.policy(self.at(k, s, K, z, M, L)).cpu().numpy()
 
     def value(self, k, s, K, z, M=None, L=None) -> np.ndarray:
@@ -1724,8 +1723,9 @@ class Policy:
     def stationary(self) -> Tuple[np.ndarray, np.ndarray]:
         """Nodes of k (n,) and the mass (Z, S, n) of stationary_mass() on them. Where households hold capital near the
         largest k that a network has learnt the nodes go on, up to eight times as far: nothing that it sees of k bends
-        there. A grid has seen to that."""
-        for top in self.top * (2.0 ** np.arange(4 if isinstance(self, Solution) else 1)):
+        there. A grid has seen to that, and where types are for ever nobody goes so far and comes back."""
+        farther = isinstance(self, Solution) and self.economy.arrays.ergodic
+        for top in self.top * 2.0 ** np.arange(4 if farther else 1):
             k = histogram_nodes(float(top), self.econ)
             mass = stationary_mass(self, k)
             held = mass.sum((0, 1)) * k
@@ -2082,7 +2082,8 @@ def judged(solution: Policy, sections: List[Section], K_path: np.ndarray, z_path
     econ, each = solution.econ, max(1, ERROR_STATES // len(sections))
     of_section = [states_of(section, min(each, section.weight.numel())) for section in sections]
     at, ahead = [type(of[0])(*map(torch.cat, zip(*of))) for of in zip(*of_section)]
-    parts = [slice(i, i + 4096) for i in range(0, len(at.k), 4096)]  # which a CPU holds in its cache
+    size = len(at.k) if at.k.is_cuda else 4096  # which a CPU holds in its cache
+    parts = [slice(i, i + size) for i in range(0, len(at.k), size)]
     own, best = [torch.cat(x) for x in zip(*[bellman_errors(solution, pick(at, part), pick(ahead, part))
                                              for part in parts])]
     c, utils = cash_on_hand(at, econ)[0] - solution.policy(at), econ.c_ss ** (1 - econ.gamma)
@@ -2316,19 +2317,20 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     z = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
     axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
-    table, last, change = histogram_policy(solution, axes), np.inf, np.inf
-    mass = mass[z[0]] / mass[z[0]].sum()
-    dates = range(first, cfg.eval_periods, POOLED_EVERY)
-    for _ in range(PASSES):
-        K, labour, pooled, mass = histogram_path(table, axes, mass, z, economy, dates)
-        mean_mass = np.mean([mass for mass, *_ in pooled], 0)
-        people = mean_mass.sum(0)
-        now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
-        change_before, change, last = change, np.abs(now / last - 1).max(), now
-        slow = min(change / change_before, 0.98)
-        moving = float(change * max(slow / (1 - slow), 0.5))
-        if moving < MOVES:
-            break
+    mass, dates = mass[z[0]] / mass[z[0]].sum(), range(first, cfg.eval_periods, POOLED_EVERY)
+    usual_first = [True] * (solution.seen is not None and not economy.arrays.ergodic)  # a table is twenty times faster
+    for usual in [*usual_first, False]:
+        table, change, last = histogram_policy(solution, axes, usual), np.inf, np.inf
+        for i in range(PASSES):
+            K, labour, pooled, mass = histogram_path(table, axes, mass, z, economy, dates)
+            mean_mass = np.mean([mass for mass, *_ in pooled], 0)
+            people = mean_mass.sum(0)
+            now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
+            change_before, change, last = change, np.abs(now / last - 1).max(), now
+            slow = min(change / change_before, 0.98)
+            moving = float(change * max(slow / (1 - slow), 0.5))
+            if i > 1 and moving < MOVES:  # two changes at least tell how fast they fall
+                break
     at_end = people[-1] * k[-1] / now[0]
     require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
             f"the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not settle below it; train longer")
@@ -2350,11 +2352,12 @@ def judge_limit(solution: Policy, cfg: Config) -> Tuple[dict, dict]:
         "k": found.axes.k, "weight": found.mean_mass.sum(0), "mass": found.mean_mass}
 
 
-def histogram_policy(solution: Policy, axes: Axes):
-    """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen a function."""
+def histogram_policy(solution: Policy, axes: Axes, usual: bool = False):
+    """The policy as simulate_histogram() takes it: a table (Z, S, n_L n_K, n), or where moments are seen, and not just
+    as usual at K, a function."""
     Z, S = solution.economy.arrays.shares.shape
-    if not solution.seen:
-        at = on_grid(axes, solution.econ)
+    if usual or not solution.seen:
+        at = solution.usual(on_grid(axes, solution.econ))
         return np.concatenate([solution.policy(pick(at, slice(z, z + 1))).cpu().numpy() for z in range(Z)])
     solution = Solution(solution.weights)  # on the CPU: so little work a period that launching it takes longer
     nodes = np.append(axes.k[:-1:5], axes.k[-1])  # k' is interpolated in between
@@ -2495,7 +2498,8 @@ def invert(k_endo: np.ndarray, nodes: types.SimpleNamespace, k: np.ndarray) -> n
 
 def forecast(law: np.ndarray, axes: Axes, economy: Economy) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """K' (z, A) by the law of motion (Z, 2 or 4), L' (z, z', A), and (z, z', A, A) values at (L, K) -> values at
-    (L', K') of their cubic splines; where labour follows from z there is one z' for all."""
+    (L', K') of their cubic splines; where labour follows from z there is one z' for all, and L', which nobody reads, is
+    L."""
     (Z, n_L), a = axes.L.shape, economy.arrays
     K, L = np.tile(axes.K, n_L), np.repeat(axes.L, len(axes.K), 1)  # (A,), (z, A)
     labour = labour_at(torch.from_numpy(L), torch.arange(Z).unsqueeze(1), economy.tables())
@@ -2541,10 +2545,10 @@ def solve_household(c: np.ndarray, laws: np.ndarray, nodes: types.SimpleNamespac
     return c, k_endo, change, (worth < least).mean()
 
 
-def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy) -> np.ndarray:
-    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps until the last one changes
-    nothing of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's bound takes it
-    out (the median: where there is next to nothing to consume u has no bound)."""
+def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy) -> Tuple[np.ndarray, float]:
+    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps, and what the last one still
+    changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
+    bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
     econ = economy.tables()
     at = on_grid(axes, econ)
     at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
@@ -2556,7 +2560,7 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Eco
     low += np.arange(0, low.size, len(axes.k)).reshape(*low.shape[:-1], 1)  # in all of V
     _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
-    V, steep = u * D, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
+    V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
     for sweep in range(VALUE_SWEEPS):
         EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
@@ -2567,9 +2571,10 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Eco
         if sweep % 10 == 9:
             middle = np.median(change)
             V += middle * (D - 1)
-            if (np.abs(change - middle) / (1 + np.abs(V))).max() < 1e-7:
+            left = float((np.abs(change - middle) / (1 + np.abs(V))).max())
+            if left < 1e-7:
                 break
-    return V
+    return V, left
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -2744,7 +2749,10 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     if econ.labour_moves and len(econ.beta) > 2:
         notes.append(f"grid: R2 of the law of labour is {economy.arrays.L_r2.min():.6f}")
     on_fine_k = coarse._replace(k=fine.k)
-    values = refined(evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy), on_fine_k, fine)
+    V, left = evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy)
+    if left >= 1e-7:
+        notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
+    values = refined(V, on_fine_k, fine)
     table = invert(refined(k_endo, coarse, fine), nodes, fine.k)
     table, values, k, K, L = map(torch.from_numpy, (table, values, *fine))
     return GridSolution(
@@ -3034,7 +3042,7 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
     try:
         of_S = "labour" if given.income is None else "income"
         Z, S = len(np.atleast_1d(given.TFP)), np.shape(getattr(given, of_S))[-1]
-    except (IndexError, ValueError):
+    except (IndexError, TypeError, ValueError):
         raise UserError(f"{of_S}: give labour (or income) as a table (Z, S) of numbers, and TFP (Z,)") from None
     require(given.income is None or given.labour is given.benefit is None, "income: takes the place of labour and "
             "benefit; leave it out, or these")
@@ -3299,7 +3307,8 @@ class Guard:
             if not trouble:
                 state.caution = min(1.0, 1.5 * state.caution)
                 return figures | {"watched": watched, "seconds": time.perf_counter() - start}
-            print(f"iteration {state.iteration + 1} taken back: {trouble}", flush=True)
+            if RANK == 0:
+                print(f"iteration {state.iteration + 1} taken back: {trouble}", flush=True)
             for name, x in state.tensors().items():
                 x.copy_(before[name])
             state.policy.copy_(state.policy_before)  # it was the last step that led here
@@ -3308,15 +3317,17 @@ class Guard:
         raise UserError(f"{trouble}; tried three times; lower --policy-rate")
 
     def trouble(self, figures: dict) -> str:
-        """The first quantity that says the iteration went wrong, NaN included, or nothing."""
-        K, residual, at_limit = (figures[name] for name in ("mean_K", "policy_residual", "at_limit"))
+        """The first quantity that says the iteration went wrong, or nothing."""
+        K, residual, euler, at_limit = (figures[name] for name in HISTORY[1:5])
         K_ss, earlier = self.econ.K_ss, self.state.history["policy_residual"]
-        last = earlier[-1] if earlier and not self.cfg.published else 1e30  # whose labels are too noisy to compare
+        last = earlier[-1] if earlier and not self.cfg.published else math.inf  # whose labels are too noisy to compare
+        if not np.isfinite([K, residual, euler, at_limit]).all():
+            return f"mean_K is {K}, policy_residual {residual}, euler {euler}, at_limit {at_limit}"
         if not 0.01 < K / K_ss < 100:
             return f"mean_K is {K:.3g}, far from {K_ss:.3g} of the steady state"
-        if not at_limit <= 0.9:
+        if at_limit > 0.9:
             return f"at_limit is {at_limit:.2f}: the policy network is saturated, nobody saves"
-        if not residual <= max(2 * last, 0.05):
+        if residual > max(2 * last, 0.05):
             return f"policy_residual rose from {last:.3g} to {residual:.3g}"
         return ""
 
@@ -3371,6 +3382,8 @@ def capture(step: Callable[[], Tensor], tensors: List[Tensor], rng: torch.Genera
         with torch.cuda.graph(graph, capture_error_mode="global" if RANKS == 1 else "thread_local"):
             figures = step()
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"this torch cannot capture an iteration as a CUDA graph ({first_line(error)}): "
                         "go on with --resume --no-cuda-graphs") from error
 
@@ -3415,10 +3428,11 @@ def held(output_dir: Path):
         publish(output_dir)
         yield
     finally:
-        for left in output_dir.glob(".deepham-*"):
-            if left.name not in (LOCK, PUBLISHING):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):  # Windows keeps what is open
+            for left in () if (output_dir / PUBLISHING).exists() else output_dir.glob(".deepham-*"):
+                if left.name != LOCK:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        with contextlib.suppress(OSError):
             (output_dir / LOCK).unlink()
         lock.close()
 
@@ -3471,7 +3485,8 @@ def save_checkpoint(path: Path, content: dict) -> None:
         move(partial, path)
         Interrupted.iteration = content.get("iteration", Interrupted.iteration)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     if Interrupted.pending:
         raise Interrupted(Interrupted.pending)
 
@@ -3487,7 +3502,8 @@ def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
         raise UserError(f"{at}: {error.strerror}; give the file that a run wrote, in its --output-dir") from error
     except Exception:  # sealed by someone, but of another make: code in it, say
         pass
-    require(content, f"{at} is damaged or no file of this script; move it away and run without {asked}")
+    require(isinstance(content, dict) and "format" in content, f"{at} is damaged or no file of this script; move it "
+            f"away and run without {asked}")
     age = "a newer" if content["format"] > FORMAT else "an older"
     require(content["format"] == FORMAT, f"{at} has format {content['format']}, of {age} deepham_ks.py; use that one "
             f"(this one reads {FORMAT}), or move the file away and run without {asked}")
@@ -3616,7 +3632,7 @@ def resumed(state: State, saved: dict, rng: torch.Generator, seed: int) -> None:
 def load(path=WEIGHTS, device="cpu", compile="none", settings: "Settings | None" = None) -> Solution:
     """The solution in a weights file, with next_capital(k, s, K, z) and value(k, s, K, z) on numpy arrays. Raises
     UserError when the file is missing or damaged or, where settings are given, of another economy or width."""
-    like = {"policy": {}}  # the layers; a checkpoint has all in one
+    like = dict.fromkeys(("policy", "value", "economy", "config"), {})  # layers; a checkpoint has all in one
     if settings:
         like["config"] = {name: getattr(settings.config, name) for name in ("hidden", "moments", "learnt_moments")}
         like["economy"] = economy_dict(settings.economy)
@@ -3673,7 +3689,8 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
     def filled(base):
         """base with the flags given."""
         prefix = "grid_" if isinstance(base, GridConfig) else ""
-        asked = {name: given[prefix + name] for name in vars(base) if prefix + name in given}
+        flags = [item.name for item in dataclasses.fields(base) if item.metadata]
+        asked = {name: given[prefix + name] for name in flags if prefix + name in given}
         changed.extend(f"{flag(prefix + name)[2:]}-{value}" for name, value in asked.items()
                        if value != getattr(base, name) and name not in name_no_folder)
         base = dataclasses.replace(base, **asked)
@@ -3706,8 +3723,10 @@ def parse(argv, economy=krusell_smith, calibration=Calibration) -> Settings:
 
     # the checkout for the default economy with the default flags; nothing else may overwrite the reference run
     parts = changed if economy is krusell_smith else [Path(Interrupted.script).stem, *changed]
-    folder = "runs/" + "_".join(parts).replace("/", "-") if parts else "."
-    run = dataclasses.replace(run, output_dir=run.output_dir or folder)
+    name = "_".join(parts).replace("/", "-")
+    if len(name) >= 100:
+        name = f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    run = dataclasses.replace(run, output_dir=run.output_dir or (f"runs/{name}" if parts else "."))
     return Settings(made, {} if fixed else dataclasses.asdict(cal), cfg, None if run.grid == "none" else grid, run)
 
 
@@ -3840,6 +3859,8 @@ def work(settings: Settings) -> int:
 
 def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: str) -> dict:
     """What was solved, how and on what: the rest of metrics.json."""
+    import matplotlib
+
     weights, history, config, a = network.weights, network.weights["history"], network.config, network.economy.arrays
     return {
         "calibration": settings.calibration, "config": dataclasses.asdict(config), "seed": weights["seed"],
@@ -3851,7 +3872,7 @@ def run_metrics(settings: Settings, network: Solution, seconds: dict, moving: st
         "device": torch.cuda.get_device_name() if network.device.type == "cuda" else (
             f"CPU, {torch.get_num_threads()} threads"),
         "version": __version__, "seconds": seconds, "versions": {"python": platform.python_version()} | {
-            name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}}
+            module.__name__: module.__version__ for module in (torch, np, scipy, matplotlib)}}
 
 
 def outcome(settings: Settings, network: Solution, rows: list, why: str, moving: str) -> Tuple[str, int]:
@@ -3895,8 +3916,9 @@ def main(argv: List[str] | None = None, economy=krusell_smith, calibration=Calib
             else:
                 line += " after iteration 0; nothing was saved yet"
         except (OSError, sqlite3.Error) as error:  # of the folder, or standard output is a closed pipe
-            line = (f"error: {error}; results and checkpoint are as they were; see to space and permissions, or name "
-                    "another --output-dir")
+            cure = "" if isinstance(error, BrokenPipeError) else (
+                "; see to space and permissions, or name another --output-dir")
+            line = f"error: {error}; earlier files are whole{cure}"
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -164,6 +164,8 @@ def test_two_ranks_learn_what_one_does(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(dk, "VALUE_ROUNDS", 2)
     alone = dk.solve(None, SMOKE, seed=5, device="cpu", compile="none", output_dir=tmp_path).weights
     assert one.keys() == alone.keys() and dk.difference(one["config"], alone["config"]) == ""
+    for name in ("policy", "value"):
+        assert [(x.dtype, x.shape) for x in one[name].values()] == [(x.dtype, x.shape) for x in alone[name].values()]
     for name in ("mean_K", "euler", "policy_residual", "movement"):
         ours, theirs = [np.mean(x["history"][name]) for x in (one, alone)]
         assert ours == pytest.approx(theirs, rel=0.1 if name == "mean_K" else 0.5), name
