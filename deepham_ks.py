@@ -1642,7 +1642,8 @@ def sized(cfg: Config, economy: Economy) -> Config:
     periods = cfg.periods or T + 25
     require(T > 1, "--horizon 1: give 2 or more")
     require(periods > T, f"--periods {periods} is too short for --horizon {T}: give --periods {T + 1} or more")
-    return dataclasses.replace(cfg, n_agents=N, n_economies=B, horizon=T, periods=periods)
+    plain = {x.name: type(x.default)(getattr(cfg, x.name)) for x in dataclasses.fields(cfg)}  # which files can hold
+    return dataclasses.replace(cfg, **plain | {"n_agents": N, "n_economies": B, "horizon": T, "periods": periods})
 
 
 def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
@@ -1746,9 +1747,11 @@ class Policy:
         """A path of the economy from its stationary distribution. households None: the limit of infinitely many, by
         histogram; a number: a panel of so many. dates: periods, from 0, whose distributions are kept and stand behind
         the statistics of households; every 20th without it. UserError for numbers of no use."""
-        dates = range(0, periods, POOLED_EVERY) if dates is None else sorted(set(dates))
-        require(periods >= 1 and (households is None or households >= 2) and set(dates) <= set(range(periods)),
-                "simulate: give periods from 1, households from 2 or None, dates from 0 to periods - 1")
+        whole = all(isinstance(x, (int, np.integer)) for x in (periods, seed, 2 if households is None else households))
+        dates = range(0, periods, POOLED_EVERY) if whole and dates is None else sorted(set(np.ravel(dates).tolist()))
+        require(whole and periods >= 1 and seed >= 0 and (households is None or households >= 2) and
+                set(dates) <= set(range(periods)), "simulate: give whole numbers: periods from 1, households from 2 or "
+                "None, seed from 0, dates from 0 to periods - 1")
         of, (k, mass) = self.histogram, self.distribution()
         if households is None:
             z = draw_z_path(BURN + periods, self.economy.arrays.P_z, np.random.default_rng(seed))
@@ -1767,6 +1770,7 @@ class Policy:
         of the interest rate in percentage points: series -> (3, periods), of the mean over paths of panels of so many
         households, and the 10th and 90th percentile of the paths' own."""
         cfg = Config(irf_periods=periods, irf_paths=paths, irf_agents=households)
+        check_options(cfg)
         found = impulse_responses(self, cfg, *self.distribution())
         return {series: np.stack(impulse_response(found, series)) for series in SERIES[:4]}
 
@@ -1774,8 +1778,10 @@ class Policy:
         """M (..., n_m) of cross-sections k, s (..., N)."""
         if not self.seen:
             raise ValueError("this solution sees nothing but K of the cross-section")
-        k, s = np.broadcast_arrays(k, s)
-        sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k.astype(float), s)]
+        k, s = np.broadcast_arrays(np.atleast_1d(np.asarray(k, float)), s)
+        if not k.size or not np.isfinite(k).all() or not np.isin(s, np.arange(len(self.econ.beta))).all():
+            raise ValueError(f"k must be finite, and s one of 0 to {len(self.econ.beta) - 1}")
+        sections = [torch.tensor(x.reshape(-1, x.shape[-1]), device=self.device) for x in (k, s.astype(int))]
         return moments_of(*sections, self.seen, sections[0][:, :0]).reshape(*k.shape[:-1], -1).cpu().numpy()
 
     def at(self, k, s, K, z, M=None, L=None) -> At:
@@ -1790,7 +1796,7 @@ class Policy:
                 raise ValueError(f"{name} must be one of 0 to {n - 1}, not {wrong.flat[0]}")
         ranges = [("k", k, *self.reach()[0]), ("K", K, *self.reach()[1])]
         if given:
-            ranges.append(("L", L, *np.moveaxis(self.economy.arrays.L_range[z], -1, 0)))
+            ranges.append(("L", L, *np.moveaxis(self.economy.arrays.L_range[z.astype(int)], -1, 0)))
         for name, x, low, high in ranges:
             slack = 1e-6 * (high - low)  # of float32
             wrong = ~((x >= low - slack) & (x <= high + slack))
@@ -3072,8 +3078,9 @@ def checked_tables(given: Economy) -> types.SimpleNamespace:
         names = getattr(given, name)
         require(isinstance(names, (list, tuple, np.ndarray)) and len(names) in (0, n), f"{name}: give a list of {n} "
                 "names, one for each state")
-        setattr(full, name, tuple(names) or tuple(f"{name[0]} = {i}" for i in range(n)))
-    require(given.equilibrium in EQUILIBRIA, f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
+        setattr(full, name, tuple(map(str, names)) or tuple(f"{name[0]} = {i}" for i in range(n)))
+    full.equilibrium = str(given.equilibrium)
+    require(full.equilibrium in EQUILIBRIA, f"equilibrium: {given.equilibrium!r} is none of {', '.join(EQUILIBRIA)}")
     require((np.diff(full.TFP) >= 0).all(), "TFP: falls with z; order the states z from bad to good, in every table")
     return full
 
@@ -3121,6 +3128,8 @@ def add_chain(a: types.SimpleNamespace) -> None:
     miss = 0 if a.shares is None else np.abs(a.shares.reshape(-1) - found).max()
     require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
     a.shares = found.reshape(Z, S)
+    empty = [g for g in range(len(set(a.group))) if found.reshape(Z, S)[:, a.group == g].sum() < 1e-12]
+    require(not empty, f"group: nobody is ever in a state of group {empty[0] if empty else 0}; leave its states out")
     of_z = a.shares.sum(1)
     require((of_z > 1e-9).all(), f"P_z: z = {of_z.argmin()} does not recur: once left it never comes again; leave it "
             "out, or give it a way back")
@@ -3514,10 +3523,11 @@ def load_checkpoint(path: Path, like: dict, asked: str) -> dict:
 
 
 def difference(found, like, name: str = "") -> str:
-    """In words, the first place where found has not what is in like, or nothing."""
+    """In words, the first place where found has not what is in like, or an economy has more, or nothing."""
     if isinstance(like, dict) and isinstance(found, dict):
-        return next(filter(None, (difference(found.get(key), x, f"{name}.{key}".lstrip("."))
-                                  for key, x in like.items())), "")
+        keys = [*like, *(found if name == "economy" and like else ())]
+        return next(filter(None, (difference(found.get(key), like.get(key), f"{name}.{key}".lstrip("."))
+                                  for key in keys)), "")
     if np.array_equal(found, like):
         return ""
     there, here = (type(x).__name__ if isinstance(x, (dict, Tensor)) else repr(x) for x in (found, like))
@@ -3577,7 +3587,7 @@ def solve(economy=None, config: Config | str = "default", *, seed: int = 0, devi
     require(output_dir or not resume, "resume: give the output_dir whose checkpoint is to go on")
     check_options(config)
     economy, device = as_economy(economy), choose_device(device)
-    config = sized(config, economy)
+    config, seed = sized(config, economy), int(seed)
     # a run may be resumed to more iterations, and judged at other sizes
     fixed = {name: x for name, x in dataclasses.asdict(config).items() if not name.startswith(("iterations", *JUDGING))}
     of_run = {"economy": economy_dict(economy), "config": fixed | {"seed": seed}}

@@ -33,6 +33,7 @@ STEPS+=(
   "calibrations | benchmarks/calibrations/{00..19}_seed{0,1}.json | python benchmarks/calibrations.py"
   "field | benchmarks/field/{benchmark,risk-aversion,stochastic-beta,aiyagari}.json | python benchmarks/field.py"
   "two | benchmarks/groups/two.json | run benchmarks/groups/two.json examples/groups.py --groups 2 --spread 0.0136 --beta 0.9862 --output-dir runs/two"
+  "seven | benchmarks/groups/seven.json | run benchmarks/groups/seven.json examples/groups.py --groups 7 --spread 0.0068 --beta 0.9862 --moments groups --output-dir runs/seven"
   "ablation | benchmarks/ablation.json | python benchmarks/ablation.py"
 )
 

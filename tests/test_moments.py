@@ -270,8 +270,9 @@ def test_who_sees_which_households_earn():
 def test_the_published_algorithm_learns_a_moment(tmp_path, capsys):
     """Each period of a roll-out sees the cross-section of its own date."""
     sizes = ["--n-agents", "20", "--n-economies", "4", "--periods", "40", "--horizon", "20", "--batch", "20"]
-    short = ["--iterations", "1", "--policy-steps", "2", "--value-steps", "2", "--eval-economies", "2", "--eval-periods",
-             "40", "--irf-paths", "2", "--irf-periods", "2", "--grid", "none", "--compile", "none", "--device", "cpu"]
+    short = ["--iterations", "1", "--policy-steps", "2", "--value-steps", "2", "--eval-economies", "2",
+             "--eval-periods", "40", "--irf-paths", "2", "--irf-periods", "2", "--grid", "none", "--compile", "none",
+             "--device", "cpu"]
     flags = ["--preset", "paper", "--learnt-moments", "1", *sizes, *short, "--output-dir", str(tmp_path)]
     assert dk.main(flags) == 0 and not capsys.readouterr().err
     assert dk.load(tmp_path / dk.WEIGHTS).moments(np.linspace(1, 60, 20), 1).shape == (1,)

@@ -427,3 +427,37 @@ def test_the_session_of_the_page_runs(tmp_path, monkeypatch, capsys):
     assert names["panel"].K.shape == names["path"].K.shape == (400,) and set(names["found"]) == set(STATISTICS)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][-2:] == ["network", "grid"]
     assert [path.name for path in tmp_path.iterdir()] == [dk.WEIGHTS]
+
+
+def test_what_numpy_gives_is_kept_in_a_file_that_can_be_read(tmp_path):
+    """Names, words and numbers of numpy become Python's: a weights file holds no others."""
+    base = dk.krusell_smith()
+    economy = dataclasses.replace(base, s_names=np.array(["a", "b"]), equilibrium=np.str_("market"))
+    sizes = dataclasses.replace(dk.PRESETS["smoke"], hidden=np.int64(8), settle=np.float64(1e-4), iterations=1)
+    dk.solve(economy, sizes, seed=np.int64(1), device="cpu", compile="none").save(tmp_path / "x.pth")
+    assert dk.load(tmp_path / "x.pth").economy.s_names == ("a", "b")
+
+
+def test_a_file_of_an_economy_with_one_table_more_is_refused(tmp_path):
+    base = dk.krusell_smith()
+    labour = {"income": None, "labour": base.income, "benefit": [[0.1, 0.0]]}
+    sizes = dataclasses.replace(dk.PRESETS["smoke"], iterations=1)
+    with_benefit = dataclasses.replace(base, **labour)
+    dk.solve(with_benefit, sizes, device="cpu", compile="none", output_dir=tmp_path)
+    with pytest.raises(dk.UserError, match="economy.benefit"):
+        dk.solve(dataclasses.replace(with_benefit, benefit=None), sizes, device="cpu", compile="none",
+                 output_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: x.simulate(10.0), lambda x: x.simulate(10, seed=-1), lambda x: x.simulate(10, dates=10),
+    lambda x: x.impulse_response(0), lambda x: x.impulse_response(5, households=1)])
+def test_numbers_of_no_use_are_refused_in_one_line(solved, call):
+    with pytest.raises(dk.UserError):
+        call(solved)
+
+
+def test_a_group_of_nobody_is_refused():
+    with pytest.raises(dk.UserError, match="group: nobody is ever in a state of group 1"):
+        dk.Economy(alpha=0.36, delta=0.1, beta=0.9, TFP=[1.0], P_z=[[1.0]], labour=[1.0, 1.0], Pi=np.eye(2),
+                   shares=[[1.0, 0.0]], group=[0, 1])
