@@ -199,7 +199,8 @@ class Run:
 
     preset: str = option("default", "default: accurate, fast; paper: the authors'; smoke: tiny", choices=tuple(PRESETS))
     seed: int = option(0, "seed of every random number of the training", "[0, 1e9]")
-    grid: str = option("converged", "the judge; published: as Maliar, Maliar & Valli (2010)", choices=(*GRIDS, "none"))
+    grid: str = option("converged", "the judge; published: Maliar, Maliar & Valli's (2010); none: no comparison",
+                       choices=(*GRIDS, "none"))
     equilibrium: str = option("", "who decides: price-takers (market), each of --players (game), a constrained planner "
                               "for all; empty: as the economy says", choices=("", *EQUILIBRIA))
     players: int = option(0, "households of the game; 0: as the economy says", "[0, 1e9]")
@@ -1679,7 +1680,7 @@ class Policy:
     """What the network's and the grid's solution share, on tensors and on numpy arrays. Each has `economy`, its tables
     `econ`, mean capital K_mean (goods) and its mean given z, K_of_z (Z,), and on float64 tensors policy(at), k' of
     households, and values(at), V in the units of utility(). reach() is the least and largest k, and K, at which there
-    is a solution; k was learnt or solved up to top. Below, n_m is the number of moments that the networks see, and zero
+    is a solution; k was learnt or solved up to k_max. Below, n_m is the number of moments that the networks see, zero
     for a grid."""
 
     config = Config()  # how it is judged
@@ -1726,11 +1727,11 @@ class Policy:
         largest k that a network has learnt the nodes go on, up to eight times as far: nothing that it sees of k bends
         there. A grid has seen to that, and where types are for ever nobody goes so far and comes back."""
         farther = isinstance(self, Solution) and self.economy.arrays.ergodic
-        for top in self.top * 2.0 ** np.arange(4 if farther else 1):
-            k = histogram_nodes(float(top), self.econ)
+        for doubled in range(4 if farther else 1):
+            k = histogram_nodes(self.k_max * 2**doubled, self.econ)
             mass = stationary_mass(self, k)
             held = mass.sum((0, 1)) * k
-            if held[k > 0.6 * top].sum() < 1e-4 * held.sum():
+            if held[k > 0.6 * k[-1]].sum() < 1e-4 * held.sum():
                 break
         return k, mass
 
@@ -1910,7 +1911,7 @@ class Solution(Policy):
         self.seen = seen_moments(policy, self.econ, self.config)
         self.K_mean, self.K_of_z = weights["K_mean"], weights["K_of_z"].numpy()
         self.usual_moments, self.settled = weights["M_law"].to(device), weights["settled"] > 0
-        self.top = float(learnt_top(weights["k_range"][1], weights["K_centre"].double()))
+        self.k_max = float(learnt_top(weights["k_range"][1], weights["K_centre"].double()))
 
     def policy(self, at: At) -> Tensor:
         return fast.network_capital(self.net, at, self.econ)
@@ -2324,8 +2325,8 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
     axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
     mass, dates = mass[z[0]] / mass[z[0]].sum(), range(first, cfg.eval_periods, POOLED_EVERY)
-    usual_first = [True] * (solution.seen is not None and not economy.arrays.ergodic)  # a table is twenty times faster
-    for usual in [*usual_first, False]:
+    slow = solution.seen and not economy.arrays.ergodic  # for which a table, as usual at K, finds most of the way
+    for usual in (True, False) if slow else (False,):
         table, change, last = histogram_policy(solution, axes, usual), np.inf, np.inf
         for i in range(PASSES):
             K, labour, pooled, mass = histogram_path(table, axes, mass, z, economy, dates)
@@ -2333,8 +2334,8 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
             people = mean_mass.sum(0)
             now = np.array([people @ k, np.sqrt(people @ (k - people @ k) ** 2)])
             change_before, change, last = change, np.abs(now / last - 1).max(), now
-            slow = min(change / change_before, 0.98)
-            moving = float(change * max(slow / (1 - slow), 0.5))
+            ratio = min(change / change_before, 0.98)
+            moving = float(change * max(ratio / (1 - ratio), 0.5))
             if i > 1 and moving < MOVES:  # two changes at least tell how fast they fall
                 break
     at_end = people[-1] * k[-1] / now[0]
@@ -2631,10 +2632,6 @@ class GridSolution(Policy):
         j, along_L = cell(at.labour[..., 0], self.L[at.z, 0], self.L[at.z, -1], n_L)
         below = in_K(corner + j * of_L)
         return below + along_L * (in_K(corner + (j + 1) * of_L) - below)
-
-    @property
-    def top(self) -> float:
-        return self.k_max
 
     def policy(self, at: At) -> Tensor:
         return self.interpolate(self.table, at).clamp(min=self.econ.k_min)
@@ -3128,8 +3125,9 @@ def add_chain(a: types.SimpleNamespace) -> None:
     miss = 0 if a.shares is None else np.abs(a.shares.reshape(-1) - found).max()
     require(miss <= ROUNDING, f"shares: not a stationary distribution of P_z and Pi, by {miss:.3g}")
     a.shares = found.reshape(Z, S)
-    empty = [g for g in range(len(set(a.group))) if found.reshape(Z, S)[:, a.group == g].sum() < 1e-12]
-    require(not empty, f"group: nobody is ever in a state of group {empty[0] if empty else 0}; leave its states out")
+    of_group = np.array([a.shares[:, a.group == g].sum() for g in range(len(set(a.group)))])
+    require((of_group > 1e-12).all(), f"group: nobody is ever in a state of group {of_group.argmin()}; leave its "
+            "states out")
     of_z = a.shares.sum(1)
     require((of_z > 1e-9).all(), f"P_z: z = {of_z.argmin()} does not recur: once left it never comes again; leave it "
             "out, or give it a way back")
@@ -3438,8 +3436,8 @@ def held(output_dir: Path):
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows keeps what is open
-            for left in () if (output_dir / PUBLISHING).exists() else output_dir.glob(".deepham-*"):
-                if left.name != LOCK:
+            for left in output_dir.glob(".deepham-*"):
+                if left.name != LOCK and not (output_dir / PUBLISHING).exists():
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):
             (output_dir / LOCK).unlink()

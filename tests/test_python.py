@@ -461,3 +461,10 @@ def test_a_group_of_nobody_is_refused():
     with pytest.raises(dk.UserError, match="group: nobody is ever in a state of group 1"):
         dk.Economy(alpha=0.36, delta=0.1, beta=0.9, TFP=[1.0], P_z=[[1.0]], labour=[1.0, 1.0], Pi=np.eye(2),
                    shares=[[1.0, 0.0]], group=[0, 1])
+
+
+def test_types_for_ever_are_judged_as_far_as_was_learnt(made):
+    """Nobody goes so far and comes back: further out savings that nothing has taught may grow for ever."""
+    solution = dk.Solution(solution_of(made, "groups").weights)
+    solution.k_max = 1.2 * solution.K_mean  # where much capital lies
+    assert solution.reach()[0][1] == pytest.approx(solution.k_max)
