@@ -167,7 +167,7 @@ class GridConfig:
     periods: int = option(60_000, "periods behind the final law of motion, a twentieth in most updates", "[1000, 1e7]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
     tolerance: float = option(3e-7, "largest relative change of c, and of K' forecast, at the end", "(0, 1)")
-    max_updates: int = option(90, "updates of the law of motion before giving up", "[1, 1e6]")
+    max_updates: int = option(200, "updates of the law of motion before giving up", "[1, 1e6]")
     seed: int = 0  # of the path of z behind the law of motion
     n_fine: int = 2000  # k points of the policy table
     k_max: float = 25.0  # largest k at first, a multiple of K; doubled while households come near
@@ -2552,9 +2552,10 @@ def solve_household(c: np.ndarray, laws: np.ndarray, nodes: types.SimpleNamespac
     return c, k_endo, change, (worth < least).mean()
 
 
-def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy) -> Tuple[np.ndarray, float]:
-    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps, and what the last one still
-    changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
+def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy,
+                  V: np.ndarray | None = None) -> Tuple[np.ndarray, float]:
+    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps from a guess of V, and what the
+    last one still changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
     bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
     econ = economy.tables()
     at = on_grid(axes, econ)
@@ -2567,7 +2568,7 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Eco
     low += np.arange(0, low.size, len(axes.k)).reshape(*low.shape[:-1], 1)  # in all of V
     _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
-    V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
+    V, left, steep = u * D if V is None else V, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
     for sweep in range(VALUE_SWEEPS):
         EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
@@ -2752,7 +2753,9 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     if econ.labour_moves and len(econ.beta) > 2:
         notes.append(f"grid: R2 of the law of labour is {economy.arrays.L_r2.min():.6f}")
     on_fine_k = coarse._replace(k=fine.k)
-    V, left = evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy)
+    V, _ = evaluate_grid(invert(k_endo, nodes, coarse.k), coarse, laws, economy)  # few nodes first
+    V = scipy.interpolate.CubicSpline(coarse.k, V, axis=3)(fine.k)
+    V, left = evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy, V)
     if left >= 1e-7:
         notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
     values = refined(V, on_fine_k, fine)
