@@ -167,7 +167,7 @@ class GridConfig:
     periods: int = option(60_000, "periods behind the final law of motion, a twentieth in most updates", "[1000, 1e7]")
     damping: float = option(0.5, "weight of the new law of motion; above 0.8 it cycles", "(0, 1]")
     tolerance: float = option(3e-7, "largest relative change of c, and of K' forecast, at the end", "(0, 1)")
-    max_updates: int = option(200, "updates of the law of motion before giving up", "[1, 1e6]")
+    max_updates: int = option(90, "updates of the law of motion before giving up", "[1, 1e6]")
     seed: int = 0  # of the path of z behind the law of motion
     n_fine: int = 2000  # k points of the policy table
     k_max: float = 25.0  # largest k at first, a multiple of K; doubled while households come near
@@ -1790,7 +1790,8 @@ class Policy:
         econ, given = self.econ, L is not None
         if given and not econ.labour_moves:
             raise ValueError("L follows from z in this economy; leave it out")
-        k, s, K, z, L = np.broadcast_arrays(k, s, K, z, L if given else 0.0)
+        lead = np.zeros(np.shape(M)[:-1])  # M may have dimensions of its own
+        k, s, K, z, L, _ = np.broadcast_arrays(k, s, K, z, L if given else 0.0, lead)
         for name, index, n in (("s", s, len(econ.beta)), ("z", z, len(econ.TFP))):
             wrong = index[~np.isin(index, np.arange(n))]
             if wrong.size:
@@ -1813,8 +1814,8 @@ class Policy:
         n = at.M.shape[-1]
         if M is None:
             return at
-        if not n or np.shape(M)[-1:] != (n,):
-            raise ValueError(f"M is (..., {n}) as moments() gives it, here {np.shape(M)}")
+        if not n or np.shape(M)[-1:] != (n,) or not np.isfinite(M).all():
+            raise ValueError(f"M is (..., {n}) finite numbers as moments() gives them, here of shape {np.shape(M)}")
         M = np.broadcast_to(M, (*k.shape, n))
         return at._replace(M=torch.tensor(M, dtype=torch.float64, device=self.device))
 
@@ -1853,8 +1854,11 @@ class Simulation:
 
     def statistics(self, hp: float | None = None) -> dict:
         """Moments of the path and of households at its dates, numbers by name (docs/output.md says which and their
-        units). hp: logs are filtered by Hodrick & Prescott (1997), 1,600 for quarters. NaN where nothing moves."""
+        units). hp: logs are filtered by Hodrick & Prescott (1997), 1,600 for quarters. NaN where nothing moves.
+        UserError for an hp of no use."""
         econ, columns, unit = self.solution.econ, [], MARGIN * self.solution.econ.c_ss
+        require(hp is None or isinstance(hp, (int, float, np.number)) and 0 < hp < math.inf,
+                f"statistics: hp = {hp!r}: give a number above 0, or None for no filter")
         ln = {name: np.log(np.where(x > 0, x, np.nan)) for name, x in vars(self).items() if name in tuple("YCIKR")}
         ln = {name: x if hp is None else hp_filtered(x, hp) for name, x in ln.items()}
 
@@ -2339,9 +2343,11 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
             if i > 1 and moving < MOVES:  # two changes at least tell how fast they fall
                 break
     at_end = people[-1] * k[-1] / now[0]
+    of_grid = isinstance(solution, GridSolution)
     require(at_end < 1e-3 or not solution.settled, f"judge: {100 * at_end:.2g}% of capital lies at the largest k that "
-            f"the {type(solution).__name__} knows, {k[-1]:.4g}: savings do not settle below it; train longer")
-    if isinstance(solution, GridSolution):
+            f"the {'grid' if of_grid else 'network'} knows, {k[-1]:.4g}: savings do not settle below it; "
+            f"{'judge with --grid none' if of_grid else 'train longer'}")
+    if of_grid:
         require(solution.K[0] < K.min() and K.max() < solution.K[-1], f"grid: K goes from {K.min():.4g} to "
                 f"{K.max():.4g}, beyond its nodes; judge with --grid none")
     return types.SimpleNamespace(axes=axes, table=table, z=z[first:], K=K[first:], labour=labour[first:],
@@ -2554,9 +2560,9 @@ def solve_household(c: np.ndarray, laws: np.ndarray, nodes: types.SimpleNamespac
 
 def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy,
                   V: np.ndarray | None = None) -> Tuple[np.ndarray, float]:
-    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps from a guess of V, and what the
-    last one still changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
-    bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
+    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps from a guess of V, and what
+    the last one still changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere,
+    and MacQueen's bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
     econ = economy.tables()
     at = on_grid(axes, econ)
     at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
@@ -2568,7 +2574,8 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Eco
     low += np.arange(0, low.size, len(axes.k)).reshape(*low.shape[:-1], 1)  # in all of V
     _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
-    V, left, steep = u * D if V is None else V, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
+    V, left = u * D if V is None else V, math.inf
+    steep = econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
     for sweep in range(VALUE_SWEEPS):
         EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
@@ -2665,7 +2672,8 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
                     return found
     finally:
         torch.set_num_threads(threads)
-    raise UserError("grid: K and k leave every range of nodes that was tried; judge with --grid none")
+    raise UserError("grid: K and k leave every range of nodes that was tried; "
+                    f"{cure(economy.tables(), 'judge with --grid none')}")
 
 
 def simulated_laws(table: np.ndarray, axes: Axes, mass: np.ndarray, z_path: np.ndarray, laws: np.ndarray,
@@ -2754,7 +2762,7 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
         notes.append(f"grid: R2 of the law of labour is {economy.arrays.L_r2.min():.6f}")
     on_fine_k = coarse._replace(k=fine.k)
     V, _ = evaluate_grid(invert(k_endo, nodes, coarse.k), coarse, laws, economy)  # few nodes first
-    V = scipy.interpolate.CubicSpline(coarse.k, V, axis=3)(fine.k)
+    V = scipy.interpolate.PchipInterpolator(coarse.k, V, axis=3)(fine.k)
     V, left = evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy, V)
     if left >= 1e-7:
         notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
@@ -3092,8 +3100,8 @@ def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
         P = np.asarray(P, dtype=float)
     except (TypeError, ValueError):
         raise UserError("from_joint: P: give a matrix of numbers") from None
-    require(P.shape == (Z * S, Z * S), f"from_joint: P has shape {P.shape}; for Z = {Z} and S = {S} give "
-            f"{(Z * S, Z * S)}")
+    require(P.shape == (Z * S, Z * S) and inside(P, CHANCE).all(), "from_joint: P: give probabilities of "
+            f"shape {(Z * S, Z * S)}; it has shape {P.shape} and numbers from {P.min():g} to {P.max():g}")
     joint = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3)  # (z, z', s, s')
     to_z = joint.sum(3, keepdims=True)
     miss = np.ptp(to_z, axis=2).max()
@@ -3197,15 +3205,27 @@ def line(x: np.ndarray, y: np.ndarray) -> Tuple[Tuple[float, float], float]:
     return (y.mean() - b * x.mean(), b), 1 - ((dy - b * dx) ** 2).sum() / (dy @ dy) if np.abs(dy).max() > 1e-9 else 1.0
 
 
+def short_of_interest(econ: Tables, K: Tensor, z: Tensor, labour: Tensor) -> float:
+    """Goods that the poorest at the limit are short of to stay there, at the worst of K, z (...), labour (..., 2)."""
+    at = place(torch.full_like(K, econ.k_min).unsqueeze(-1), torch.arange(len(econ.beta), device=K.device),
+               K.unsqueeze(-1), z.unsqueeze(-1), econ)
+    m, _ = cash_on_hand(at._replace(labour=labour.unsqueeze(-2)), econ)
+    return float((econ.k_min - m).max())
+
+
+def cure(econ: Tables, otherwise: str) -> str:
+    """What to do where no solution is found: the limit is to blame if it lies far below what the poorest can owe."""
+    z = torch.arange(len(econ.TFP), device=econ.TFP.device)
+    short = short_of_interest(econ, torch.full_like(econ.TFP, econ.K_ss), z, econ.usual)
+    return "bring k_min nearer to 0: there the poorest cannot pay interest" if short > 0 else otherwise
+
+
 def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
-    """Refuses a limit at which whoever has the lowest income cannot pay interest and stay there, at some of the K, z
-    (...) and labour (..., 2) that a solution visits: its prices decide, and those of the steady state do not."""
-    econ, K = economy.tables(), torch.from_numpy(np.maximum(K, 1e-9)).unsqueeze(-1)
-    s, k = torch.arange(len(econ.beta)).expand(*K.shape[:-1], -1), torch.full_like(K, econ.k_min)
-    at = place(k, s, K, torch.from_numpy(z).unsqueeze(-1), econ)
-    m, _ = cash_on_hand(at._replace(labour=torch.from_numpy(labour).unsqueeze(-2)), econ)
-    left = float((m - econ.k_min).min())
-    require(left >= -1e-9 * economy.c_ss, f"k_min: at {econ.k_min:g} the poorest are {-left:.3g} goods short of "
+    """Refuses a limit at which the poorest cannot pay interest at some of the K, z (...) and labour (..., 2) that a
+    solution visits: its prices decide, and those of the steady state do not."""
+    econ = economy.tables()
+    short = short_of_interest(econ, *map(torch.from_numpy, (np.maximum(K, 1e-9), z, labour)))
+    require(short <= 1e-9 * econ.c_ss, f"k_min: at {econ.k_min:g} the poorest are {short:.3g} goods short of "
             "interest at the prices of the solution; bring it nearer to 0")
 
 
@@ -3324,7 +3344,7 @@ class Guard:
             state.policy.copy_(state.policy_before)  # it was the last step that led here
             state.caution /= 2
             set_rates(state, self.cfg)
-        raise UserError(f"{trouble}; tried three times; lower --policy-rate")
+        raise UserError(f"{trouble}; tried three times; {cure(self.econ, 'lower --policy-rate')}")
 
     def trouble(self, figures: dict) -> str:
         """The first quantity that says the iteration went wrong, or nothing."""

@@ -229,8 +229,9 @@ def test_from_joint(whole, digits, miss, economies):
 @pytest.mark.parametrize("P, Z, S, words", [
     (JOINT, 2, 3, ["shape (4, 4)", "(6, 6)"]), (JOINT[:, :3], 2, 2, ["shape (4, 3)"]),
     (JOINT.reshape(2, 2, 2, 2).transpose(1, 0, 3, 2).reshape(4, 4), 2, 2, ["depends on s", "order (z, s)"]),
-    (JOINT.T, 2, 2, ["from_joint"]), (JOINT / 2, 2, 2, []), (-JOINT, 2, 2, []), (JOINT * np.nan, 2, 2, ["from_joint"]),
-    ("P", 2, 2, ["from_joint"]), ([[1, 2], [3]], 2, 2, ["from_joint"]), (None, 2, 2, ["from_joint"])],
+    (JOINT.T, 2, 2, ["from_joint"]), (JOINT / 2, 2, 2, []), (-JOINT, 2, 2, ["from_joint", "from -"]),
+    (JOINT * np.nan, 2, 2, ["from_joint", "nan"]), ("P", 2, 2, ["from_joint"]), ([[1, 2], [3]], 2, 2, ["from_joint"]),
+    (None, 2, 2, ["from_joint"])],
     ids=["sizes", "not square", "order", "transposed", "sums", "signs", "nan", "word", "ragged", "nothing"])
 def test_from_joint_misused(P, Z, S, words):
     """One line, here or at the latest from the economy that is made of it."""
@@ -322,6 +323,13 @@ def test_a_network_asks_the_prices_of_its_solution():
     assert interest(dk.solve(aiyagari(k_min=-9.0), few, device="cpu", compile="none")) == pytest.approx(3.5, abs=0.4)
     refused(lambda: dk.solve(aiyagari(k_min=-20.0), SMOKE, device="cpu", compile="none"), "k_min: at -20",
             "prices of the solution")
+
+
+def test_a_limit_out_of_every_reach_is_what_is_to_blame():
+    """Where nothing is found and the poorest could not pay at any price, the cure is the limit; elsewhere it is not."""
+    far = dk.krusell_smith(dk.Calibration(k_min=-1000.0))
+    refused(lambda: dk.solve(far, SMOKE, device="cpu", compile="none"), "three times", "bring k_min nearer to 0")
+    refused(lambda: dk.solve_grid(far, GRID), "grid: ", "bring k_min nearer to 0")
 
 
 def test_the_default_economys_limit_is_a_flag():

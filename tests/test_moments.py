@@ -184,7 +184,9 @@ def test_solutions_with_moments(economies):
     assert np.allclose(solution.next_capital(k[1], s[1], K[1], z[1], given[1]), here[1])
     assert np.allclose(solution.value(k, s, K, z, given[:, None]),
                        solution.values(at) * economy.c_ss ** (1 - economy.gamma))
-    for bad in (given[:, None, :2], given[:, None, :1], 0.0):
+    many = solution.next_capital(k[1], s[1], K[1], z[1], given[:, None])  # M may have dimensions of its own
+    assert many.shape == (3, 8) and np.allclose(many[1], here[1])
+    for bad in (given[:, None, :2], given[:, None, :1], 0.0, np.full(3, np.nan)):
         with pytest.raises(ValueError, match="as moments"):
             solution.next_capital(k, s, K, z, bad)
     section = dk.cross_section(solution, at, torch.zeros(3, 0), here, torch.ones_like(k))

@@ -4,6 +4,7 @@ and grid alike."""
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import shutil
 import sys
@@ -266,6 +267,9 @@ def test_statistics_of_a_path_by_definition(either):
     assert filtered["std_ln_Y"] == pytest.approx(cycle.std()) and filtered["mean_Y"] == found["mean_Y"]
     assert filtered["corr_C_Y"] == pytest.approx(np.corrcoef(dk.hp_filtered(ln["C"], 1600), cycle)[0, 1])
     assert filtered["gini_wealth"] == found["gini_wealth"]
+    for hp in (-1, 0, math.nan, "1600"):
+        with pytest.raises(dk.UserError, match="hp"):
+            path.statistics(hp=hp)
 
 
 def test_the_hp_filter():
