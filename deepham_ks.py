@@ -9,9 +9,9 @@ earn and get, less a tax that pays for benefits, and (z, s) a Markov chain. The 
 The algorithm is learn(), one outer iteration after the other:
   1. simulate: B economies go on for some periods under the policy network as it is, each of infinitely many
      households: weights on nodes (s, k), which move without sampling noise;
-  2. roll out: M single households live T periods on the simulated paths of (z, K). A period's label is what a unit of
-     k' is worth in it: lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself, and what is left of
-     the same condition in later periods, discounted back along the path;
+  2. roll out: M single households live T periods on the simulated paths of (z, K). Five of these teach. The label is
+     what a unit of k' is worth next period, lambda' = E[R' u'(c')], an exact sum over (s', z') under the policy itself,
+     and by how much the same condition is missed later on, discounted back along the path;
   3. move the policy: a Gauss-Newton step of log c towards the first-order condition u'(c) = beta lambda';
   4. settled? once savings hardly move, steps fall like 1 / n for some iterations, which averages noise out.
 After the last one the value network solves the Bellman equation of the final policy: 5. fit V.
@@ -20,16 +20,17 @@ How this differs from the paper, which `--preset paper` follows:
   - V is trained in turn with the policy there and stands for utility after T. Here no label sees V: it is there for
     Bellman errors, welfare, and whoever wants a value function.
   - K' is what N households happened to save there. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
-    simulated paths, with terms in L and L^2 where L depends on the history of z; where networks see moments, K' itself.
+    simulated paths, with terms in L and L^2 where L depends on the history of z; where networks see moments, too,
+    which flags ask for, the simulated K'.
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
 
-Read first: household, learn(), roll_out_households(), worth_of_saving(), policy_step(). The method ends with the
-pictures; what follows checks the tables, and is the machine: processes, CUDA graphs, files, the command line, one run.
+Read first: the section "household", learn(), roll_out_households(), worth_of_saving(), policy_step(). From class Policy
+on solutions are used, judged and drawn; then tables are checked; last comes the machine, and one run.
 
 Symbols: k, c, m capital, consumption, cash on hand; K mean capital; R, w gross return and wage; M moments of the
 distribution; Delta what K is worth to whoever decides (game, planner); `_next` is a prime. Shapes: B economies, N
 households of each or nodes (s, k), M households of a roll-out, T periods, J successors (s', z') of a state, Z and S
-numbers of states, n moments, P parameters. `--help` has all flags; from Python, solution = dk.solve(economy).
+numbers of states, P parameters. `--help` has all flags; import deepham_ks as dk, and dk.solve(economy) is a solution.
 """
 
 import argparse
@@ -140,7 +141,7 @@ class Config:
     policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c. adam: rate", "(0, 1]")
     policy_steps: int = option(2000, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(2000, "adam: value steps an outer iteration", "[1, 1e6]")
-    settle: float = option(1e-4, "savings have settled when they move less than this share of K ten times", "(0, 1)")
+    settle: float = option(1e-4, "settled: savings moved less, a share of K, ten times; Euler errors stay", "(0, 1)")
     averaging: int = option(18, "iterations after that, in which steps fall and average noise out", "[0, 1e6]")
     K_spread: float = option(0.04, "share by which economies are scaled, at most, before each simulation", "[0, 0.9]")
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
@@ -184,7 +185,7 @@ SMOKE_GRID = GridConfig(n_k=100, n_K=6, n_fine=300, n_K_fine=11, periods=10_000,
 
 PRESETS = {
     "default": Config(),
-    # game_nn_n50 of the authors' code, as far as this script has the choice
+    # after game_nn_n50 of the authors' code; --equilibrium stays what the economy says
     "paper": Config(n_agents=50, n_economies=384, periods=450, horizon=150, batch=384, iterations=6, averaging=0,
                     hidden=24, optimizer="adam", policy_rate=4e-4, K_spread=0.0, wide_share=0.0),
     "smoke": Config(n_agents=20, n_economies=4, periods=40, horizon=20, batch=64, iterations=3, averaging=1, hidden=8,
@@ -364,7 +365,7 @@ class Tables(NamedTuple):
     next_z: Tensor  # (Z, S, J)
     probability: Tensor  # (Z, S, J); 0 pads
     annuity: Tensor  # (Z, S)
-    sees: Tensor  # (Z, S, F + G)
+    sees: Tensor  # (Z, S, F + 1), (1, S, F) where Z is one: what networks see of s and z
     root_weight: Tensor  # (S,)
     shares: Tensor  # (Z, S)
     of_group: Tensor  # (S, groups) 1 / share of the group that s is of, 0 elsewhere
@@ -391,7 +392,7 @@ class At(NamedTuple):
     K: Tensor  # (...) mean capital
     z: Tensor  # (...) aggregate state
     M: Tensor  # (..., n) moments of the cross-section beside K; n = 0 where networks see none
-    Delta: Tensor  # (...) a planner's mean gain from K; zero elsewhere
+    Delta: Tensor  # (...) a planner's mean gain from K; zero in market and game
     labour: Tensor  # (..., 2) aggregate labour L and the tax; (..., 0) where both follow from z
 
 
@@ -441,7 +442,8 @@ def cash_on_hand(at: At, econ: Tables) -> Tuple[Tensor, Tensor]:
     return R * at.k + y, R
 
 
-# Period utility: these four, each in units of steady-state consumption, are all that the method knows of it.
+# Period utility: these four, in units of c_ss, are all that the training knows of it; Delta_start in steady_state(),
+# Policy.value() and the utils of judged() have the power of gamma, too.
 def utility(c: Tensor, econ: Tables) -> Tensor:
     x = c / econ.c_ss
     if econ.gamma == 1.0:
@@ -538,7 +540,7 @@ def draw_z_path(periods: int, P_z: np.ndarray, rng: np.random.Generator) -> np.n
     return np.array(z_path)
 
 
-def next_s(u: Tensor, s: Tensor, z: Tensor, z_next: Tensor, econ: Tables) -> Tensor:
+def draw_s(u: Tensor, s: Tensor, z: Tensor, z_next: Tensor, econ: Tables) -> Tensor:
     """s' of households in s where z' comes after z, from uniform numbers u; all (...), z and z' broadcast."""
     return econ.reach[s, draw(u, econ.cum_s[z, z_next, s])]
 
@@ -606,7 +608,8 @@ def initial_panel(B: int, N: int, econ: Tables, K: float, rng: torch.Generator) 
 
 
 NODES = 80  # of k, in each s, of a cross-section of infinitely many households
-NEAR_LIMIT = 0.05  # of c_ss: this near the limit networks and nodes have k linearly, far above it its log
+NEAR_LIMIT = 0.05  # of c_ss: this near the limit networks and nodes have k linearly, far above it its log. Where it is
+# a default argument, as others are, TorchScript reads it there: it knows no globals
 
 
 def k_nodes(x: Tensor, top: Tensor, econ: Tables) -> Tensor:
@@ -643,7 +646,7 @@ def next_panel(panel: Panel, k_next: Tensor, z_next: Tensor, econ: Tables, rng: 
         B, S, n = len(k), len(econ.beta), k.shape[1] // len(econ.beta)
         moved = spread(weight.view(B, S, n), k_next.view(B, S, n), k[0, :n])
         return Panel(k, s, (econ.Pi[z[:, 0], z_next[:, 0]].to(moved).mT @ moved).flatten(1), z_next, p)
-    return Panel(k_next, next_s(uniform(s.shape, rng, s.device), s, z, z_next, econ), weight, z_next, p)
+    return Panel(k_next, draw_s(uniform(s.shape, rng, s.device), s, z, z_next, econ), weight, z_next, p)
 
 
 def simulate(policy: Callable, panel: Panel, periods: int, econ: Tables, rng: torch.Generator) -> Iterator:
@@ -676,10 +679,9 @@ class Net(NamedTuple):
 
 
 def capital_inputs(k: Tensor, econ: Tables, near: float = NEAR_LIMIT) -> Tuple[Tensor, Tensor]:
-    """Two functions of k: one so steep near the limit that units of the first layer differ within each bend that it
-    makes in c, this period or next, and one of order one."""
+    """Two functions of k: one steep near the limit, where c bends, and one of order one."""
     rest = (k - econ.k_min).clamp(min=0.0)
-    return torch.log(rest / econ.c_ss + near) / 0.5, rest / (rest + econ.K_ss)
+    return 2 * torch.log(rest / econ.c_ss + near), rest / (rest + econ.K_ss)
 
 
 def above_limit(m: Tensor, econ: Tables) -> Tensor:
@@ -689,20 +691,20 @@ def above_limit(m: Tensor, econ: Tables) -> Tensor:
 
 def features(at: At, m: Tensor, net: Net, econ: Tables) -> Tensor:
     """Inputs of the policy network, (...) -> (..., inputs)."""
-    return with_own(at.k, above_limit(m, econ), features_of_others(at, net, econ), econ)
+    return with_k(at.k, above_limit(m, econ), features_beside_k(at, net, econ), econ)
 
 
-def with_own(k: Tensor, above: Tensor, others: Tensor, econ: Tables) -> Tensor:
-    """What k and cash above the limit say, and others. Log cash carries the curvature, log capital what is left of it
-    where the limit is near and cash hardly moves with k."""
+def with_k(k: Tensor, above: Tensor, others: Tensor, econ: Tables) -> Tensor:
+    """What k and cash above the limit say, and the other inputs. Log cash carries the curvature, log capital what is
+    left of it where the limit is near and cash hardly moves with k."""
     near_limit, bounded = capital_inputs(k, econ)
     own = [torch.log(above / (econ.K_ss + econ.c_ss)), near_limit, bounded]
     return torch.cat([x.unsqueeze(-1) for x in own] + [others], -1)
 
 
-def features_of_others(at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
-    """The inputs that a household's own capital does not move: ln K, s and z, labour where it moves, and moments. These
-    are together of order one: many of them are then held by the damping of the steps while labels are noisy."""
+def features_beside_k(at: At, net: Net, econ: Tables, scale: float = K_SCALE) -> Tensor:
+    """The inputs that a household's own capital does not move: ln K, s and z, labour where it moves, and moments, which
+    are of order one together, so that the damping of the steps holds many of them while labels are noisy."""
     others = [(scale * torch.log(at.K / net.K_centre)).unsqueeze(-1), econ.sees[at.z, at.s]]
     if econ.labour_moves:
         others.append((at.labour[..., :1] - econ.L_mean) / econ.L_std)
@@ -715,7 +717,7 @@ def features_of_others(at: At, net: Net, econ: Tables, scale: float = K_SCALE) -
 def feature_slopes(k: Tensor, m: Tensor, R: Tensor, n: int, econ: Tables, near: float = NEAR_LIMIT) -> Tensor:
     """d features / dk: (...) -> (..., n), n inputs. One household's k moves neither K nor the moments."""
     rest = (k - econ.k_min).clamp(min=0.0)
-    own = [R / above_limit(m, econ), 1 / (rest + near * econ.c_ss) / 0.5, econ.K_ss / (rest + econ.K_ss) ** 2]
+    own = [R / above_limit(m, econ), 2 / (rest + near * econ.c_ss), econ.K_ss / (rest + econ.K_ss) ** 2]
     zeros = torch.zeros(list(k.shape) + [n - 3], dtype=k.dtype, device=k.device)
     return torch.cat([torch.stack(own, -1), zeros], -1)
 
@@ -793,9 +795,8 @@ def initial_parameters(n: int, H: int, output_bias: float, seed: int, idle: List
 def network_capital(net: Net, at: At, econ: Tables) -> Tensor:
     """k' of the policy network: what is above the limit less the share min(1, exp f) of it that is consumed."""
     m, _ = cash_on_hand(at, econ)
-    above = above_limit(m, econ)
-    f = network(net.layers, with_own(at.k, above, features_of_others(at, net, econ), econ))
-    return econ.k_min - torch.expm1(f.clamp(max=0.0)) * above
+    f = network(net.layers, features(at, m, net, econ))
+    return econ.k_min - torch.expm1(f.clamp(max=0.0)) * above_limit(m, econ)
 
 
 def value_output(net: Net, at: At, econ: Tables) -> Tensor:
@@ -859,11 +860,11 @@ class State:
     Delta_law: Tensor  # (Z, 2 or 4) the planner's Delta on the same
     k_range: Tensor  # (2,) least and largest k, and
     K_range: Tensor  # (2,) K, of late simulations
-    adam: Tensor  # (2, P + P_V) means of gradients and of their squares, for the published algorithm
+    adam: Tensor  # (2, P + P_V) means of gradients and of their squares; (2, 0) outside the published algorithm
     adam_steps: Tensor  # (2,) float64: steps of policy and value network
     iteration: int = 0
     settled: int = 0  # iteration at which savings had settled
-    caution: float = 1.0  # share of the step that is taken, smaller after an iteration that was taken back
+    caution: float = 1.0  # factor of the step, smaller after an iteration that was undone
     unbounded: int = 0  # iterations in a row in which a planner's households saved without bound
     watched: list = field(default_factory=list)  # the last ten of watched_savings()
     history: dict = field(default_factory=lambda: {name: [] for name in HISTORY})
@@ -887,7 +888,8 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
         #    of a period is what a unit of k' is worth in it, lambda' = E[R' u'(c')] + what is left of this later on.
         batch = roll_out_households(state, paths, econ, cfg, rng)
 
-        # 3. Move the policy: a damped Gauss-Newton step of log c towards u'(c) = beta lambda'.
+        # 3. Move the policy: a damped Gauss-Newton step of log c towards u'(c) = beta lambda'. The published algorithm
+        #    trains V as well, and its steps roll out anew.
         if cfg.published:
             taken = published_steps(state, paths, econ, cfg, rng)
         else:
@@ -895,7 +897,7 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
         return iteration_figures(state, batch, taken, econ, cfg)
 
     while state.iteration < min(full_steps(state, cfg) + cfg.averaging, cfg.iterations):
-        set_rates(state, cfg)  # full steps at first; once savings have settled they fall like 1 / n
+        set_rates(state, cfg)  # full steps at first; in the last cfg.averaging iterations they fall like 1 / n
         figures = guard.run(iteration)
         state.watched = [*state.watched[-9:], figures["watched"]]
         figures |= {"rate": float(state.rates[0]), "movement": movement(state.watched)}
@@ -931,7 +933,7 @@ def set_rates(state: State, cfg: Config) -> None:
     state.rates.copy_(torch.tensor([cfg.policy_rate * step, law * step, 0.2 * near]))
 
 
-WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # multiples of mean capital at which savings are watched
+WATCHED = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0, 3.0)  # of K - k_min: k above k_min at which savings are watched
 
 
 def watched_savings(state: State, econ: Tables, cfg: Config) -> Tensor:
@@ -1025,7 +1027,7 @@ def simulate_on(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -
     labour_next = labour_ahead(p[:-1].flatten(0, 1), z[:-1].view(-1, 1), econ).view(*M_next[1:].shape[:3], -1)
     held = tuple(torch.stack(x) for x in zip(*held))
     every_K, every_z, every_labour = [gathered(x, 1) for x in (K, z, labour)]
-    if M.numel():  # which are there to tell what the law of K cannot
+    if M.numel():  # where moments are seen K' is the simulated one: they are there to tell it
         K_next = K[1:]
     else:
         approach(state.K_law, law_of_motion(every_K, every_labour, every_z, 0 * econ.TFP)[0], state.rates[1])
@@ -1144,9 +1146,9 @@ class Batch(NamedTuple):
     at: At
     ahead: Ahead
     c: Tensor
-    expected: Tensor  # E[R' u'(c') + Delta'] under the policy
+    expected: Tensor  # E[R' u'(c') + Delta'] under the policy; in the published algorithm worth
     worth: Tensor  # lambda', the label
-    U: Tensor  # realised utility, in the published algorithm
+    U: Tensor  # realised utility in the published algorithm, elsewhere c
     date: Tensor  # row of the cross-section among all dates and economies
 
 
@@ -1169,8 +1171,8 @@ def taught(cfg: Config) -> List[int]:
 
 def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator):
     """k (M,) at first, path (T + 1, M), what is expected (T, M) and dates (T, M) of M households in windows of the
-    simulated economies. A share of them start anywhere in the simulated range of k and a little beyond: the ergodic set
-    of a wrong policy never visits the tails that decide the distribution."""
+    simulated economies. A share of them start anywhere from near the limit to learnt_top(): the ergodic set of a wrong
+    policy never visits the tails that decide the distribution."""
     M, (periods, B), device = cfg.batch, paths.at.K.shape, paths.at.K.device
     economy = torch.randint(B, (M,), generator=rng, device=device)
     start = torch.randint(periods - cfg.horizon, (M,), generator=rng, device=device)
@@ -1183,13 +1185,13 @@ def sample_households(state: State, paths: Paths, econ: Tables, cfg: Config, rng
     path, ahead = pick(paths.at, (window, economy)), pick(paths.ahead, (window[:-1], economy))
     shocks, s_path = uniform(path.z.shape, rng, device), [s]
     for t in range(cfg.horizon):
-        s_path.append(next_s(shocks[t], s_path[t], path.z[t], path.z[t + 1], econ))
+        s_path.append(draw_s(shocks[t], s_path[t], path.z[t], path.z[t + 1], econ))
     return k, path._replace(s=torch.stack(s_path)), ahead, window[:-1] * B + economy
 
 
 def some_households(state: State, M: int, econ: Tables, cfg: Config, rng: torch.Generator) -> Tuple[Tensor, Tensor]:
-    """k, s (M,) of households drawn from the economies, as many in each s, since rare states hold most of the error; as
-    they are in the published algorithm."""
+    """k, s (M,) of households drawn from the last cross-sections, as many in each s, since rare states hold most of the
+    error; as they are in the published algorithm."""
     (B, N), S, device = state.k.shape, len(econ.beta), state.k.device
     if cfg.published:
         household = torch.randint(B * N, (M,), generator=rng, device=device)
@@ -1233,8 +1235,8 @@ def roll_out_households(state: State, paths: Paths, econ: Tables, cfg: Config, r
     return thin(Batch(at, ahead, c, expected, fast.worth_of_saving(expected, c, dc, at, econ), c, date), cfg)
 
 
-def thin(batch: Batch, cfg: Config) -> Batch:
-    """The states that teach, as one list (n,)."""
+def thin(batch, cfg: Config):
+    """The states that teach of a Batch, or of a tensor or tuple in it, as one list (n,)."""
     if isinstance(batch, Tensor):
         return torch.cat([batch[t] for t in taught(cfg)])
     return type(batch)(*[thin(part, cfg) for part in batch])
@@ -1263,10 +1265,10 @@ def roll_out(net: Net, k: Tensor, path: At, econ: Tables) -> Tensor:
     k_path, T = torch.empty_like(path.K), path.K.shape[0] - 1
     k_path[0] = k
     y, R = earnings(path, econ)
-    others = features_of_others(path, net, econ)  # of all periods at once
+    others = features_beside_k(path, net, econ)  # of all periods at once
     for t in range(T):
         above = above_limit(R[t] * k_path[t] + y[t], econ)
-        f = network(net.layers, with_own(k_path[t], above, others[t], econ))
+        f = network(net.layers, with_k(k_path[t], above, others[t], econ))
         k_path[t + 1] = econ.k_min - torch.expm1(f.clamp(max=0.0)) * above
     return k_path
 
@@ -1277,16 +1279,15 @@ def worth_of_saving(expected: Tensor, c: Tensor, dc: Tensor, at: At, econ: Table
       lambda_{t+1} = E_t[R' u'(c') + Delta'] + (dk'/dk)_{t+1} (beta lambda_{t+2} - u'(c_{t+1})),
 
     whose second term is the miss of the first-order condition one period on: all later ones are in it, and at the
-    solution it is zero. It comes back by at most one for one, as beta dk'/dk V_k' / u'(c) can be a thousand for who
-    loses the income with next to nothing saved (Munos et al. 2016), and is at most as large as the first."""
+    solution it is zero. It comes back by at most one for one, as beta dk'/dk V_k' / (R' u'(c)) can be a thousand for
+    who loses the income with next to nothing saved (Munos et al. 2016), and is -1/2 to 1 times the first."""
     beta, u_prime, (R, _) = econ.beta[at.s], marginal_utility(c, econ), prices(at, econ)
     saved = R - dc  # dk'/dk
     growth = beta[:-1] * (saved / R * worth_of_cash(c, R, at, econ))[1:].abs() / u_prime[:-1]
     of_miss, high, low = saved[1:] / growth.clamp(min=1.0), expected.abs(), -expected.abs() / 2
     gain, loss = of_miss * beta[1:], of_miss * u_prime[1:]
     worth = expected.clone()  # nothing is known of what follows the last period
-    for i in range(1, c.shape[0]):
-        t = c.shape[0] - 1 - i
+    for t in range(c.shape[0] - 2, -1, -1):
         worth[t] = expected[t] + torch.clamp(gain[t] * worth[t + 1] - loss[t], low[t], high[t])
     return worth
 
@@ -1299,8 +1300,7 @@ def published_labels(V_T: Tensor, V_k_T: Tensor, c: Tensor, dc: Tensor, at: At,
     gain = Delta(u_prime, at, econ)
     u, u_k = utility(c, econ) + gain * at.k, u_prime * dc + gain
     U, lam_next = torch.empty_like(c), torch.empty_like(c)
-    for i in range(c.shape[0]):
-        t = c.shape[0] - 1 - i
+    for t in range(c.shape[0] - 1, -1, -1):
         lam_next[t] = V_k_T
         V_T, V_k_T = u[t] + beta[t] * V_T, u_k[t] + beta[t] * (R - dc)[t] * V_k_T
         U[t] = V_T
@@ -1409,7 +1409,7 @@ def robust(residual: Tensor, weight: Tensor) -> Tensor:
 
 def published_steps(state: State, paths: Paths, econ: Tables, cfg: Config, rng: torch.Generator) -> Tensor:
     """Han, Yang & E (2021): value_steps of Adam on realised utility, then policy_steps on the utility of roll-outs, in
-    economies that follow."""
+    economies that follow the policy."""
     for step in range(cfg.value_steps):
         if step % 20 == 0:  # the luck of one sample would soon be learnt by heart
             states = thin(roll_out_households(state, paths, econ, cfg, rng), cfg)
@@ -1465,7 +1465,7 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
 VALUE_ROUNDS = 12  # samples of states at most, until V moves by
 VALUE_MOVES = 3e-5  # units of the network's output, and
 VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
-LEVEL_WEIGHT = 0.3  # of the level of V against its slope, in units of the network's output
+LEVEL_WEIGHT = 0.3  # of the level of V, in units of the network's output, against its slope, a share of u'(c)
 
 
 def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> None:
@@ -1484,8 +1484,8 @@ def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> 
             break
 
 
-def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config) -> Tensor:
-    """A Gauss-Newton step of the value network. Whether it was taken."""
+def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: Config) -> None:
+    """A Gauss-Newton step of the value network."""
     net, at, beta = value_net(state, econ, cfg), batch.at, econ.beta[batch.at.s]
     m, R = cash_on_hand(at, econ)
     x = for_value(features(at, m, net, econ))
@@ -1496,7 +1496,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
     flow, V_k = utility(batch.c, econ) + Delta(u_prime, at, econ) * at.k, worth_of_cash(batch.c, R, at, econ)
     V_g, V_g_next = value_of(network(net.layers, x), at, econ)[1], value_of(network(net.layers, x_next), nexts, econ)[1]
     weight = econ.root_weight[at.s]
-    # V_g brings both into units of g; 1 - beta is small, so the Bellman residual counts 1 / (1 - beta) times
+    # the level is in units of g, the slope in u'(c); 1 - beta is small, so the first counts 1 / (1 - beta) times
     level, slope = LEVEL_WEIGHT * weight * econ.annuity[at.z, at.s] / V_g, weight / u_prime
     all_x = torch.cat([x.unsqueeze(0), x_next])
     all_V_g = torch.cat([V_g.unsqueeze(0), -econ.probability[at.z, at.s].T * beta * V_g_next])  # of minus the residual
@@ -1517,7 +1517,7 @@ def value_step(state: State, batch: Batch, damping: Tensor, econ: Tables, cfg: C
         yield fast.network_jacobian(net.layers, all_x[:, part], (level * all_V_g)[:, part])
         yield fast.slope_jacobian(net.layers, x[part], dx[part] * (slope * V_g)[part].unsqueeze(1))
 
-    return gauss_newton_step(state.value, damping, 1.0, residuals, jacobians, noisy=False)
+    gauss_newton_step(state.value, damping, 1.0, residuals, jacobians, noisy=False)
 
 
 # ---------------------------------------------------------------------------------------------- moments
@@ -1552,7 +1552,7 @@ def n_moments(econ: Tables, cfg: Config) -> int:
 
 
 def policy_shapes(econ: Tables, cfg: Config) -> List[tuple]:
-    """Six layers of the policy network and, where moments are learnt, six of Q."""
+    """Six tensors of the policy network and, where moments are learnt, six of Q."""
     seen, p = econ.sees.shape[2], cfg.learnt_moments
     shapes = layer_shapes(N_OWN + seen + econ.labour_moves + n_moments(econ, cfg), cfg.hidden)
     return shapes + (layer_shapes(2 + seen, Q_HIDDEN, (p,)) if p else [])
@@ -1635,7 +1635,7 @@ def learnt_slopes(layers: List[Tensor], seen: tuple, net: Net, econ: Tables) -> 
 
 
 def sized(cfg: Config, economy: Economy) -> Config:
-    """With the sizes that are left to the method. Who is in which s differs in finite economies alone."""
+    """With the sizes that are left to the method. Who is in which s matters in finite economies alone."""
     a = economy.arrays
     N = cfg.n_agents or (125 if sees_who_earns(cfg) and not a.labour_moves else 0)
     B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 48))
@@ -1649,7 +1649,7 @@ def sized(cfg: Config, economy: Economy) -> Config:
 
 def initial_state(econ: Tables, economy: Economy, cfg: Config, seed: int, rng: torch.Generator) -> State:
     """Before the first iteration: everybody consumes the share of cash on hand above the limit at which the
-    representative household would stay where it is, and V is that consumption for ever."""
+    representative household would stay where it is, and V is c_ss for ever."""
     n, a, K, of_z = n_moments(econ, cfg), economy.arrays, economy.K_start, economy.arrays.shares.sum(1)
     Y = float(of_z @ a.TFP * K**a.alpha * (of_z @ a.L) ** (1 - a.alpha))
     share = (Y - a.delta * K) / (Y + (1 - a.delta) * K - a.k_min)
@@ -1935,7 +1935,7 @@ def weights_file(state: State, economy: Economy, cfg: Config, seed: int) -> dict
     econ = economy.tables(state.policy.device, torch.float32)
     with torch.no_grad():  # the economies a while longer, as they are
         rng = generator(state.policy.device.type, seed + state.iteration + 1)
-        paths = simulate_on(dataclasses.replace(state), econ, dataclasses.replace(cfg, K_spread=0.0), rng)
+        paths = simulate_on(state, econ, dataclasses.replace(cfg, K_spread=0.0), rng)
     K, z, M, labour = [gathered(getattr(paths.at, name), 1) for name in ("K", "z", "M", "labour")]
     require_payable(economy, K.double().cpu().numpy(), z.cpu().numpy(), labour.double().cpu().numpy())
     M_law = torch.zeros(len(econ.TFP), M.shape[-1], state.K_law.shape[1], dtype=torch.float64)
@@ -1996,7 +1996,7 @@ def states_of(section: Section, n: int) -> Tuple[At, Ahead]:
 
 def euler_errors(solution: Policy, at: At, ahead: Ahead) -> Tensor:
     """1 - c~ / c (n,) with u'(c~) = beta E[R' u'(c') + Delta'], c~ at most what there is above the limit; NaN where the
-    limit holds c = c~ there."""
+    limit binds."""
     econ, (m, _), k_next = solution.econ, cash_on_hand(at, solution.econ), solution.policy(at)
     nexts = successors(at, k_next, ahead, econ)
     m_next, R_next = cash_on_hand(nexts, econ)
@@ -2191,8 +2191,8 @@ def moves(k_next: np.ndarray, k: np.ndarray) -> scipy.sparse.csc_array:
 
 
 class Axes(NamedTuple):
-    """Nodes of a table (z, s, n_L n_K, n): of k (n,), K (n_K,) and, by z, of aggregate labour L (Z, n_L), which is one
-    where it follows from z."""
+    """Nodes of a table (z, s, n_L n_K, n): of k (n,), K (n_K,) and, by z, of aggregate labour L (Z, n_L); n_L is one
+    where L follows from z."""
 
     k: np.ndarray
     K: np.ndarray
@@ -2221,8 +2221,8 @@ def corners(axes: Axes, z: int, K: float, L: float) -> Tuple[Tuple[int, ...], np
 
 def simulate_histogram(table, axes: Axes, mass: np.ndarray, z_path: np.ndarray, economy: Economy,
                        keep: Callable | None = None):
-    """Non-stochastic simulation of Young (2010), the limit of infinitely many households: mass (s, n) at k moves to the
-    nodes around k', which keeps the mean. table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, each of whose
+    """Simulation without sampling noise, the limit of infinitely many households (Young 2010): mass (s, n) at k moves
+    to the nodes around k' by lottery(). table (z, s, n_L n_K, n) of k' on the axes, linear in K and L, each of whose
     nodes moves its share of the mass, or a function of (mass, K, z). Returns K (periods,) and the mass after it, at the
     first z again; keep(t, mass, k') sees every period."""
     a, K_path, every_k = economy.arrays, np.empty(len(z_path)), np.tile(axes.k, len(mass))
@@ -2319,11 +2319,11 @@ def histogram_nodes(top: float, econ: Tables) -> np.ndarray:
 
 def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     """Infinitely many households, from their stationary distribution over one path of z again and again, so that no
-    transition is seen, until mean and std of capital have less than MOVES to go: a pass that moves them by d, the last
-    one by d / r, leaves d r / (1 - r). Of the last pass, less its first tenth: z (periods,), K (periods + 1,), labour
-    (periods, 2), pooled (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass after it, at the first z,
-    the axes and table of histogram_policy(), and how far it still moves. UserError where that leads out of the range of
-    the solution."""
+    transition is seen, until mean and std of capital have less than MOVES to go: a pass that moves them by d, the one
+    before by d / r, leaves d r / (1 - r), and d / 2 at least. Of the last pass, less its first tenth: z (periods,), K
+    (periods + 1,), labour (periods, 2), pooled (mass (S, n), k' (S, n), z) of some dates, their mean_mass, the mass
+    after it, at the first z, the axes and table of histogram_policy(), and how far it still moves. UserError where that
+    leads out of the range of the solution."""
     economy, first, (k, mass) = solution.economy, cfg.eval_periods // 10, solution.stationary
     z = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
     ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
@@ -3245,7 +3245,7 @@ def economy_dict(economy: Economy) -> dict:
 
 
 # ============================================================================================== the machine
-# From here on nothing is about economics: several processes, CUDA graphs, files, the command line, one run.
+# From here on: several processes, CUDA graphs, files, the command line, one run.
 
 # ---------------------------------------------------------------------------------------------- ranks
 # Under torchrun each rank has its share of the economies and of the roll-out's households, and its own random stream.
@@ -3779,7 +3779,7 @@ def check_options(x, name_of: Callable = lambda name: name) -> None:
 class Interrupted(BaseException):
     """SIGINT or SIGTERM. `except Exception` must not swallow it."""
 
-    iteration = 0  # the training loop sets what the checkpoint holds
+    iteration = 0  # what the checkpoint holds
     script, argv = "deepham_ks.py", ()  # what to run to go on
     pending = 0  # the signal, if one came: Python drops what is raised inside a destructor or a callback
 

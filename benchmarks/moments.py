@@ -16,9 +16,9 @@ ROOT, KEPT = HERE.parent, HERE / "moments"
 sys.path.insert(0, str(ROOT))
 import deepham_ks as dk  # noqa: E402
 
-LEARNT = ["--learnt-moments", "1", "--n-agents", "50"]
+LEARNT = ["--learnt-moments", "1"]
 RUNS = {**{f"seed{seed}": [*LEARNT, "--seed", str(seed)] for seed in range(3)},
-        "unemployment": ["--moments", "unemployment", "--n-agents", "50"]}
+        "unemployment": ["--moments", "unemployment"]}
 MIDDLE = ["--eval-agents", "500", "--eval-economies", "8", "--irf-paths", "2", "--irf-periods", "2"]
 
 

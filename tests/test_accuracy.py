@@ -519,7 +519,7 @@ def test_limit_agrees_with_households(limit, small_grid, econ):
         K = k.mean(1, keepdim=True)
         K_path.append(K.item())
         k = small_grid.policy(dk.place(k, s, K, z_now, econ))
-        s = dk.next_s(torch.rand(s.shape, generator=rng), s, z_now, z_next, econ)
+        s = dk.draw_s(torch.rand(s.shape, generator=rng), s, z_now, z_next, econ)
     # the noise of 20,000 households: income that piles up with decay 0.965, 0.2 at most; from 200 on as what came
     # before is forgotten at .965 a period
     assert np.abs(np.array(K_path) - arrays["K_path"][150:, 0])[150:].max() < 0.2

@@ -243,7 +243,7 @@ def assert_follows_the_chain(economy, s, z):
 
 def followed(u, s, z, z_next, tables):
     """s' of households in s that draw u (n,), while z goes to z_next."""
-    return dk.next_s(u, *[torch.full((len(u),), x) for x in (s, z, z_next)], tables)
+    return dk.draw_s(u, *[torch.full((len(u),), x) for x in (s, z, z_next)], tables)
 
 
 def test_states_that_are_drawn_along_a_given_path(economy, tables, rng):
