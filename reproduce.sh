@@ -13,7 +13,7 @@ pip show --quiet torch 2>/dev/null || pip install --quiet "torch==2.13.*"
 
 if [ "${1:-}" = test ]; then
   pip install --quiet -r requirements-dev.txt
-  .venv/bin/ruff check .
+  .venv/bin/ruff check deepham_ks.py benchmarks examples tests tools  # and not what a user adds beside them
   .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 else
   pip install --quiet -r requirements.txt

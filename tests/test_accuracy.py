@@ -657,6 +657,21 @@ def test_verdict(itself, poor):
     assert all(row[-1] is None for row in rows_of((moving,), dk.krusell_smith()).values())
 
 
+def test_panels_that_leave_the_grid_are_not_judged(itself, small_grid):
+    """Few households of whom some may be very rich, say, as in Davila et al.'s economy: the limit and the responses are
+    judged as ever. A narrower grid has more of the same paths outside its nodes."""
+    outside, K = itself[0]["comparison"]["outside_K"], itself[1]["small"]["grid"]["K_path"]
+    low, high = small_grid.reach()[1]
+    assert outside["small"] == ((K < low) | (K > high)).mean() < 0.01 and outside["limit"] == 0
+    narrow = dk.compare({"network": small_grid, "grid": dataclasses.replace(
+        small_grid, K=small_grid.K.clamp(*np.quantile(K, (0.1, 0.9))))}, CFG)[0]["comparison"]["outside_K"]
+    assert narrow["small"] > 0.1
+    wide = itself[0]["comparison"] | {"outside_K": outside | {"small": 0.02}}
+    rows = rows_of((itself[0] | {"comparison": wide},), dk.krusell_smith())
+    assert rows["W1 of capital, N=30"][-1] is None and rows["std of capital over the grid's - 1, N=30"][-1] is None
+    assert rows["W1 of capital, N=inf"][-1] is True and rows["response of output, gap (p.p.)"][-1] is True
+
+
 def test_verdict_of_another_economy(economies, poor, itself):
     """Nothing is published; the grid's own figures measure, and a poor network fails."""
     far, own = [rows_of(x, economies["gamma2"]) for x in (poor, itself)]

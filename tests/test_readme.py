@@ -389,7 +389,7 @@ def test_labour_in_a_table_and_in_words(project):
                     ["grid", "", "0.999850", "-4.40", "-3.90", "20.00", "0.3000"]]
     words = block(root, "learnt")
     assert "R2 is 0.9876" in words or "R2 is 0.9877" in words
-    assert "the mean of root k explains 61 to 84%" in words and "2.00% off" in words and "0.10% where" in words
+    assert "The mean of root k explains 61 to 84%" in words and "2.00% off" in words and "0.10% where" in words
 
 
 def test_published_numbers_are_the_default_economys(project):

@@ -154,7 +154,8 @@ def summary(root):
     return table(["", "seconds", "device", "Euler error, log10 mean", "max", "W1 (goods)"], [
         [f"this script, seed {reference['seed']}", show(seconds["training"], 0), reference["device"],
          *figures("network")],
-        [f"{len(seeds)} seeds, least to most", "", "", *spans], *OTHERS,
+        [f"{len(seeds)} seeds, least to most", span([at(x, "seconds training") for x in seeds.values()], 0),
+         "CPU, 1 or 2 threads", *spans], *OTHERS,
         ["converged grid", show(seconds["grid"], 0), "CPU, 1 thread", *figures("grid")[:2], ""]])
 
 
@@ -222,8 +223,14 @@ def timings(root):
     return "\n".join(
         f"- `python examples/{name}.py`: {EXAMPLES[name]}, {states} states, "
         f"{show(at(metrics, 'seconds training'), 0)} s, std of capital "
-        f"{100 * at(metrics, 'comparison limit std_gap'):+.1f}% against the grid's"
+        f"{100 * at(metrics, 'comparison limit std_gap'):+.1f}% against the grid's{failing(metrics)}"
         for name, (metrics, states) in load_examples(root).items())
+
+
+def failing(metrics):
+    """How many rows of a run's verdict fail, if any."""
+    rows = [row["passed"] for row in metrics["verdict"] if row["passed"] is not None]
+    return f", {rows.count(False)} of {len(rows)} rows FAIL" if False in rows else ""
 
 
 def examples(root):
@@ -311,7 +318,7 @@ def learnt(root):
     return (f"Seeing K alone, households believe a law whose R2 is {r2['K alone']}, and Euler errors are "
             f"{euler['K alone']} (log10 mean).\nSeeing labour L as well, the default, they have {r2['(K, L)']} and "
             f"{euler['(K, L)']}; the grid in (K, L) has {euler['grid']}.\nWith one learnt moment more errors are "
-            f"{euler['learnt']}. Of what K and L leave of that moment the {best} explains {span(shares[best], 0)}%.\n"
+            f"{euler['learnt']}. The {best} explains {span(shares[best], 0)}% of what K and L leave of that moment.\n"
             f"Through ten bad years, and ten good ones, K is up to {off['K alone']:.2f}% off that of the learnt moment "
             f"where K alone is seen, {off['(K, L)']:.2f}% where (K, L) is.")
 
