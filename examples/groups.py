@@ -1,11 +1,10 @@
 """J permanent groups of households, whose mean capitals are J state variables: where a grid of n nodes each needs n^J.
 
-  python examples/groups.py --groups 30 --moments groups     # every flag of deepham_ks.py, results in runs/
+  python examples/groups.py --groups 7 --spread 0.0068 --beta 0.9862 --moments groups     # results in runs/
 
-Without --moments groups households see mean capital alone.
-
-With --spread 0 the groups are alike and the answer is the default economy's, whatever J is; --spread 0.0068 spreads
-their discount factors evenly around --beta (Carroll, Slacalek, Tokuoka & White 2017).
+It has every flag of deepham_ks.py. Without --moments groups households see mean capital alone. --spread 0.0068 spreads
+discount factors evenly around --beta (Carroll, Slacalek, Tokuoka & White 2017). With --spread 0 the groups are alike and
+the answer is the default economy's, whatever J is; thirty means of like groups are more than training settles on.
 """
 
 import sys
