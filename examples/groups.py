@@ -3,8 +3,8 @@
   python examples/groups.py --groups 7 --spread 0.0068 --beta 0.9862 --moments groups     # results in runs/
 
 It has every flag of deepham_ks.py. Without --moments groups households see mean capital alone. --spread 0.0068 spreads
-discount factors evenly around --beta (Carroll, Slacalek, Tokuoka & White 2017). With --spread 0 the groups are alike and
-the answer is the default economy's, whatever J is; thirty means of like groups are more than training settles on.
+discount factors evenly around --beta (Carroll, Slacalek, Tokuoka & White 2017). With --spread 0 the groups are alike
+and the answer is the default economy's, whatever J is; thirty means of like groups are more than training settles on.
 """
 
 import sys
