@@ -2564,11 +2564,10 @@ def solve_household(c: np.ndarray, laws: np.ndarray, nodes: types.SimpleNamespac
     return c, k_endo, change, (worth < least).mean()
 
 
-def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy,
-                  V: np.ndarray | None = None) -> Tuple[np.ndarray, float]:
-    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps from a guess of V, and what
-    the last one still changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere,
-    and MacQueen's bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
+def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Economy) -> Tuple[np.ndarray, float]:
+    """V = u(c) + Delta k + beta E V' (z, s, A, n) of a policy k' on the axes, by sweeps, and what the last one still
+    changed, as a share of 1 + |V|. What they leave over is soon the same number nearly everywhere, and MacQueen's
+    bound takes it out (the median: where there is next to nothing to consume u has no bound)."""
     econ = economy.tables()
     at = on_grid(axes, econ)
     at = at._replace(Delta=by_law(torch.from_numpy(laws[1])[at.z], torch.log(at.K), at.labour))
@@ -2580,8 +2579,7 @@ def evaluate_grid(k_next: np.ndarray, axes: Axes, laws: np.ndarray, economy: Eco
     low += np.arange(0, low.size, len(axes.k)).reshape(*low.shape[:-1], 1)  # in all of V
     _, _, spline = forecast(laws[0], axes, economy)
     D = economy.arrays.annuity[..., None, None]
-    V, left = u * D if V is None else V, math.inf
-    steep = econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
+    V, left, steep = u * D, math.inf, econ.equilibrium == "market" and float(c.min()) < 1e-3 * econ.c_ss
     for sweep in range(VALUE_SWEEPS):
         EV = expected_on_grid(spline[:, :, None] @ V, economy)
         if steep:  # where next to nothing may be left V is linear between nodes in the consumption that it is worth
@@ -2767,9 +2765,7 @@ def law_of_motion_fixed_point(economy: Economy, config: GridConfig, centre: floa
     if econ.labour_moves and len(econ.beta) > 2:
         notes.append(f"grid: R2 of the law of labour is {economy.arrays.L_r2.min():.6f}")
     on_fine_k = coarse._replace(k=fine.k)
-    V, _ = evaluate_grid(invert(k_endo, nodes, coarse.k), coarse, laws, economy)  # few nodes first
-    V = scipy.interpolate.PchipInterpolator(coarse.k, V, axis=3)(fine.k)
-    V, left = evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy, V)
+    V, left = evaluate_grid(invert(k_endo, nodes, fine.k), on_fine_k, laws, economy)
     if left >= 1e-7:
         notes.append(f"grid: values still changed by {left:.0e} after {VALUE_SWEEPS} sweeps")
     values = refined(V, on_fine_k, fine)
