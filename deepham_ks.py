@@ -20,8 +20,8 @@ How this differs from the paper, which `--preset paper` follows:
   - V is trained in turn with the policy there and stands for utility after T. Here no label sees V: it is there for
     Bellman errors, welfare, and whoever wants a value function.
   - K' is what N households happened to save there. Here households believe ln K' = a(z) + b(z) ln K, fitted to the
-    simulated paths, with terms in L and L^2 where L depends on the history of z; where networks see moments, too,
-    which flags ask for, the simulated K'.
+    simulated paths, with terms in L and L^2 where L depends on the history of z. Where flags let networks see moments
+    of the distribution it is the simulated K'.
   - Steps. There Adam climbs simulated utility. Here the first-order condition is a least-squares problem.
 
 Read first: the section "household", learn(), roll_out_households(), worth_of_saving(), policy_step(). From class Policy
@@ -141,7 +141,7 @@ class Config:
     policy_rate: float = option(0.6, "gauss-newton: share of the Newton step of log c. adam: rate", "(0, 1]")
     policy_steps: int = option(2000, "adam: policy steps an outer iteration", "[1, 1e6]")
     value_steps: int = option(2000, "adam: value steps an outer iteration", "[1, 1e6]")
-    settle: float = option(1e-4, "settled: savings moved less, a share of K, ten times; Euler errors stay", "(0, 1)")
+    settle: float = option(1e-4, "savings have settled when they move less than this share of K ten times", "(0, 1)")
     averaging: int = option(18, "iterations after that, in which steps fall and average noise out", "[0, 1e6]")
     K_spread: float = option(0.04, "share by which economies are scaled, at most, before each simulation", "[0, 0.9]")
     wide_share: float = option(0.5, "share of roll-outs that start anywhere in the simulated range of k", "[0, 1]")
@@ -886,7 +886,7 @@ def learn(state: State, econ: Tables, cfg: Config, rng: torch.Generator, guard: 
         paths = simulate_on(state, econ, cfg, rng)
 
         # 2. Roll out. M households on windows of these paths, half of them put anywhere in the range of k. The label
-        #    of a period is what a unit of k' is worth in it, lambda' = E[R' u'(c')] + what is left of this later on.
+        #    is what a unit of k' is worth next period, lambda' = E[R' u'(c')] + what is missed of this later on.
         batch = roll_out_households(state, paths, econ, cfg, rng)
 
         # 3. Move the policy: a damped Gauss-Newton step of log c towards u'(c) = beta lambda'. The published algorithm
@@ -2677,7 +2677,7 @@ def solve_grid(economy=None, config: GridConfig = GridConfig(), progress: bool =
     finally:
         torch.set_num_threads(threads)
     raise UserError("grid: K and k leave every range of nodes that was tried; "
-                    f"{cure(economy.tables(), 'judge with --grid none')}")
+                    f"{advice(economy.tables(), 'judge with --grid none')}")
 
 
 def simulated_laws(table: np.ndarray, axes: Axes, mass: np.ndarray, z_path: np.ndarray, laws: np.ndarray,
@@ -3109,7 +3109,8 @@ def from_joint(P, Z: int, S: int) -> Tuple[np.ndarray, np.ndarray]:
     except (TypeError, ValueError):
         raise UserError("from_joint: P: give a matrix of numbers") from None
     require(P.shape == (Z * S, Z * S) and inside(P, CHANCE).all(), "from_joint: P: give probabilities of "
-            f"shape {(Z * S, Z * S)}; it has shape {P.shape} and numbers from {P.min():g} to {P.max():g}")
+            f"shape {(Z * S, Z * S)}; it has shape {P.shape} and numbers from {P.min(initial=math.inf):g} to "
+            f"{P.max(initial=-math.inf):g}")
     joint = P.reshape(Z, S, Z, S).transpose(0, 2, 1, 3)  # (z, z', s, s')
     to_z = joint.sum(3, keepdims=True)
     miss = np.ptp(to_z, axis=2).max()
@@ -3221,11 +3222,12 @@ def short_of_interest(econ: Tables, K: Tensor, z: Tensor, labour: Tensor) -> flo
     return float((econ.k_min - m).max())
 
 
-def cure(econ: Tables, otherwise: str) -> str:
-    """What to do where no solution is found: the limit is to blame if it lies far below what the poorest can owe."""
+def advice(econ: Tables, usual: str) -> str:
+    """What to do where no solution is found: what is usual, and first the limit where the poorest may owe too much."""
     z = torch.arange(len(econ.TFP), device=econ.TFP.device)
     short = short_of_interest(econ, torch.full_like(econ.TFP, econ.K_ss), z, econ.usual)
-    return "bring k_min nearer to 0: there the poorest cannot pay interest" if short > 0 else otherwise
+    nearer = "bring k_min nearer to 0, as the poorest cannot pay interest there at the steady state's prices, or "
+    return nearer + usual if short > 0 else usual
 
 
 def require_payable(economy: Economy, K: np.ndarray, z: np.ndarray, labour: np.ndarray) -> None:
@@ -3352,7 +3354,7 @@ class Guard:
             state.policy.copy_(state.policy_before)  # it was the last step that led here
             state.caution /= 2
             set_rates(state, self.cfg)
-        raise UserError(f"{trouble}; tried three times; {cure(self.econ, 'lower --policy-rate')}")
+        raise UserError(f"{trouble}; tried three times; {advice(self.econ, 'lower --policy-rate')}")
 
     def trouble(self, figures: dict) -> str:
         """The first quantity that says the iteration went wrong, or nothing."""
@@ -3889,9 +3891,9 @@ def work(settings: Settings) -> int:
     print_statistics(figures)
     if run.preset != "smoke":
         print_verdict(rows)
-    if grid and (outside := figures["comparison"]["outside_K"]["small"]) >= OUTSIDE:
-        print(f"N={cfg.eval_agents} is not judged: in {100 * outside:.2g}% of the periods K of so few households lies "
-              "outside the grid's nodes; --eval-agents takes more")
+        if grid and (outside := figures["comparison"]["outside_K"]["small"]) >= OUTSIDE:
+            print(f"N={cfg.eval_agents} is not judged: in {100 * outside:.2g}% of the periods K of so few households "
+                  "lies outside the grid's nodes; --eval-agents takes more")
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
     print(f"\n{spent}; results in {folder.resolve()}: open distribution_validation.png first")
     last_line, status = outcome(settings, network, rows, why, moving)

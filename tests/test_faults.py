@@ -231,8 +231,8 @@ def test_from_joint(whole, digits, miss, economies):
     (JOINT.reshape(2, 2, 2, 2).transpose(1, 0, 3, 2).reshape(4, 4), 2, 2, ["depends on s", "order (z, s)"]),
     (JOINT.T, 2, 2, ["from_joint"]), (JOINT / 2, 2, 2, []), (-JOINT, 2, 2, ["from_joint", "from -"]),
     (JOINT * np.nan, 2, 2, ["from_joint", "nan"]), ("P", 2, 2, ["from_joint"]), ([[1, 2], [3]], 2, 2, ["from_joint"]),
-    (None, 2, 2, ["from_joint"])],
-    ids=["sizes", "not square", "order", "transposed", "sums", "signs", "nan", "word", "ragged", "nothing"])
+    (None, 2, 2, ["from_joint"]), ([], 1, 2, ["from_joint", "shape (0,)"])],
+    ids=["sizes", "not square", "order", "transposed", "sums", "signs", "nan", "word", "ragged", "nothing", "empty"])
 def test_from_joint_misused(P, Z, S, words):
     """One line, here or at the latest from the economy that is made of it."""
     refused(lambda: economy(**dict(zip(("P_z", "Pi"), dk.from_joint(P, Z, S)))), *words)
