@@ -71,7 +71,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-__version__ = "3.3.0"
+__version__ = "3.4.1"
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -129,7 +129,7 @@ class Config:
     """The method; the defaults are the preset `default`. Most other numbers of it are constants beside their use."""
 
     n_agents: int = option(0, "N, households an economy; 0: infinitely many, 125 if moments say who earns", "[0, 1e7]")
-    n_economies: int = option(0, "B, economies at a time; 0: 96, or 16 to 48 of infinitely many households", "[0, 1e6]")
+    n_economies: int = option(0, "B, economies at a time; 0: 96, or 16 to 24 of infinitely many households", "[0, 1e6]")
     periods: int = option(0, "periods simulated in each outer iteration; 0: 25 more than --horizon", "[0, 1e6]")
     horizon: int = option(0, "T, periods of a roll-out; 0: 75, or 200 where groups for ever differ in beta", "[0, 1e5]")
     batch: int = option(1536, "M, households in a roll-out", "[2, 1e7]")
@@ -1371,7 +1371,7 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
     residuals(theta) are rows of residuals (R, n), jacobians(part) for each row -d residuals / d theta (n, P) of a slice
     of the n states. The damping is in units of each parameter's own diagonal (Marquardt 1963), so that what only few
     states see is free to move, and of a tenth of the mean one. The mean squared residual is added to it (Yamashita &
-    Fukushima 2001), a hundredth of it where there is no noise. Of the step, a third and a ninth of it the one that
+    Fukushima 2001), a thousandth of it where there is no noise. Of the step, a third and a ninth of it the one that
     leaves the smallest residuals is taken if it lowers them; if none does the damping rises tenfold."""
     now = residuals(theta)
     least, n = total(now.square().sum()), now.shape[1]
@@ -1383,7 +1383,7 @@ def gauss_newton_step(theta: Tensor, damping: Tensor, rate, residuals: Callable,
                 A[low:high, :high].addmm_(jacobian[:, low:high].T, jacobian[:, :high])
             gradient.addmv_(jacobian.T, residual)
     A, gradient, at_start = total(A).double(), total(gradient), least
-    care, floor = (1.0, LEAST_DAMPING) if noisy else (0.01, LEAST_DAMPING / 3)
+    care, floor = (1.0, LEAST_DAMPING) if noisy else (0.001, LEAST_DAMPING / 30)
     A.diagonal().add_((damping + care * least / (n * RANKS)) * (A.diagonal() + 0.1 * A.diagonal().mean()))
     factor, _ = torch.linalg.cholesky_ex(A)
     step = torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1).to(theta.dtype)
@@ -1465,19 +1465,23 @@ def adam_step(state: State, name: str, loss: Callable, batch: Batch, paths: Path
 
 VALUE_ROUNDS = 12  # samples of states at most, until V moves by
 VALUE_MOVES = 3e-5  # units of the network's output, and
-VALUE_STEPS = 12  # steps on each, every one on a quarter of the states: there is no noise to average
+VALUE_STEPS = 6  # steps on each, every one on a part of the states, as there is no noise to average, but on
+VALUE_STATES = 3  # states for each parameter at least: on fewer V bends between them
 LEVEL_WEIGHT = 0.3  # of the level of V, in units of the network's output, against its slope, a share of u'(c)
 
 
 def fit_value(state: State, econ: Tables, cfg: Config, rng: torch.Generator) -> None:
     """V of the policy as it is, on states where the policy leads: u(c) + Delta k + beta E V(s') - V(s) = 0, E an exact
-    sum over (s', z'), and V_k = R u'(c) + Delta (fit the slopes too: Huge & Savine 2020)."""
-    damping, cfg = torch.full_like(state.damping, 1e-2), dataclasses.replace(cfg, wide_share=0.0)
+    sum over (s', z'), and V_k = R u'(c) + Delta (fit the slopes too: Huge & Savine 2020). K goes farther than before:
+    in panels of few households it does."""
+    damping = torch.full_like(state.damping, 1e-2)
+    cfg = dataclasses.replace(cfg, wide_share=0.0, K_spread=min(3 * cfg.K_spread, 0.9))
     state.rates[1:] = 0  # what households believe stays what it is
     for _ in range(VALUE_ROUNDS):
         paths = simulate_on(state, econ, cfg, rng)
         batch = roll_out_households(state, paths, econ, cfg, rng)
-        n, before = min(4, len(batch.c)), value_output(value_net(state, econ, cfg), batch.at, econ)
+        n = max(1, RANKS * len(batch.c) // (VALUE_STATES * len(state.value)))
+        before = value_output(value_net(state, econ, cfg), batch.at, econ)
         for i in range(VALUE_STEPS):
             value_step(state, pick(batch, slice(i % n, None, n)), damping, econ, cfg)
         moved = value_output(value_net(state, econ, cfg), batch.at, econ) - before
@@ -1639,7 +1643,7 @@ def sized(cfg: Config, economy: Economy) -> Config:
     """With the sizes that are left to the method. Who is in which s matters in finite economies alone."""
     a = economy.arrays
     N = cfg.n_agents or (125 if sees_who_earns(cfg) and not a.labour_moves else 0)
-    B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 48))
+    B = cfg.n_economies or (96 if N else min(max(round(96 / a.shares.shape[1]), 16), 24))
     T = cfg.horizon or (75 if a.ergodic or np.ptp(a.beta) == 0 else 200)
     periods = cfg.periods or T + 25
     require(T > 1, "--horizon 1: give 2 or more")
@@ -1736,6 +1740,18 @@ class Policy:
                 break
         return k, mass
 
+    def known_K(self) -> Tuple[float, float]:
+        """Least and largest K at which this solution is judged, a multiple of mean capital or more."""
+        ends = [*(self.K_mean * np.array(GridConfig.K_range)), *self.reach()[1]]
+        return min(ends), max(ends)
+
+    def require_known(self, K: np.ndarray, households: int) -> None:
+        """Refuses panels that are too small: their K may lie where this solution means nothing."""
+        low, high = self.known_K()
+        outside = outside_share(K, low, high)
+        require(outside < OUTSIDE, f"households {households}: in {100 * outside:.2g}% of the periods K of so few lies "
+                f"outside [{low:.4g}, {high:.4g}], where this solution is known; take more, or simulate() without any")
+
     @functools.cached_property
     def histogram(self) -> types.SimpleNamespace:
         return settled_histogram(self, self.config)
@@ -1748,7 +1764,8 @@ class Policy:
     def simulate(self, periods: int, households: int | None = None, seed: int = 0, dates=None) -> "Simulation":
         """A path of the economy from its stationary distribution. households None: the limit of infinitely many, by
         histogram; a number: a panel of so many. dates: periods, from 0, whose distributions are kept and stand behind
-        the statistics of households; every 20th without it. UserError for numbers of no use."""
+        the statistics of households; every 20th without it. UserError for numbers of no use, and where households are
+        so few that their K leaves what is known."""
         whole = all(isinstance(x, (int, np.integer)) for x in (periods, seed, 2 if households is None else households))
         dates = range(0, periods, POOLED_EVERY) if whole and dates is None else sorted(set(np.ravel(dates).tolist()))
         require(whole and periods >= 1 and seed >= 0 and (households is None or households >= 2) and
@@ -1764,16 +1781,18 @@ class Policy:
         panel = settled_panel(k, mass, 1, households, self.econ, rng)
         sections, *paths = panel_path(self, panel, periods, BURN, dates, rng)
         K, z, labour, C, K_next = [x[:, 0] for x in paths]
+        self.require_known(K, households)
         held = [(x.at.k[0].cpu().numpy(), (x.at.s[0].cpu().numpy() == states) / households) for x in sections]
         return Simulation(self, z, np.append(K, K_next[-1]), labour, sections, dates, held, C)
 
     def impulse_response(self, periods: int = 60, paths: int = 200, households: int = 200) -> dict:
         """Response to a period 0 in the state below the middle one (the upper one of two) instead of in it, in percent,
         of the interest rate in percentage points: series -> (3, periods), of the mean over paths of panels of so many
-        households, and the 10th and 90th percentile of the paths' own."""
+        households, and the 10th and 90th percentile of the paths' own. UserError as in simulate()."""
         cfg = Config(irf_periods=periods, irf_paths=paths, irf_agents=households)
         check_options(cfg)
         found = impulse_responses(self, cfg, *self.distribution())
+        self.require_known(np.stack(found["capital"]), households)
         return {series: np.stack(impulse_response(found, series)) for series in SERIES[:4]}
 
     def moments(self, k, s) -> np.ndarray:
@@ -2047,6 +2066,11 @@ JUDGE_SEED = 20_000  # shocks on which every run is judged: far from the seeds o
 POOLED_EVERY = 20  # periods: cross-sections of which errors and statistics are taken
 ERROR_STATES = 50_000  # states at which errors are taken
 C_MIN = 1e-12  # of c_ss: keeps u'(c) finite where there is nothing to consume
+OUTSIDE = 0.01  # most periods in which K of panels may lie where no solution is known
+
+
+def outside_share(K: np.ndarray, low: float, high: float) -> float:
+    return np.mean((K < low) | (K > high))
 
 
 def inequality(x: np.ndarray, weight: np.ndarray) -> dict:
@@ -2327,8 +2351,7 @@ def settled_histogram(solution: Policy, cfg: Config) -> types.SimpleNamespace:
     leads out of the range of the solution."""
     economy, first, (k, mass) = solution.economy, cfg.eval_periods // 10, solution.stationary
     z = draw_z_path(cfg.eval_periods, economy.arrays.P_z, np.random.default_rng(JUDGE_SEED))
-    ends = [*(solution.K_mean * np.array(GridConfig.K_range)), *solution.reach()[1]]  # wider where more is known
-    axes = Axes(k, np.linspace(min(ends), max(ends), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
+    axes = Axes(k, np.linspace(*solution.known_K(), GridConfig.n_K_fine), labour_nodes(economy, GridConfig.n_L_fine))
     mass, dates = mass[z[0]] / mass[z[0]].sum(), range(first, cfg.eval_periods, POOLED_EVERY)
     slow = solution.seen and not economy.arrays.ergodic  # for which a table, as usual at K, finds most of the way
     for usual in (True, False) if slow else (False,):
@@ -2435,30 +2458,31 @@ def w1_of_histograms(k: np.ndarray, k_other: np.ndarray, mass: np.ndarray, mass_
 def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
     """Every accuracy figure of solutions (name -> Policy) on the same shocks: small (a panel of N households), limit
     (infinitely many); under comparison the distances between network and grid, and the share of periods in which K of a
-    panel, or of a response, lies outside the grid's nodes. The arrays behind the pictures, by size and solution."""
+    panel, or of a response, lies outside the grid's nodes, or without a grid outside what the network knows. The arrays
+    behind the pictures, by size and solution."""
     figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {"small": {}, "limit": {}, "irf": {}}
     for name, solution in solutions.items():
         of_limit, behind = judge_limit(solution, cfg)
         figures[name]["small"], arrays["small"][name] = judge_panel(solution, cfg, behind["k"], behind["mass"])
         figures[name]["limit"], arrays["limit"][name] = of_limit, behind
         arrays["irf"][name] = impulse_responses(solution, cfg, behind["k"], behind["mass"])
+    ends = solutions["grid"].reach()[1] if "grid" in solutions else solutions["network"].known_K()
+    both = figures["comparison"] = {"outside_K": {
+        size: max(outside_share(np.stack(x["capital"] if size == "irf" else x["K_path"]), *ends) for x in of.values())
+        for size, of in arrays.items()}}
     if "grid" not in solutions:
         return figures, arrays
-    both, (of_network, of_grid) = figures["comparison"], arrays["limit"].values()
+    of_network, of_grid = arrays["limit"].values()
     for size in ("small", "limit"):
         ours, theirs = [figures[name][size]["capital"]["std"] for name in solutions]
         both[size] = {"std_gap": ours / theirs - 1}
     both["small"]["w1"] = scipy.stats.wasserstein_distance(*[x["k"] for x in arrays["small"].values()])
     both["limit"]["w1"] = w1_of_histograms(*[x[name] for name in ("k", "weight") for x in (of_network, of_grid)])
-    low, high = solutions["grid"].reach()[1]
-    paths = {size: [np.stack(x["capital"] if size == "irf" else x["K_path"]) for x in of.values()]
-             for size, of in arrays.items()}
-    outside = {size: max(np.mean((K < low) | (K > high)) for K in of) for size, of in paths.items()}
     rest, rest_grid = [np.array(figures[name]["limit"]["risky_steady_state"]["K"]) for name in solutions]
     gaps = {series: np.subtract(*[impulse_response(x, series)[0] for x in arrays["irf"].values()])
             for series in SERIES[:4]}
     return figures | {"comparison": both | {
-        "outside_K": outside, "resting_gap": rest / rest_grid - 1,
+        "resting_gap": rest / rest_grid - 1,
         "policy_distance": policy_distance(*solutions.values(), of_grid["K_path"]),
         "impulse_response_gap": {series: np.abs(gap).max() for series, gap in gaps.items()}}}, arrays
 
@@ -2847,9 +2871,6 @@ def figure_list(economy: Economy, cfg: Config) -> List[tuple]:
          None if moves else lambda x, K: max(x + 0.1, -3.6)),
         ("response of output, gap (p.p.)", "comparison impulse_response_gap output", None, 0.02, 0.02),
         ("response of capital, gap (p.p.)", "comparison impulse_response_gap capital", None, 0.02, 0.02)]
-
-
-OUTSIDE = 0.01  # most periods in which K of panels may lie outside the grid's nodes, where no solution is known
 
 
 def verdict(figures: dict, economy: Economy, cfg: Config) -> List[dict]:
@@ -3891,9 +3912,10 @@ def work(settings: Settings) -> int:
     print_statistics(figures)
     if run.preset != "smoke":
         print_verdict(rows)
-        if grid and (outside := figures["comparison"]["outside_K"]["small"]) >= OUTSIDE:
-            print(f"N={cfg.eval_agents} is not judged: in {100 * outside:.2g}% of the periods K of so few households "
-                  "lies outside the grid's nodes; --eval-agents takes more")
+    for size, what, name in (("small", "panel", "eval_agents"), ("irf", "response", "irf_agents")):
+        if (outside := figures["comparison"]["outside_K"][size]) >= OUTSIDE:
+            print(f"{what}, N={getattr(cfg, name)}: in {100 * outside:.2g}% of the periods K of so few households lies "
+                  f"where no solution is known, and nothing of it is judged; {flag(name)} takes more")
     spent = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("training", "grid", "accuracy") if name in seconds)
     print(f"\n{spent}; results in {folder.resolve()}: open distribution_validation.png first")
     last_line, status = outcome(settings, network, rows, why, moving)

@@ -2,7 +2,7 @@
 A mechanism is switched off by a flag or by a change to a copy of the script. Every run is judged as always, and its
 figures are added to benchmarks/ablation.json. What this version has run is kept.
 
-  python benchmarks/ablation.py                        # 33 runs of the default: seconds not measured
+  python benchmarks/ablation.py                        # 36 runs of the default: seconds not measured
   python benchmarks/ablation.py --only "robust weights" --seeds 0
   python benchmarks/ablation.py --table                # prints the table of what is there; runs nothing
   python benchmarks/ablation.py --smoke --json x.json  # tiny sizes: whether it works
@@ -34,6 +34,7 @@ OFF = {
     "later periods in the labels": ("the first term of `worth_of_saving` alone", [],
                                     ("worth[t] = expected[t] + torch.clamp(",
                                      "worth[t] = expected[t] + 0 * torch.clamp(")),
+    "24 economies: 48": ("`--n-economies 48`", ["--n-economies", "48"], None),
     "infinitely many households: 50": ("`--n-agents 50`", ["--n-agents", "50"], None),
     "infinitely many households: 1,000": ("`--n-agents 1000 --n-economies 48`",
                                          ["--n-agents", "1000", "--n-economies", "48"], None),

@@ -666,6 +666,8 @@ def test_panels_that_leave_the_grid_are_not_judged(itself, small_grid):
     narrow = dk.compare({"network": small_grid, "grid": dataclasses.replace(
         small_grid, K=small_grid.K.clamp(*np.quantile(K, (0.1, 0.9))))}, CFG)[0]["comparison"]["outside_K"]
     assert narrow["small"] > 0.1
+    alone = dk.compare({"network": small_grid}, CFG)[0]["comparison"]  # what it knows itself
+    assert alone == {"outside_K": {"small": outside["small"], "limit": 0, "irf": 0}}
     wide = itself[0]["comparison"] | {"outside_K": outside | {"small": 0.02}}
     rows = rows_of((itself[0] | {"comparison": wide},), dk.krusell_smith())
     assert rows["W1 of capital, N=30"][-1] is None and rows["std of capital over the grid's - 1, N=30"][-1] is None

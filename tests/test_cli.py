@@ -175,6 +175,17 @@ def test_evaluate_reproduces_the_run(smoke_run, metrics, no_pictures, capsys, tm
         assert name.endswith(".png") or ours[name] == theirs[name], name
 
 
+def test_panels_that_leave_what_is_known_are_named(smoke_run, no_pictures, tmp_path, monkeypatch):
+    """Without a grid, too; the flag beside each takes more households."""
+    shutil.copy(smoke_run[0] / dk.WEIGHTS, tmp_path)
+    monkeypatch.setattr(dk, "OUTSIDE", 0.0)
+    status, out, _ = main(tmp_path, "--evaluate")
+    told = [line for line in out.splitlines() if "no solution is known" in line]
+    assert status == 0
+    assert [line.partition(":")[0] for line in told] == ["panel, N=20", "response, N=10"]
+    assert told[0].endswith("--eval-agents takes more") and told[1].endswith("--irf-agents takes more")
+
+
 def test_evaluate_records_what_the_weights_were_trained_with(tmp_path, quick):
     """Whatever flags and presets stand beside it; sizes of the judge are those of the flags."""
     trained = ("--n-agents", 30, "--seed", 5, "--policy-rate", 0.5, "--n-economies", 6)
@@ -242,7 +253,7 @@ def test_a_grid_that_does_not_converge_costs_the_comparison_only(tmp_path, capsy
     assert line.startswith("no comparison: grid: no convergence in 1 updates")
     assert set(tree(tmp_path)) == FILES
     found = strict_json(tmp_path / "metrics.json")
-    assert "grid" not in found and found["comparison"] == {} and found["network"]["limit"]["euler_log10"]
+    assert "grid" not in found and [*found["comparison"]] == ["outside_K"] and found["network"]["limit"]["euler_log10"]
     assert all(row["passed"] is None for row in found["verdict"])
     argv = told(line, "then: ")
     assert "--evaluate" in argv

@@ -528,7 +528,7 @@ def test_value_step_is_least_squares_on_the_bellman_residual_and_the_envelope(de
     now = residuals(state.value)
     robust = (1 + (now / now.abs().mean(1, keepdim=True)) ** 2) ** -0.25
     jacobian = -torch.autograd.functional.jacobian(residuals, state.value) * robust.unsqueeze(2)
-    step = levenberg_marquardt(jacobian.flatten(0, 1), (robust * now).flatten(), 10.0, len(c), care=0.01)
+    step = levenberg_marquardt(jacobian.flatten(0, 1), (robust * now).flatten(), 10.0, len(c), care=0.001)
     before = state.value.clone()
     dk.value_step(state, batch, torch.tensor(10.0, dtype=F64), econ, CFG)
     assert any(torch.allclose(state.value, before + step / share, rtol=1e-6, atol=1e-8) for share in (1, 3, 9))

@@ -303,6 +303,18 @@ def test_impulse_response_begins_with_the_step_of_z(either, made):
     assert all((x == 0).all() for x in still.values())
 
 
+def test_households_too_few_for_a_solution_are_refused(smoke_grid, monkeypatch):
+    """K of two of them goes where no policy was found."""
+    few = "^households 2: in .*% of the periods .*; take more"
+    with pytest.raises(dk.UserError, match=few):
+        smoke_grid.simulate(100, households=2, seed=3)
+    smoke_grid.simulate(100, households=50, seed=3)
+    smoke_grid.impulse_response(5, paths=4, households=2)
+    monkeypatch.setattr(dk, "OUTSIDE", 0.0)
+    with pytest.raises(dk.UserError, match=few):
+        smoke_grid.impulse_response(5, paths=4, households=2)
+
+
 # ------------------------------------------------------------------------------------------------ a run
 
 
