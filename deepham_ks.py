@@ -2460,7 +2460,7 @@ def compare(solutions: dict, cfg: Config) -> Tuple[dict, dict]:
     (infinitely many); under comparison the distances between network and grid, and the share of periods in which K of a
     panel, or of a response, lies outside the grid's nodes, or without a grid outside what the network knows. The arrays
     behind the pictures, by size and solution."""
-    figures, arrays = {name: {} for name in solutions} | {"comparison": {}}, {"small": {}, "limit": {}, "irf": {}}
+    figures, arrays = {name: {} for name in solutions}, {"small": {}, "limit": {}, "irf": {}}
     for name, solution in solutions.items():
         of_limit, behind = judge_limit(solution, cfg)
         figures[name]["small"], arrays["small"][name] = judge_panel(solution, cfg, behind["k"], behind["mass"])
